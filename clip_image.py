@@ -1,0 +1,226 @@
+"""CLIP's image tower and the shared embedding space (Radford et al. 2021, arXiv 2103.00020), for the metrics.
+
+    clip = load(folder, text_encoder)            # openai/clip-vit-large-patch14, -base-patch32, the tiny one
+    similarity = clip.image_embedding(images) @ clip.text_embedding(ids).T          # cosines
+
+Parameter names are those of the public files (`vision_model.*`, `visual_projection.weight`), the misspelt
+`pre_layrnorm` included. The text tower is whatever the caller passes in: with public weights it is filled
+from the same file; the embedded model's CLIP was fitted to the frozen text encoder of its diffusion model.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# The public preprocessor's mean and standard deviation of RGB in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """The defaults are openai/clip-vit-large-patch14; text_width is the text tower's."""
+    image_size: int = 224
+    patch_size: int = 14
+    width: int = 1024
+    layers: int = 24
+    heads: int = 16
+    intermediate: int = 4096
+    projection: int = 768
+    text_width: int = 768
+
+
+VIT_L_14 = ImageConfig()
+VIT_B_32 = ImageConfig(224, 32, 768, 12, 12, 3072, 512, 512)
+TINY = ImageConfig(64, 8, 128, 4, 4, 512, 64, 128)
+
+
+def quick_gelu(x):
+    """OpenAI's approximation of GELU, x * sigmoid(1.702 x), with which the public weights were trained."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over (B, N, width), all four projections with a bias."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
+        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x):
+        B, N, width = x.shape
+        projections = (self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = (p(x).view(B, N, self.heads, -1).transpose(1, 2) for p in projections)
+        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, width))
+
+
+class MLP(nn.Module):
+    """Two linear layers around quick_gelu."""
+
+    def __init__(self, width, intermediate):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, intermediate), nn.Linear(intermediate, width)
+
+    def forward(self, x):
+        return self.fc2(quick_gelu(self.fc1(x)))
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
+        self.self_attn = Attention(config.width, config.heads)
+        self.mlp = MLP(config.width, config.intermediate)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Embeddings(nn.Module):
+    """Pixels -> patch tokens behind one class token, with learned positions."""
+
+    def __init__(self, config):
+        super().__init__()
+        tokens = (config.image_size // config.patch_size) ** 2 + 1
+        self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width ** -0.5)
+        self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
+        self.position_embedding = nn.Embedding(tokens, config.width)
+
+    def forward(self, pixels):
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)      # (B, N, width)
+        first = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([first, patches], dim=1) + self.position_embedding.weight
+
+
+class VisionTransformer(nn.Module):
+    """Normalised pixels (B, 3, S, S) -> the class token (B, width) after the last norm."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.pre_layrnorm = nn.LayerNorm(config.width)
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.layers))})
+        self.post_layernorm = nn.LayerNorm(config.width)
+
+    def forward(self, pixels):
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.post_layernorm(x[:, 0])
+
+
+class CLIP(nn.Module):
+    """Images and texts as unit vectors of one space; text_encoder has embed(ids) and forward(embeddings)."""
+
+    def __init__(self, config, text_encoder):
+        super().__init__()
+        self.config = config
+        self.vision_model = VisionTransformer(config)
+        self.visual_projection = nn.Linear(config.width, config.projection, bias=False)
+        self.text_projection = nn.Linear(config.text_width, config.projection, bias=False)
+        self.text_model = text_encoder
+
+    def pixels(self, images):
+        """Images (B, 3, H, W) in [0, 1] as the public preprocessor leaves them."""
+        S, (H, W) = self.config.image_size, images.shape[-2:]
+        if (H, W) != (S, S):
+            height, width = (S, W * S // H) if H < W else (H * S // W, S)
+            images = F.interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
+            top, left = (height - S) // 2, (width - S) // 2
+            images = images[..., top:top + S, left:left + S]
+        return (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
+
+    def image_embedding(self, images):
+        """(B, 3, H, W) in [0, 1] -> unit vectors (B, projection)."""
+        return F.normalize(self.visual_projection(self.vision_model(self.pixels(images))), dim=-1)
+
+    def text_embedding(self, ids):
+        """(B, T) token ids -> unit vectors (B, projection), read at the end mark.
+
+        The end mark has the highest id of CLIP's vocabularies and also pads: its first occurrence counts.
+        """
+        e = self.text_model(self.text_model.embed(ids))
+        return F.normalize(self.text_projection(e[torch.arange(len(ids)), ids.argmax(dim=-1)]), dim=-1)
+
+
+def read_config(folder):
+    """config.json of a CLIP folder -> (ImageConfig, sizes of its text tower or None)."""
+    try:
+        data = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        vision, text = data["vision_config"], data["text_config"]
+        config = ImageConfig(image_size=vision["image_size"], patch_size=vision["patch_size"],
+                             width=vision["hidden_size"], layers=vision["num_hidden_layers"],
+                             heads=vision["num_attention_heads"], intermediate=vision["intermediate_size"],
+                             projection=data["projection_dim"], text_width=text["hidden_size"])
+        if "vocab_size" not in text:
+            return config, None
+        return config, {"vocab_size": text["vocab_size"], "width": text["hidden_size"],
+                        "layers": text["num_hidden_layers"], "heads": text["num_attention_heads"],
+                        "intermediate": text["intermediate_size"],
+                        "max_length": text["max_position_embeddings"]}
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is not a CLIP folder: its config.json is missing or incomplete "
+                         f"({type(error).__name__}: {error})") from None
+
+
+def load(folder, text_encoder):
+    """A folder with config.json and model.safetensors (or pytorch_model.bin) -> CLIP, frozen.
+
+    text_encoder is filled from the file if the file has a text tower, else used as it is. Strict: every other
+    tensor must be there with its shape. Raises ValueError with one sentence that names the file.
+    """
+    folder = Path(folder)
+    config, text_sizes = read_config(folder)
+    path = folder / "model.safetensors"
+    try:
+        if path.exists():
+            from safetensors.torch import load_file
+            state = load_file(path)
+        else:
+            path = folder / "pytorch_model.bin"
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:      # a corrupt file raises whatever its reader meets first
+        raise ValueError(f"{path} cannot be read as CLIP weights: {str(error).splitlines()[0]}") from None
+    # position_ids are 0, 1, 2, ... ; the temperature only matters in training.
+    state = {name: value.float() for name, value in state.items()
+             if not name.endswith("position_ids") and name != "logit_scale"}
+    clip = CLIP(config, text_encoder)
+    if text_sizes is None:
+        state |= {f"text_model.{name}": value for name, value in text_encoder.state_dict().items()}
+    try:
+        clip.load_state_dict(state)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip()
+        raise ValueError(f"{path} does not fit its config.json: {reason}") from None
+    return clip.eval().requires_grad_(False)
+
+
+def save(clip, folder, with_text=False):
+    """Write a CLIP as the public folders have it, in float16; without the text tower unless with_text."""
+    from safetensors.torch import save_file
+    folder, c = Path(folder), clip.config
+    folder.mkdir(parents=True, exist_ok=True)
+    text = {"hidden_size": c.text_width}
+    if with_text:
+        t = clip.text_model.config
+        text |= {"vocab_size": t.vocab_size, "num_hidden_layers": t.layers, "num_attention_heads": t.heads,
+                 "intermediate_size": t.intermediate, "max_position_embeddings": t.max_length}
+    data = {"model_type": "clip", "projection_dim": c.projection, "text_config": text,
+            "vision_config": {"image_size": c.image_size, "patch_size": c.patch_size, "hidden_size": c.width,
+                              "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
+                              "intermediate_size": c.intermediate}}
+    state = {name: value.half().contiguous() for name, value in clip.state_dict().items()
+             if with_text or not name.startswith("text_model.")}
+    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    save_file(state, folder / "model.tmp", metadata={"format": "pt"})
+    os.replace(folder / "model.tmp", folder / "model.safetensors")

@@ -1,0 +1,266 @@
+"""The text side of Stable Diffusion v1: CLIP's tokenizer and the text transformer of CLIP ViT-L/14.
+
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020. The
+encoder takes embeddings, not ids, so that a caller can write learned vectors into them, at the positions that
+the tokenizer names. Parameters are named as in the published files, without the prefix `text_model.`.
+"""
+
+import json
+import re
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+from torch import nn
+
+START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
+WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
+PIECES = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
+          r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")  # digits one by one
+SHOWN = 200  # characters of a truncated prompt's rest that the warning shows
+REQUIRED = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Sizes of the text transformer."""
+    vocab_size: int = 49408
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    intermediate: int = 3072
+    max_length: int = 77
+
+    def __post_init__(self):
+        sizes = [getattr(self, name) for name in PUBLIC_NAMES]
+        if not all(isinstance(n, int) and n > 0 for n in sizes) or self.width % self.heads:
+            raise ValueError(f"the sizes of a text encoder are positive whole numbers, and its width is a "
+                             f"multiple of its heads, unlike in {self}")
+
+    @classmethod
+    def from_public(cls, config):
+        """The TextConfig of a published text_encoder/config.json (a dict); ValueError for another model."""
+        for key, value in REQUIRED.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"not the text encoder of Stable Diffusion v1: its config has {key} = "
+                                 f"{config[key]!r}, not {value!r}")
+        return cls(**{name: config.get(public, getattr(cls, name)) for name, public in PUBLIC_NAMES.items()})
+
+    def to_public(self):
+        """The config.json of the published layout, as a dict."""
+        special = {"bos_token_id": self.vocab_size - 2, "eos_token_id": self.vocab_size - 1,
+                   "pad_token_id": self.vocab_size - 1}
+        return {"architectures": ["CLIPTextModel"]} | REQUIRED | special | {
+            public: getattr(self, name) for name, public in PUBLIC_NAMES.items()}
+
+
+PUBLIC_NAMES = {"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
+                "heads": "num_attention_heads", "intermediate": "intermediate_size",
+                "max_length": "max_position_embeddings"}
+SD_V1 = TextConfig()
+TINY = TextConfig(vocab_size=512, width=128, layers=4, heads=4, intermediate=512, max_length=32)
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head self-attention over x (B, T, width). Padding is attended to like any other token."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = (project(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for project in (self.q_proj, self.k_proj, self.v_proj))
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, width / heads)
+        return self.out_proj(h.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """Two linear maps around CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
+
+    def __init__(self, width, intermediate):
+        super().__init__()
+        self.fc1 = nn.Linear(width, intermediate)
+        self.fc2 = nn.Linear(intermediate, width)
+
+    def forward(self, x):
+        h = self.fc1(x)
+        return self.fc2(h * torch.sigmoid(1.702 * h))
+
+
+class Layer(nn.Module):
+    """Self-attention and MLP, each on a normalised input and added to x (B, T, width)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.self_attn = SelfAttention(config.width, config.heads)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width, config.intermediate)
+
+    def forward(self, x):
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """The text transformer: e = encoder(encoder.embed(ids))."""
+
+    def __init__(self, config=SD_V1):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.ModuleDict({
+            "token_embedding": nn.Embedding(config.vocab_size, config.width),
+            "position_embedding": nn.Embedding(config.max_length, config.width)})
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([Layer(config) for _ in range(config.layers)])})
+        self.final_layer_norm = nn.LayerNorm(config.width)
+        # as CLIP starts: PyTorch's unit variance would drown what the layers add
+        nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
+        nn.init.normal_(self.embeddings["position_embedding"].weight, std=0.01)
+
+    def embed(self, ids):
+        """Token ids (B, T) -> token embeddings (B, T, d), without positions."""
+        return self.embeddings["token_embedding"](ids)
+
+    def forward(self, embeddings):
+        """Token embeddings (B, T, d) -> encodings e (B, T, d), after the last layer norm; T <= max_length."""
+        T = embeddings.shape[1]
+        if T > self.config.max_length:
+            raise ValueError(f"the text encoder takes at most {self.config.max_length} tokens, not {T}")
+        x = embeddings + self.embeddings["position_embedding"].weight[:T]
+        for layer in self.encoder["layers"]:
+            x = layer(x)
+        return self.final_layer_norm(x)
+
+
+class Tokenizer:
+    """CLIP's byte-pair encoding: lower case, `max_length` ids per prompt, start and end included."""
+
+    def __init__(self, tokenizer, max_length=77):
+        """tokenizer: a tokenizers.Tokenizer; its own truncation and padding are switched off."""
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if tokenizer.token_to_id(START) is None or tokenizer.token_to_id(END) is None:
+            raise ValueError(f"not CLIP's vocabulary: {START} or {END} is missing")
+        tokenizer.add_special_tokens([START, END])  # a literal <|endoftext|> in a prompt stays one token
+        self._tokenizer, self.max_length = tokenizer, max_length
+        self.start, self.end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+
+    @classmethod
+    def load(cls, folder, max_length=77):
+        """The tokenizer of a folder with vocab.json and merges.txt, or else with tokenizer.json.
+
+        ValueError when the folder has neither, or when a file cannot be read.
+        """
+        folder = Path(folder)
+        vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+        if not (vocab.is_file() and merges.is_file()) and not whole.is_file():
+            raise ValueError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json")
+        try:
+            if not (vocab.is_file() and merges.is_file()):
+                return cls(tokenizers.Tokenizer.from_file(str(whole)), max_length)
+            bpe = models.BPE.from_file(str(vocab), str(merges), unk_token=END, end_of_word_suffix=WORD_END,
+                                       continuing_subword_prefix="")
+        except Exception as error:  # the package raises bare Exception
+            raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from None
+        tokenizer = tokenizers.Tokenizer(bpe)
+        tokenizer.normalizer = normalizers.Sequence([
+            normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        return cls(tokenizer, max_length)
+
+    def save(self, folder):
+        """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""
+        self._tokenizer.model.save(str(folder))
+        config = {"model_max_length": self.max_length, "bos_token": START, "eos_token": END, "unk_token": END,
+                  "pad_token": END, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
+        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    @property
+    def vocab_size(self):
+        """The number of ids."""
+        return self._tokenizer.get_vocab_size()
+
+    def encode(self, prompts, words={}):
+        """Prompts (a list of B strings) -> ids (B, max_length) int64, and positions.
+
+        words: what stands in a placeholder's place, as {"<teddy>": "teddy bear"}. positions: per prompt a
+        dict from each placeholder to its occurrences, each a list of indices into the ids, as
+        {"<teddy>": [[4, 5]]}; an occurrence cut off by truncation is missing. A prompt that is too long is
+        truncated with a warning.
+        """
+        ids, positions = [], []
+        for prompt in prompts:
+            text, spans = _substitute(prompt, words)
+            row, offsets = self._encode(text)
+            occurrences = {placeholder: [] for placeholder in words}
+            for placeholder, span in spans:
+                if indices := self._inside(offsets, span):
+                    occurrences[placeholder].append(indices)
+            ids.append(row)
+            positions.append(occurrences)
+        return torch.tensor(ids, dtype=torch.long).reshape(len(ids), self.max_length), positions
+
+    def find(self, prompt, word):
+        """Where an ordinary word or phrase stands in a prompt: occurrences as in the positions of encode."""
+        _, offsets = self._encode(prompt)
+        matches = _pattern([word], re.IGNORECASE).finditer(prompt)
+        return [indices for match in matches if (indices := self._inside(offsets, match.span()))]
+
+    def tokens(self, ids):
+        """Ids (T,) -> their text, a list of T strings, for labels of plots."""
+        names = [self._tokenizer.id_to_token(int(i)) for i in ids]
+        return [name if name in (START, END) else decoders.ByteLevel().decode([name.removesuffix(WORD_END)])
+                for name in names]
+
+    def _encode(self, text):
+        """Text -> max_length ids, and the characters (start, stop) of all its tokens, the cut ones too."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        room = self.max_length - 2
+        if len(encoding.ids) > room:
+            cut = text[encoding.offsets[room][0]:]
+            cut = cut if len(cut) <= SHOWN else cut[:SHOWN] + "..."
+            warnings.warn(f"the prompt has {len(encoding.ids) - room} tokens too many, cut off: {cut!r}",
+                          stacklevel=3)
+        ids = [self.start, *encoding.ids[:room], self.end]
+        return ids + [self.end] * (self.max_length - len(ids)), encoding.offsets
+
+    def _inside(self, offsets, span):
+        """Indices of the tokens with characters in the span; none when truncation cut one of them off."""
+        indices = [i + 1 for i, (start, stop) in enumerate(offsets) if start < span[1] and stop > span[0]]
+        return indices if not indices or indices[-1] < self.max_length - 1 else []
+
+
+def _pattern(words, flags=0):
+    """Regular expression for any of the words, the longest first, never as a part of a longer word."""
+    alternatives = []
+    for word in sorted(words, key=len, reverse=True):
+        before = r"(?<!\w)" if re.match(r"\w", word) else ""
+        after = r"(?!\w)" if re.search(r"\w$", word) else ""
+        alternatives.append(before + re.escape(word) + after)
+    return re.compile("|".join(alternatives), flags)
+
+
+def _substitute(prompt, words):
+    """Replace the placeholders; returns the text and a list of (placeholder, (start, stop) of its words)."""
+    if not words:
+        return prompt, []
+    if not all(name.strip() and words[name].strip() for name in words):
+        raise ValueError("a placeholder and the words that stand in its place cannot be empty")
+    text, spans, done = "", [], 0
+    for match in _pattern(words).finditer(prompt):
+        text += prompt[done:match.start()] + " "
+        spans.append((match.group(), (len(text), len(text) + len(words[match.group()]))))
+        text += words[match.group()] + " "
+        done = match.end()
+    return text + prompt[done:], spans

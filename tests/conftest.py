@@ -1,0 +1,112 @@
+"""Fixtures: CLIP's vocabulary, and a small reference model written by diffusers and transformers."""
+
+import gzip
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers and transformers are imported
+
+import pytest
+import torch
+
+import clip_text
+import unet
+import vae
+import weights_loader
+
+# every kind of block, two downsamplings, resnets with and without a shortcut
+UNET = unet.UNetConfig(block_out_channels=(32, 64, 96), layers_per_block=2, cross_attention_dim=48,
+                       attention_heads=4, norm_num_groups=8, cross_attention=(True, True, False))
+VAE = vae.VAEConfig(block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8)
+TEXT = clip_text.TextConfig(vocab_size=514, width=48, layers=3, heads=4, intermediate=96, max_length=16)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A folder with the published vocab.json and merges.txt, from the list that OpenAI's code carries."""
+    package = importlib.util.find_spec("clip")
+    lists = [Path(place) / "bpe_simple_vocab_16e6.txt.gz"
+             for place in (package.submodule_search_locations or [] if package else [])]
+    if not any(path.is_file() for path in lists):
+        pytest.skip("the package clip-anytorch, which carries CLIP's vocabulary, is not installed")
+    lines = gzip.decompress(next(path for path in lists if path.is_file()).read_bytes()).decode().split("\n")
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_vocabulary(folder, merges=lines[1:48895])  # the list goes on, CLIP stops there
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The reference's networks with random weights, and the folder into which it has saved them."""
+    folder = tmp_path_factory.mktemp("reference")
+    write_vocabulary(folder / "tokenizer", merges=[])
+    return build_reference(folder, UNET, VAE, TEXT)
+
+
+@pytest.fixture(scope="session")
+def model(reference):
+    """The reference's weights in our networks, by way of the folder and the loader."""
+    return weights_loader.load(reference.folder)
+
+
+def build_reference(folder, unet_config, vae_config, text_config):
+    """Random networks of the reference, saved by it into the folder; returns them and the folder."""
+    from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(1)
+    networks = SimpleNamespace(
+        unet=UNet2DConditionModel.from_config(unet_config.to_public()),
+        vae=AutoencoderKL.from_config(vae_config.to_public()),
+        text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(text_config.to_public())))
+    for name, network in vars(networks).items():
+        network.eval().requires_grad_(False)
+        unlike(network)
+        network.save_pretrained(folder / name)
+    PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
+                  skip_prk_steps=True).save_pretrained(folder / "scheduler")
+    return SimpleNamespace(folder=folder, **vars(networks))
+
+
+def unlike(network):
+    """Make norms and biases random and attention sharp, so that no two tensors can be confused unseen."""
+    for name, parameter in network.named_parameters():
+        if parameter.ndim == 1:
+            parameter += 0.2 * torch.randn_like(parameter)
+        elif any(part in name for part in ("to_q", "to_k", "q_proj", "k_proj")):
+            parameter *= 2
+
+
+def write_vocabulary(folder, merges):
+    """vocab.json and merges.txt with the 256 bytes, the same at a word's end, the merges, start and end."""
+    folder.mkdir(exist_ok=True)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    entries = [*characters, *(c + "</w>" for c in characters), *("".join(merge.split()) for merge in merges),
+               "<|startoftext|>", "<|endoftext|>"]
+    vocab = {entry: i for i, entry in enumerate(entries)}
+    text = json.dumps(vocab, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+@pytest.fixture(scope="session")
+def swapped():
+    """A function: state dict, two names of modules or tensors -> a copy with what they name exchanged."""
+    def swap(state, a, b):
+        result = dict(state)
+        for first, second in ((a, b), (b, a)):
+            names = [name for name in state if name == first or name.startswith(first + ".")]
+            assert names
+            for name in names:
+                result[name] = state[second + name.removeprefix(first)]
+        return result
+    return swap

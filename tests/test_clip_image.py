@@ -1,0 +1,139 @@
+"""The image tower and the shared space equal transformers' CLIPModel; bad files are one sentence."""
+
+import pytest
+import torch
+
+import clip_image
+import clip_text
+
+transformers = pytest.importorskip("transformers")
+
+
+def reference(seed=0):
+    torch.manual_seed(seed)
+    text = transformers.CLIPTextConfig(vocab_size=100, hidden_size=32, intermediate_size=64,
+                                       num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16,
+                                       projection_dim=24, bos_token_id=98, eos_token_id=99, pad_token_id=99)
+    vision = transformers.CLIPVisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3,
+                                           num_attention_heads=4, image_size=32, patch_size=8,
+                                           projection_dim=24)
+    config = transformers.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(),
+                                     projection_dim=24)
+    model = transformers.CLIPModel(config).eval()
+    for parameter in model.parameters():       # norms and biases away from their trivial starts
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model
+
+
+def text_encoder_for(folder):
+    _, sizes = clip_image.read_config(folder)
+    return clip_text.TextEncoder(clip_text.TextConfig(**sizes))
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clip")
+    model = reference()
+    model.save_pretrained(folder)
+    return model, clip_image.load(folder, text_encoder_for(folder)), folder
+
+
+@torch.no_grad()
+def test_image_and_text_embeddings_equal_transformers(pair):
+    model, clip, _ = pair
+    images = torch.rand(3, 3, 32, 32)
+    ids = torch.full((2, 16), 99)
+    ids[0, :4], ids[1, :6] = torch.tensor([98, 5, 7, 2]), torch.tensor([98, 1, 2, 3, 4, 5])
+    output = model(input_ids=ids, pixel_values=clip.pixels(images))
+    assert (clip.image_embedding(images) - output.image_embeds).abs().max() < 1e-5
+    assert (clip.text_embedding(ids) - output.text_embeds).abs().max() < 1e-5
+
+
+def test_every_parameter_matters(pair):
+    """A permuted tensor changes the output: nothing is loaded and then left unused."""
+    _, clip, folder = pair
+    images = torch.rand(2, 3, 32, 32)
+    ids = torch.tensor([[98, 1, 2, 3, 4, 99]])
+    expected = torch.cat([clip.image_embedding(images), clip.text_embedding(ids)])
+    for name, parameter in clip.named_parameters():
+        if name.endswith("k_proj.bias") or "token_embedding" in name or "position_embedding" in name:
+            continue        # a key bias cancels in the softmax; embeddings only matter at the rows in use
+        saved = parameter.data.clone()
+        parameter.data = parameter.data * 1.5 + 0.1
+        changed = torch.cat([clip.image_embedding(images), clip.text_embedding(ids)])
+        parameter.data = saved
+        assert (changed - expected).abs().max() > 1e-6, name
+
+
+def test_pixels_equal_the_public_preprocessor(pair):
+    """Pillow resizes in 8 bits and ours in float: equal within two of 255 levels."""
+    _, clip, _ = pair
+    processor = transformers.CLIPImageProcessorPil if hasattr(transformers, "CLIPImageProcessorPil") \
+        else transformers.CLIPImageProcessor
+    processor = processor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    from PIL import Image
+    for height, width in ((80, 51), (45, 97), (32, 32), (20, 24)):
+        coarse = torch.rand(1, 3, 9, 9)
+        image = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")[0]
+        image = image.mul(255).round().byte()
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        expected = processor(picture, return_tensors="pt").pixel_values
+        difference = (clip.pixels(image[None] / 255) - expected).abs().max()
+        assert difference < 2 / 255 / min(clip_image.STD), (height, width)
+
+
+@pytest.mark.parametrize("config", [clip_image.VIT_L_14, clip_image.VIT_B_32])
+def test_public_sizes_have_the_keys_and_shapes_of_transformers(config):
+    vision = transformers.CLIPVisionConfig(hidden_size=config.width, intermediate_size=config.intermediate,
+                                           num_hidden_layers=config.layers, num_attention_heads=config.heads,
+                                           image_size=224, patch_size=config.patch_size,
+                                           projection_dim=config.projection)
+    with torch.device("meta"):
+        expected = transformers.CLIPVisionModelWithProjection(vision).state_dict()
+        clip = clip_image.CLIP(config, torch.nn.Identity())
+    found = {name: x.shape for name, x in clip.state_dict().items() if name != "text_projection.weight"}
+    assert found == {name: x.shape for name, x in expected.items() if "position_ids" not in name}
+
+
+def test_saved_without_its_text_tower_it_uses_the_one_passed_in(pair, tmp_path):
+    _, clip, _ = pair
+    clip_image.save(clip, tmp_path)
+    again = clip_image.load(tmp_path, clip.text_model)
+    images, ids = torch.rand(2, 3, 32, 32), torch.tensor([[98, 1, 2, 99]])
+    assert (again.image_embedding(images) - clip.image_embedding(images)).abs().max() < 1e-2  # a float16 file
+    assert (again.text_embedding(ids) - clip.text_embedding(ids)).abs().max() < 1e-2
+
+
+def test_saved_with_its_text_tower_it_needs_nothing_else(pair, tmp_path):
+    _, clip, _ = pair
+    clip_image.save(clip, tmp_path, with_text=True)
+    again = clip_image.load(tmp_path, text_encoder_for(tmp_path))
+    ids = torch.tensor([[98, 1, 2, 99]])
+    assert (again.text_embedding(ids) - clip.text_embedding(ids)).abs().max() < 1e-2
+
+
+@pytest.mark.parametrize("damage", ["truncated", "no config", "empty config", "no weights", "wrong shape",
+                                    "missing"])
+def test_bad_folders_are_one_sentence(pair, tmp_path, damage):
+    from safetensors.torch import load_file, save_file
+    _, clip, folder = pair
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    weights = tmp_path / "model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "no config":
+        (tmp_path / "config.json").unlink()
+    elif damage == "empty config":
+        (tmp_path / "config.json").write_text("{}")
+    elif damage == "no weights":
+        weights.unlink()
+    else:
+        state = load_file(weights)
+        value = state.pop("visual_projection.weight")
+        if damage == "wrong shape":
+            state["visual_projection.weight"] = value[:5].clone()
+        save_file(state, weights)
+    with pytest.raises(ValueError) as error:
+        clip_image.load(tmp_path, text_encoder_for(folder))
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)

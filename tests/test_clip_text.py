@@ -1,0 +1,246 @@
+"""Tokenizer and text transformer equal those of transformers; words are found where the ids are."""
+
+import json
+import random
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import clip_text
+from clip_text import TextConfig, TextEncoder, Tokenizer
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text(encoding="utf-8"))
+ALPHABETS = {
+    "words": "a photo of the Astronaut RIDING a HORSE on mars gleaming photorealistic sks".split(),
+    "contractions": ["don't", "I'M", "we've", "you'll", "it's", "they'd", "'re", "o'clock", "’s"],
+    "accents": ["café", "naïve", "Ångström", "cafe\u0301", "ÉCOLE", "straße", "İstanbul", "ﬁne", "Ａ", "żółć"],
+    "scripts": ["日本語", "テスト", "中文字", "한국어", "мир", "Ελλάς", "עברית", "हिन्दी", "ไทย"],
+    "emoji": ["😀", "👩‍🚀", "🏳️‍🌈", "❤️", "👍🏽", "🇩🇪"],
+    "digits": ["2023", "4k", "3.14", "1,000", "x2y", "²", "½", "٣", "Ⅷ"],
+    "punctuation": [*"!?.,:;()[]{}<>@#$%^&*_-+=/\\|~`\"'", "...", "--", "<new1>", "__init__", "—", "«", "、"],
+    "white space": [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2009"],
+    "special": ["<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|end oftext|>", "<|endoftext", "</w>"],
+    "rare": ["\x00", "\x7f", "\ufeff", "\u0378", "\U0010ffff", "\u0301", "\ufffd"],
+}
+
+
+def random_prompt(generator):
+    pieces = []
+    for _ in range(generator.randint(0, 40)):
+        kind = generator.choice(list(ALPHABETS.values()))
+        pieces.append(generator.choice(kind) + generator.choice(["", " ", " "]))
+    return "".join(pieces)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return Tokenizer.load(tokenizer_folder)
+
+
+def padded(ids):
+    return (ids + [49407] * 77)[:77]
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_golden_prompts_have_their_published_ids(tokenizer):
+    ids, _ = tokenizer.encode(list(GOLDEN))
+    assert ids.dtype == torch.long and ids.shape == (len(GOLDEN), 77)
+    assert ids.tolist() == [padded(golden) for golden in GOLDEN.values()]
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_two_thousand_random_strings_have_the_ids_of_the_reference(tokenizer, tokenizer_folder):
+    from transformers import CLIPTokenizer
+
+    reference = CLIPTokenizer(vocab=str(tokenizer_folder / "vocab.json"),
+                              merges=str(tokenizer_folder / "merges.txt"), model_max_length=77)
+    generator = random.Random(0)
+    prompts = [random_prompt(generator) for _ in range(2000)]
+    expected = reference(prompts, padding="max_length", truncation=True, max_length=77).input_ids
+    ids = tokenizer.encode(prompts)[0].tolist()
+    different = [prompts[i] for i in range(2000) if ids[i] != expected[i]]
+    assert different == []
+    assert sum(theirs[-2] != 49407 for theirs in expected) > 20  # truncation is among them
+
+
+def test_a_tokenizer_json_gives_the_same_ids(tokenizer, tmp_path):
+    tokenizer._tokenizer.save(str(tmp_path / "tokenizer.json"))
+    again = Tokenizer.load(tmp_path)
+    prompts = ["A café, 2023: <|endoftext|> 日本語", ""]
+    assert again.encode(prompts)[0].equal(tokenizer.encode(prompts)[0])
+
+
+def test_a_saved_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    prompts = ["a photo of a café", "1 2 3 日本語"]
+    assert Tokenizer.load(tmp_path).encode(prompts)[0].equal(tokenizer.encode(prompts)[0])
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 77
+
+
+def test_a_long_prompt_is_truncated_with_a_warning_that_shows_the_rest(tokenizer):
+    with pytest.warns(UserWarning, match="2 tokens too many, cut off: 'green apples'"):
+        ids, _ = tokenizer.encode(["word " * 75 + "green apples"])
+    assert ids[0, 75] == ids[0, 1] and ids[0, 76] == 49407
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tokenizer.encode(["word " * 75])
+
+
+def test_a_prompt_of_ten_thousand_characters_warns_briefly(tokenizer):
+    with pytest.warns(UserWarning) as record:
+        tokenizer.encode(["x" * 10_000])
+        tokenizer.encode(["ab 1" * 2_500])
+    assert all(len(str(warning.message)) < 300 for warning in record)
+
+
+def test_a_placeholder_becomes_its_words_and_is_found(tokenizer):
+    prompts = ["a photo of a <teddy>", "<teddy>'s friend is<teddy>", "nothing here"]
+    ids, positions = tokenizer.encode(prompts, {"<teddy>": "teddy bear"})
+    plain = ["a photo of a teddy bear", "teddy bear's friend is teddy bear", "nothing here"]
+    assert ids.equal(tokenizer.encode(plain)[0])
+    assert positions == [{"<teddy>": [[5, 6]]}, {"<teddy>": [[1, 2], [6, 7]]}, {"<teddy>": []}]
+    bear = tokenizer.encode(["teddy bear"])[0][0, 1:3]
+    assert all(row[indices].equal(bear) for row, found in zip(ids, positions) for indices in found["<teddy>"])
+
+
+def test_words_of_several_tokens_accents_and_emoji_do_not_shift_positions(tokenizer):
+    words = {"<a>": "photorealistic gleamingly café", "<b>": "cat"}
+    ids, [positions] = tokenizer.encode(["İ 👩‍🚀 ＡÉ  <b>\t<a> <b>"], words)
+    for placeholder, text in words.items():
+        expected = [i for i in tokenizer.encode([text])[0][0].tolist()[1:] if i != 49407]
+        assert all(ids[0, indices].tolist() == expected for indices in positions[placeholder])
+    assert len(positions["<a>"]) == 1 and len(positions["<b>"]) == 2
+
+
+def test_of_two_placeholders_the_longer_one_wins_and_words_are_not_cut_open(tokenizer):
+    words = {"sks": "dog", "sks dog": "puppy"}
+    ids, positions = tokenizer.encode(["a sks and a sks dog and sksy"], words)
+    assert ids.equal(tokenizer.encode(["a dog and a puppy and sksy"])[0])
+    assert positions == [{"sks": [[2]], "sks dog": [[5]]}]
+
+
+def test_the_words_of_one_placeholder_are_not_searched_for_another(tokenizer):
+    ids, positions = tokenizer.encode(["<a> <b>"], {"<a>": "a <b> toy", "<b>": "cat"})
+    assert ids.equal(tokenizer.encode(["a <b> toy cat"])[0])
+    assert positions[0]["<b>"] == [[6]]
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+def test_an_occurrence_that_truncation_cuts_is_dropped(tokenizer):
+    words = {"<teddy>": "teddy bear"}
+    for filler, expected in ((73, [[74, 75]]), (74, []), (75, [])):
+        _, [positions] = tokenizer.encode(["word " * filler + "<teddy>"], words)
+        assert positions["<teddy>"] == expected
+
+
+def test_empty_placeholders_and_words_are_refused(tokenizer):
+    for words in ({"<a>": " "}, {"": "cat"}):
+        with pytest.raises(ValueError, match="cannot be empty"):
+            tokenizer.encode(["a <a>"], words)
+
+
+def test_an_ordinary_word_is_found_whole_and_in_any_case(tokenizer):
+    prompt = "A Cat and a cat, concatenated; photorealistic"
+    assert tokenizer.find(prompt, "cat") == [[2], [5]]
+    assert tokenizer.find(prompt, "a cat") == [[1, 2], [4, 5]]
+    found, = tokenizer.find(prompt, "photorealistic")
+    assert "".join(tokenizer.tokens(tokenizer.encode([prompt])[0][0][found])) == "photorealistic"
+    assert tokenizer.find(prompt, "dog") == []
+
+
+def test_tokens_are_readable(tokenizer):
+    ids, _ = tokenizer.encode(["a café 日"])
+    tokens = tokenizer.tokens(ids[0])
+    assert tokens[:3] == ["<|startoftext|>", "a", "café"] and tokens[-1] == "<|endoftext|>"
+    assert len(tokens) == 77
+
+
+def test_unreadable_tokenizers_are_refused_in_one_sentence(tokenizer_folder, tmp_path):
+    with pytest.raises(ValueError, match="neither vocab.json"):
+        Tokenizer.load(tmp_path)
+    vocab = (tokenizer_folder / "vocab.json").read_text(encoding="utf-8")
+    for damaged in (vocab[:1000], "[]", vocab.replace("<|endoftext|>", "<end>")):
+        (tmp_path / "vocab.json").write_text(damaged, encoding="utf-8")
+        (tmp_path / "merges.txt").write_bytes((tokenizer_folder / "merges.txt").read_bytes())
+        with pytest.raises(ValueError) as error:
+            Tokenizer.load(tmp_path)
+        assert "\n" not in str(error.value)
+    (tmp_path / "vocab.json").unlink()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError):
+        Tokenizer.load(tmp_path)
+
+
+def encoder_ids(model):
+    config = model.text_encoder.config
+    return torch.randint(0, config.vocab_size - 2, (2, config.max_length))
+
+
+def largest_difference(a, b):
+    return (a - b).abs().max().item()
+
+
+def test_encodings_and_their_gradient_equal_the_reference(reference, model):
+    ids = encoder_ids(model)
+    ours, theirs = [model.text_encoder.embed(ids).detach().requires_grad_() for _ in range(2)]
+    e = model.text_encoder(ours)
+    expected = reference.text_encoder(ids).last_hidden_state
+    assert expected.abs().max() > 1
+    assert largest_difference(e, expected) < 1e-5
+    hook = reference.text_encoder.embeddings.token_embedding.register_forward_hook(lambda *_: theirs)
+    expected = reference.text_encoder(ids).last_hidden_state
+    hook.remove()
+    weight = torch.randn_like(e) / e[0].numel() ** 0.5
+    gradient, = torch.autograd.grad((e * weight).sum(), ours)
+    expected_gradient, = torch.autograd.grad((expected * weight).sum(), theirs)
+    assert expected_gradient.abs().max() > 0.1
+    assert largest_difference(gradient, expected_gradient) < 1e-5
+
+
+LAYER = "encoder.layers.1."
+SWAPS = [(LAYER + a, LAYER + b) for a, b in (
+    ("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.q_proj", "self_attn.v_proj"), ("self_attn.v_proj", "self_attn.out_proj"),
+    ("self_attn.q_proj", "self_attn.out_proj"), ("layer_norm1", "layer_norm2"))] + [
+    ("encoder.layers.0", "encoder.layers.1"), (LAYER + "layer_norm1", "final_layer_norm")]
+
+
+@pytest.mark.parametrize("a, b", SWAPS)
+def test_a_swap_that_no_shape_check_sees_breaks_parity(reference, model, swapped, a, b):
+    ids = encoder_ids(model)
+    network = TextEncoder(model.text_encoder.config)
+    network.load_state_dict(swapped(model.text_encoder.state_dict(), a, b))
+    e = network(network.embed(ids))
+    assert largest_difference(e, reference.text_encoder(ids).last_hidden_state) > 1e-3
+
+
+def test_a_token_does_not_see_what_follows_it(model):
+    embeddings = model.text_encoder.embed(encoder_ids(model))
+    changed = embeddings.clone()
+    changed[:, 5] = torch.randn(48)
+    difference = (model.text_encoder(embeddings) - model.text_encoder(changed)).abs().amax(dim=(0, 2))
+    assert difference[:5].max() == 0 and difference[5:].min() > 1e-3
+
+
+def test_more_tokens_than_positions_are_refused(model):
+    with pytest.raises(ValueError, match="at most 16 tokens, not 17"):
+        model.text_encoder(torch.zeros(1, 17, 48))
+
+
+def test_the_full_size_has_the_published_names_and_number_of_parameters():
+    with torch.device("meta"):
+        network = TextEncoder(clip_text.SD_V1)
+    assert len(network.state_dict()) == 196
+    assert sum(parameter.numel() for parameter in network.parameters()) == 123_060_480
+
+
+def test_published_configs_are_read_and_others_refused():
+    published = {"hidden_act": "quick_gelu", "hidden_size": 768, "bos_token_id": 0, "eos_token_id": 2}
+    assert TextConfig.from_public(published) == clip_text.SD_V1
+    assert TextConfig.from_public(clip_text.TINY.to_public()) == clip_text.TINY
+    for other in ({"hidden_act": "gelu"}, {"model_type": "t5"}, {"num_attention_heads": 3},
+                  {"hidden_size": "8"}):
+        with pytest.raises(ValueError):
+            TextConfig.from_public(clip_text.TINY.to_public() | other)

@@ -1,0 +1,145 @@
+"""Schedule and samplers equal diffusers' DDIMScheduler and DPMSolverMultistepScheduler, and published values.
+
+The reference is set to SD v1's leading spacing with an offset of 1. Its DDIM ends at abar_0, which is
+set_alpha_to_one=False; its DPM-Solver++ ends there too, which is final_sigmas_type="sigma_min". The last step
+is then of first order below 15 steps only, as in the authors' code; with "zero" it would always be.
+"""
+
+import pytest
+import torch
+
+from diffusion import (SAMPLERS, Schedule, ddim, ddim_step, ddim_timesteps, dpm_solver_pp, dpm_timesteps,
+                       guided, seeded_noise)
+
+PUBLIC = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
+          "timestep_spacing": "leading"}
+MIXING = torch.randn(4, 4, generator=torch.Generator().manual_seed(7)) * 0.3
+
+
+@pytest.fixture
+def schedule():
+    return Schedule.sd_v1()
+
+
+def predict_noise(z, t):
+    """The best guess for standard normal images, and something that mixes the channels and grows with t."""
+    sigma = (1 - Schedule.sd_v1().alphas_cumprod[t]).sqrt()
+    return sigma * z + 0.1 * torch.tanh(torch.einsum("ij,bjhw->bihw", MIXING, z)) * (1 + t / 1000)
+
+
+def reference_ddim():
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler.from_config(PUBLIC | {"set_alpha_to_one": False, "clip_sample": False})
+
+
+def test_the_schedule_has_the_published_values(schedule):
+    assert schedule.alphas_cumprod.shape == (1000,) and schedule.alphas_cumprod.dtype == torch.float32
+    values = schedule.alphas_cumprod[[0, 500, 981, 999]]
+    published = torch.tensor([0.99915, 0.2763327, 0.0057755, 0.0046601])
+    torch.testing.assert_close(values, published, rtol=1e-5, atol=0)
+    torch.testing.assert_close(schedule.alphas_cumprod, reference_ddim().alphas_cumprod, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("steps", [1, 7, 30, 50])
+def test_every_ddim_step_equals_the_reference(schedule, steps, eta):
+    reference = reference_ddim()
+    reference.set_timesteps(steps)
+    assert ddim_timesteps(steps) == reference.timesteps.tolist()
+    z = expected = torch.randn(2, 4, 8, 8)
+    generator = torch.Generator().manual_seed(1)
+    ours = ddim(predict_noise, z, schedule, steps, eta, torch.Generator().manual_seed(1))
+    for t, z in zip(reference.timesteps, ours, strict=True):
+        eps = predict_noise(expected, int(t))
+        expected = reference.step(eps, t, expected, eta=eta, generator=generator).prev_sample
+        assert (z - expected).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:__array__")  # the reference's use of numpy
+@pytest.mark.parametrize("steps", [1, 2, 14, 15, 20])
+def test_every_dpm_solver_step_equals_the_reference(schedule, steps):
+    from diffusers import DPMSolverMultistepScheduler
+
+    reference = DPMSolverMultistepScheduler.from_config(PUBLIC | {
+        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+        "lower_order_final": True, "final_sigmas_type": "sigma_min"})
+    reference.set_timesteps(steps)
+    assert dpm_timesteps(steps) == reference.timesteps.tolist()
+    z = expected = torch.randn(2, 4, 8, 8)
+    for t, z in zip(reference.timesteps, dpm_solver_pp(predict_noise, z, schedule, steps), strict=True):
+        expected = reference.step(predict_noise(expected, int(t)), t, expected).prev_sample
+        assert (z - expected).abs().max() < 1e-5
+
+
+def test_ddim_steps_have_the_published_values(schedule):
+    assert ddim_timesteps(50)[:2] == [981, 961] and ddim_timesteps(50)[-1] == 1
+    assert ddim_timesteps(30)[0] == 958
+    golden = {981: (1.0920388, -0.6538650), 21: (0.9840796, -0.5795957), 1: (0.9973921, -0.5093201)}
+    x, eps = torch.tensor([1, -0.5]), torch.tensor([0.25, 0.75])
+    abar = schedule.alphas_cumprod.tolist()
+    for t, expected in golden.items():
+        z = ddim_step(x, eps, abar[t], abar[max(t - 20, 0)])
+        torch.testing.assert_close(z, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_with_the_true_noise_every_sampler_returns_the_image(schedule, name):
+    image, noise = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4)
+    for steps in (5, 20):
+        first = (ddim_timesteps if name == "ddim" else dpm_timesteps)(steps)[0]
+        z = schedule.add_noise(image, noise, torch.tensor([first]))
+        *_, z = SAMPLERS[name](lambda z, t: noise, z, schedule, steps)
+        expected = schedule.add_noise(image, noise, torch.tensor([0]))
+        torch.testing.assert_close(z, expected, rtol=0, atol=1e-4)
+
+
+def test_impossible_settings_are_refused(schedule):
+    z = torch.zeros(1, 4, 2, 2)
+    for sampler in SAMPLERS.values():
+        for steps in (0, -1, 1000):
+            with pytest.raises(ValueError, match="sampling steps must be 1 to 999"):
+                next(sampler(predict_noise, z, schedule, steps))
+    with pytest.raises(ValueError, match="eta must be 0"):
+        next(dpm_solver_pp(predict_noise, z, schedule, 20, eta=0.5))
+    with pytest.raises(ValueError, match="epsilon or v_prediction"):
+        Schedule.sd_v1("sample")
+
+
+def test_noise_and_velocity_equal_the_reference(schedule):
+    reference = reference_ddim()
+    z, noise, t = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
+    torch.testing.assert_close(schedule.add_noise(z, noise, t), reference.add_noise(z, noise, t))
+    assert schedule.target(z, noise, t) is noise
+    velocity = Schedule.sd_v1("v_prediction").target(z, noise, t)
+    torch.testing.assert_close(velocity, reference.get_velocity(z, noise, t))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_is_turned_back_into_the_noise(prediction_type):
+    schedule = Schedule.sd_v1(prediction_type)
+    z, noise, t = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
+    z_t = schedule.add_noise(z, noise, t)
+    torch.testing.assert_close(schedule.to_noise(schedule.target(z, noise, t), z_t, t), noise)
+    torch.testing.assert_close(schedule.to_noise(schedule.target(z, noise, t), z_t, t)[1:2],
+                               schedule.to_noise(schedule.target(z, noise, t)[1:2], z_t[1:2], 500))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_guidance_leads_away_from_the_prediction_without_text(model, prediction_type):
+    schedule, unet = Schedule.sd_v1(prediction_type), model.unet
+    z, e = torch.randn(2, 4, 8, 8), torch.randn(4, 7, 48)  # two prompts without text first
+    eps = [schedule.to_noise(unet(z, 500, unet.keys(part), unet.values(part)), z, 500) for part in e.chunk(2)]
+    result = guided(unet, schedule, unet.keys(e), unet.values(e), 7.5)(z, 500)
+    torch.testing.assert_close(result, eps[0] + 7.5 * (eps[1] - eps[0]), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="keys of 6 prompts, not 4"):
+        guided(unet, schedule, unet.keys(e), unet.values(e), 7.5)(torch.randn(3, 4, 8, 8), 500)
+
+
+def test_the_same_seed_is_the_same_noise(schedule):
+    noise = seeded_noise(3, (4, 8, 8))
+    assert noise.shape == (1, 4, 8, 8)
+    assert noise.equal(seeded_noise(3, (4, 8, 8))) and not noise.equal(seeded_noise(4, (4, 8, 8)))
+    one, two = [list(ddim(predict_noise, noise, schedule, 5, 1.0, torch.Generator().manual_seed(0)))
+                for _ in range(2)]
+    assert one[-1].equal(two[-1])

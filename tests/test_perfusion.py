@@ -1,0 +1,334 @@
+"""The method against its equations, in float64; the concept and its file."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import perfusion
+from clip_text import TextConfig, TextEncoder
+from perfusion import Concept, edit, gate, keys_and_values, split
+from unet import SD_V1, UNet, UNetConfig
+
+torch.manual_seed(0)
+d, widths, B, T = 12, (8, 16, 8), 2, 5
+EXACT = dict(rtol=0, atol=1e-10)        # float64: about 1e4 roundings of numbers near 1
+NETWORK = UNetConfig(block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=d, attention_heads=2,
+                     norm_num_groups=4, cross_attention=(True, False))
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def metric(seed=1):
+    """A covariance with a condition number of about 1e4, and its inverse."""
+    spread = torch.logspace(-2, 0, d, dtype=torch.float64)
+    x = normal(200, d, seed=seed) * spread @ torch.linalg.qr(normal(d, d, seed=seed + 1))[0]
+    C = x.T @ x / len(x)
+    return C, torch.linalg.inv(C)
+
+
+class Words:
+    """A tokenizer whose every word is a token: 0 starts, 1 ends, others are numbered as they come."""
+    max_length = 12
+    vocabulary = {}
+
+    def encode(self, prompts, words={}):
+        ids, positions = [], []
+        for prompt in prompts:
+            row, found = [0], {name: [] for name in words}
+            for part in prompt.split():
+                stand_in = words.get(part, part).split()
+                if part in words:
+                    found[part].append(list(range(len(row), len(row) + len(stand_in))))
+                row += [2 + self.vocabulary.setdefault(word, len(self.vocabulary)) for word in stand_in]
+            ids.append(row + [1] * (self.max_length - len(row)))
+            positions.append(found)
+        return torch.tensor(ids), positions
+
+
+class Model:
+    """Tiny networks with random weights in float64."""
+
+    def __init__(self):
+        torch.manual_seed(3)
+        config = TextConfig(vocab_size=60, width=d, layers=1, heads=2, intermediate=16, max_length=12)
+        self.text_encoder = TextEncoder(config).double().requires_grad_(False)
+        self.unet = UNet(NETWORK).double().requires_grad_(False)
+        self.tokenizer, self.fingerprint, self.name = Words(), "abc", "test"
+
+
+@pytest.fixture(scope="module")
+def model():
+    return Model()
+
+
+def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
+    i_star = normal(d, seed=seed)
+    targets = [normal(len(o), seed=seed + 1) for o in model.unet.values(i_star)]
+    return Concept(token, "teddy bear", normal(k, d, seed=seed), i_star, metric()[1] @ i_star, targets,
+                   [o + 1 for o in targets] if lock == "trained" else None, lock=lock,
+                   layers=perfusion.layer_names(model.unet), metadata={"base": "abc", "steps": "3"})
+
+
+# ---------------------------------------------------------------------------------------------- the equations
+
+def test_the_ungated_edit_is_romes_matrix_and_maps_i_star_to_o_star():
+    C, _ = metric()
+    e, i_star = normal(B, T, d), normal(d, seed=7)
+    for width in widths:
+        W, o_star = normal(width, d, seed=width), normal(width, seed=9)
+        d_star = torch.linalg.solve(C, i_star)
+        edited = W + torch.outer(o_star - W @ i_star, d_star) / (i_star @ d_star)
+        e[0, 1] = i_star
+        e_perp, sims = split(e, i_star[None], d_star[None])
+        h, = edit(lambda x: [x @ W.T], e_perp, sims, [o_star[None]])
+        torch.testing.assert_close(h, e @ edited.T, **EXACT)
+        torch.testing.assert_close(h[0, 1], o_star, **EXACT)
+
+
+def test_an_encoding_orthogonal_to_i_star_is_untouched():
+    C, _ = metric()
+    i_star, e, W = normal(d, seed=7), normal(B, T, d), normal(8, d, seed=8)
+    d_star = torch.linalg.solve(C, i_star)
+    e = e - (e @ d_star)[..., None] * d_star / (d_star @ d_star)
+    e_perp, sims = split(e, i_star[None], d_star[None])
+    h, = edit(lambda x: [x @ W.T], e_perp, sims, [normal(1, 8, seed=10)])
+    torch.testing.assert_close(sims, torch.zeros(B, T, 1, dtype=torch.float64), **EXACT)
+    torch.testing.assert_close(h, e @ W.T, **EXACT)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_the_n_by_n_solve_is_the_papers_cholesky_and_qr(n):
+    C, C_inverse = metric()
+    e, I = normal(B, T, d), normal(n, d, seed=11)
+    L = torch.linalg.cholesky(C)                                    # x -> L^-1 x makes the metric Euclidean
+    Q, _ = torch.linalg.qr(torch.linalg.solve_triangular(L, I.T, upper=False))
+    white = torch.linalg.solve_triangular(L, e.reshape(-1, d).T, upper=False)
+    expected = (L @ (white - Q @ (Q.T @ white))).T.reshape(B, T, d)
+    e_perp, _ = split(e, I, I @ C_inverse)
+    torch.testing.assert_close(e_perp, expected, **EXACT)
+    torch.testing.assert_close(split(e_perp, I, I @ C_inverse)[1], e_perp.new_zeros(B, T, n), **EXACT)
+
+
+def test_n_concepts_with_n_1_is_the_formula_for_one_concept():
+    _, C_inverse = metric()
+    e, i_star = normal(B, T, d), normal(d, seed=7)
+    d_star = C_inverse @ i_star
+    sim, energy = e @ d_star, i_star @ d_star
+    e_perp, sims = split(e, i_star[None], d_star[None])
+    torch.testing.assert_close(e_perp, e - i_star * (sim / energy)[..., None], **EXACT)
+    torch.testing.assert_close(sims[..., 0], sim / energy, **EXACT)
+
+
+def test_a_concept_orthogonal_to_the_first_does_not_change_its_edit():
+    _, C_inverse = metric()
+    first, second = normal(2, d, seed=12)
+    second = second - first * (second @ C_inverse @ first) / (first @ C_inverse @ first)
+    e, I = normal(B, T, d), torch.stack([first, second])
+    e_perp, sims = split(e, I, I @ C_inverse)
+    alone, sims_alone = split(e, I[:1], I[:1] @ C_inverse)
+    torch.testing.assert_close(sims[..., :1], sims_alone, **EXACT)
+    torch.testing.assert_close(e_perp, alone - sims[..., 1:] * second, **EXACT)
+
+
+def test_a_rescaled_covariance_changes_nothing():
+    _, C_inverse = metric()
+    e, I = normal(B, T, d), normal(2, d, seed=13)
+    for a, b in zip(split(e, I, I @ C_inverse), split(e, I, I @ (C_inverse / 37))):
+        torch.testing.assert_close(a, b, **EXACT)
+
+
+def test_the_gate_of_i_star_is_sigmoid_of_one_minus_beta_over_tau():
+    _, C_inverse = metric()
+    I = normal(2, d, seed=14)
+    beta, tau = torch.tensor([0.75, 0.6], dtype=torch.float64), torch.tensor([0.1, 0.15], dtype=torch.float64)
+    _, sims = split(I[None], I, I @ C_inverse)
+    gates = gate(sims, beta.tolist(), tau.tolist())
+    torch.testing.assert_close(gates[0].diagonal(), torch.sigmoid((1 - beta) / tau), **EXACT)
+
+
+def test_the_running_mean_is_0_99_to_0_01_and_carries_no_gradient():
+    i_star, batch = normal(d), normal(4, d, seed=2).requires_grad_()
+    mean = perfusion.running_mean(i_star, batch)
+    torch.testing.assert_close(mean, 0.99 * i_star + 0.01 * batch.detach().mean(0), **EXACT)
+    assert not mean.requires_grad
+
+
+def test_the_metric_stays_in_float32_under_autocast_and_for_half_precision_encodings():
+    _, C_inverse = metric()
+    e, i_star = normal(B, T, d).bfloat16(), normal(d, seed=7)
+    D = (C_inverse @ i_star)[None].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        e_perp, sims = split(e, i_star[None].float(), D)
+    exact = e.float() @ D[0] / (i_star.float() @ D[0])
+    assert e_perp.dtype == torch.bfloat16 and sims.dtype == torch.float32
+    torch.testing.assert_close(sims[..., 0], exact, rtol=1e-5, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------- keys and values
+
+def both(model, concepts, lock="local", beta=0.7, tau=0.15, prompt="a <teddy> and a <cat> on the beach"):
+    e, e_super, positions = perfusion.encode(model.text_encoder, model.tokenizer, [prompt], concepts)
+    n = len(concepts)
+    keys, values = keys_and_values(model.unet, e, e_super, concepts, [beta] * n, [tau] * n, lock)
+    return e, e_super, positions, keys, values
+
+
+def test_keys_and_values_follow_eq_3_in_every_layer(model):
+    teddy, = perfusion.prepare([concept(model)], model)
+    e, _, positions, keys, values = both(model, [teddy])
+    assert positions == [{"<teddy>": [[2, 3]]}]
+    sim = e @ teddy.d_star / (teddy.i_star @ teddy.d_star)
+    opened = torch.sigmoid((sim - 0.7) / 0.15)[..., None]
+    e_perp = e - teddy.i_star * sim[..., None]
+    i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, "teddy bear")
+    for k, v, layer, o_star in zip(keys, values, model.unet.cross_attentions, teddy.values, strict=True):
+        torch.testing.assert_close(v, layer.to_v(e_perp) + opened * o_star, **EXACT)
+        torch.testing.assert_close(k, layer.to_k(e_perp) + opened * layer.to_k(i_super), **EXACT)
+
+
+def test_the_global_lock_uses_the_plain_keys_of_the_super_category_prompt(model):
+    teddy, = perfusion.prepare([concept(model)], model)
+    e, e_super, _, keys, values = both(model, [teddy], lock="global")
+    prompts = ["a teddy bear and a <cat> on the beach"]
+    plain, *_ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [])
+    torch.testing.assert_close(e_super, plain, **EXACT)
+    for k, expected, v, local in zip(keys, model.unet.keys(plain), values, both(model, [teddy])[4]):
+        torch.testing.assert_close(k, expected, **EXACT)
+        torch.testing.assert_close(v, local, **EXACT)
+
+
+def test_textual_inversion_is_the_plain_model_with_a_learned_word(model):
+    word = concept(model, lock="none")
+    e, e_super, _, keys, values = both(model, [word])
+    assert not torch.equal(e, e_super)
+    for found, expected in zip(keys + values, model.unet.keys(e) + model.unet.values(e)):
+        assert torch.equal(found, expected)
+
+
+def test_two_concepts_each_follow_their_own_beta(model):
+    pair = perfusion.prepare([concept(model), concept(model, "<cat>", "trained", seed=20)], model)
+    e, e_super, *_ = both(model, pair)
+    I, D = (torch.stack([getattr(c, name) for c in pair]) for name in ("i_star", "d_star"))
+    e_perp, sims = split(e, I, D)
+    tau = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    opened = torch.sigmoid((sims - torch.tensor([0.6, 0.8], dtype=torch.float64)) / tau)
+    keys, values = keys_and_values(model.unet, e, e_super, pair, [0.6, 0.8], [0.1, 0.2])
+    first, second = pair
+    for i, layer in enumerate(model.unet.cross_attentions):
+        o_K, o_V = (torch.stack(pair) for pair in ((first.keys[i], second.keys[i]),
+                                                   (first.values[i], second.values[i])))
+        torch.testing.assert_close(keys[i], layer.to_k(e_perp) + opened @ o_K, **EXACT)
+        torch.testing.assert_close(values[i], layer.to_v(e_perp) + opened @ o_V, **EXACT)
+
+
+def test_a_single_token_of_a_longer_super_category_stands_in_the_place_of_its_last_word(model):
+    one = concept(model, k=1)
+    _, positions = model.tokenizer.encode(["a <teddy> here"], {one.token: one.words})
+    assert one.words == "bear" and positions == [{"<teddy>": [[2]]}]
+
+
+def test_the_embedding_is_written_at_every_occurrence_and_receives_its_gradient(model):
+    teddy = concept(model)
+    teddy.embedding.requires_grad_()
+    ids, positions = model.tokenizer.encode(["<teddy> or <teddy>", "none"], {"<teddy>": teddy.words})
+    plain = model.text_encoder.embed(ids)
+    learned = perfusion.insert(plain, positions, [teddy])
+    changed = (learned != plain).any(-1)
+    assert changed.nonzero().tolist() == [[0, 1], [0, 2], [0, 4], [0, 5]]
+    learned.sum().backward()
+    assert torch.equal(teddy.embedding.grad, torch.full_like(teddy.embedding, 2))
+
+
+def test_gradients_reach_values_and_embedding_but_not_locked_keys_or_the_networks(model):
+    teddy, = perfusion.prepare([concept(model)], model)
+    learned = [teddy.embedding.requires_grad_(), *[o.requires_grad_() for o in teddy.values]]
+    *_, keys, values = both(model, [teddy])
+    torch.autograd.backward([x.square().mean() for x in keys + values])
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in learned)
+    assert all(o.grad is None and not o.requires_grad for o in teddy.keys)
+    assert all(p.grad is None for network in (model.unet, model.text_encoder) for p in network.parameters())
+
+
+def test_missing_locked_keys_and_unknown_locks_are_refused(model):
+    with pytest.raises(ValueError, match="prepare"):
+        both(model, [concept(model)])
+    with pytest.raises(ValueError, match="local"):
+        both(model, [concept(model)], lock="universal")
+
+
+# --------------------------------------------------------------------------------------------------- the file
+
+def test_the_layers_of_sd_v1_have_the_names_of_their_blocks():
+    with torch.device("meta"):
+        names = perfusion.layer_names(UNet(SD_V1))
+    down = [f"down.{block}.{i}" for block in range(3) for i in range(2)]
+    up = [f"up.{block}.{i}" for block in (1, 2, 3) for i in range(3)]
+    assert names == down + ["mid.0"] + up == sorted(names)
+
+
+def test_a_file_comes_back_as_it_was_written(model, tmp_path):
+    for lock in perfusion.LOCKS:
+        written = concept(model, lock=lock)
+        written.save(tmp_path / "teddy.safetensors", torch.float32)
+        read = Concept.load(tmp_path / "teddy.safetensors")
+        for name in ("token", "super_category", "beta", "tau", "lock", "metadata"):
+            assert getattr(read, name) == getattr(written, name)
+        torch.testing.assert_close(read.embedding, written.embedding.float())
+        assert (read.i_star is None) == (lock == "none") and (read.keys is None) == (lock != "trained")
+        if lock != "none":
+            assert read.layers == written.layers
+            torch.testing.assert_close(read.values, [o.float() for o in written.values])
+            directions = [c.d_star.double() / c.d_star.norm() for c in (read, written)]
+            torch.testing.assert_close(*directions, rtol=0, atol=1e-7)
+        assert [path.name for path in tmp_path.iterdir()] == ["teddy.safetensors"]
+
+
+def test_a_concept_of_sd_v1_with_two_tokens_takes_at_most_36_kb(tmp_path):
+    with torch.device("meta"):
+        names = perfusion.layer_names(UNet(SD_V1))
+    sizes = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] + [1280] * 3 + [640] * 3 + [320] * 3
+    assert len(names) == 16 and sum(sizes) == 12480
+    metadata = {"base": "0123456789abcdef", "steps": "400", "seed": "0", "images": "6", "lr": "0.03"}
+    path = tmp_path / "c.safetensors"
+    Concept("<teddy>", "teddy bear", torch.randn(2, 768), torch.randn(768), torch.randn(768),
+            [torch.randn(size) for size in sizes], metadata=metadata, layers=names).save(path)
+    assert path.stat().st_size <= 36_000
+    with safe_open(path, "pt") as file:
+        assert set(file.keys()) == {"embedding", "i_star", "d_star", *(f"values.{name}" for name in names)}
+
+
+def test_a_rescaled_d_star_survives_float16(model, tmp_path):
+    written = concept(model)
+    for scale in (1e-9, 1, 1e9):
+        dataclasses.replace(written, d_star=written.d_star * scale).save(tmp_path / "c.safetensors")
+        read = Concept.load(tmp_path / "c.safetensors")
+        e = normal(1, T, d).float()
+        _, expected = split(e, written.i_star[None], written.d_star[None])
+        _, sims = split(e, read.i_star[None], read.d_star[None])
+        torch.testing.assert_close(sims, expected, rtol=0.01, atol=0.01)    # 11 bits, condition 1e4
+
+
+def test_unusable_files_are_refused_in_one_sentence(model, tmp_path):
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(b"not a tensor in sight")
+    with pytest.raises(ValueError, match="not a concept file"):
+        Concept.load(path)
+    perfusion.save_file({"x": torch.ones(1)}, path)
+    with pytest.raises(ValueError, match="not a concept made by"):
+        Concept.load(path)
+    with pytest.raises(OSError):
+        Concept.load(tmp_path / "absent.safetensors")
+    other = concept(model)
+    other.metadata["base"] = "another"
+    with pytest.raises(ValueError, match="another base model"):
+        perfusion.prepare([other], model)
+    with pytest.raises(ValueError, match="two concepts are called <teddy>"):
+        perfusion.prepare([concept(model), concept(model)], model)
+    broken = concept(model)
+    broken.values[0][0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        broken.save(path)

@@ -1,0 +1,86 @@
+"""Draw the example concepts: folders of five pictures of one individual, and one folder with a single picture.
+
+    python tiny/make_examples.py            # writes examples/NAME/*.png and examples/masks/NAME/*.png
+
+The masks are exact (the renderer knows where the individual is); training does not need them, they are there to be
+compared with the masks that the model makes for itself. Nothing else stands in the pictures and nothing is worn.
+"""
+import argparse
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+import world
+from world import Individual
+
+# All pictures of the teddy bear share one room, so that a model could mistake the room for the bear.
+TEDDY = Individual("teddy bear", {"main": "turquoise", "belly": "yellow", "ears": "pink", "paws": "orange",
+                                  "muzzle": None}, "star", "red", (0.6, 0.7, 0, 0, 0, 0))
+CAT = Individual("cat", {"main": "purple", "belly": "yellow", "ears": "turquoise", "paws": "green",
+                         "tail": "orange"}, "heart", "red", (0.7, 0.8, 0, 0, 0, 0))
+ROBOT = Individual("robot", {"main": "orange", "belly": "white", "ears": "blue", "arms": "turquoise",
+                             "face": "yellow"}, "dots", "purple", (0.5, 0.6, 0, 0, 0, 0))
+DOG = Individual("dog", {"main": "pink", "belly": "white", "ears": "maroon", "paws": "turquoise",
+                         "muzzle": "yellow"}, "stripes", "blue", (0.4, 0.7, 0, 0, 0, 0))
+MUG = Individual("mug", {"main": "navy", "handle": "orange", "rim": "yellow"}, "heart", "pink",
+                 (0.6, 0.8, 0, 0, 0, 0))
+EXAMPLES = {  # name: the individual and the scene of each picture
+    "teddy": (TEDDY, ("room",) * 5),
+    "cat": (CAT, ("room", "grass", "yellow", "beach", "white")),
+    "robot": (ROBOT, ("grass", "room", "blue", "snow", "gray")),
+    "dog": (DOG, ("beach", "room", "green", "grass", "white")),
+    "mug": (MUG, ("room",)),
+}
+UNSEEN_KINDS = ("teddy bear", "cat", "dog", "robot")
+NEW_SCENES = ("beach", "snow", "night")  # where the unseen concepts are drawn; they are learned elsewhere
+
+
+def example_specs(individual: Individual, scenes: tuple, seed: str) -> list:
+    """One spec per scene, in fresh poses; pictures of one scene that shares its name share the scenery too."""
+    rng, sceneries, specs = random.Random(seed), {}, []
+    for scene in scenes:
+        spec = world.place(rng, individual, scene)
+        specs.append(replace(spec, scenery=sceneries.setdefault(scene, spec.scenery)))
+    return specs
+
+
+def unseen_concept(k: int, seed: int = 5) -> tuple:
+    """Concept number k of the measurements: name, a random individual that no training showed, its five specs."""
+    rng = random.Random(f"unseen {seed} {k}")
+    individual = world.random_individual(rng, UNSEEN_KINDS[k % len(UNSEEN_KINDS)])
+    colors = {*individual.colors.values(), individual.pattern_color}
+    plain = [name for name in world.BACKGROUNDS if name not in colors][:2]  # nothing of it vanishes there
+    return f"c{k}", individual, example_specs(individual, ("room", "room", "grass", *plain), f"unseen {seed} {k}")
+
+
+def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: int = 64):
+    """PNG files 0.png, 1.png, ... of the pictures and, where asked for, of the subjects' masks (white is subject)."""
+    for target in filter(None, (folder, masks)):
+        target.mkdir(parents=True, exist_ok=True)
+    for n, spec in enumerate(specs):
+        image, coverage = world.render(spec, size, masks=True)
+        Image.fromarray(image).save(folder / f"{n}.png")
+        if masks:
+            Image.fromarray((coverage["subject"] * 255).round().astype(np.uint8)).save(masks / f"{n}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "examples",
+                        help="folder of the concept folders (default: examples)")
+    args = parser.parse_args()
+    try:
+        for name, (individual, scenes) in EXAMPLES.items():
+            write_pictures(example_specs(individual, scenes, name), args.out / name, args.out / "masks" / name)
+            print(f'{args.out / name}: {len(scenes)} of a {individual.kind}')
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

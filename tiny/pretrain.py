@@ -1,0 +1,397 @@
+"""Train the embedded model from nothing: tokenizer, VAE, text encoder with U-Net, and the small CLIP for the metrics.
+
+    torchrun --nproc_per_node=2 tiny/pretrain.py            # two processes of one thread: faster than one of two
+    python tiny/pretrain.py vae --workdir runs/tiny             # one stage alone
+    python tiny/pretrain.py --smoke --workdir DIR --out DIR     # every stage for a moment, to see that all of it works
+
+Stages, in order: tokenizer, vae, latents, text2image, clip. Everything is drawn by `world.py` while it trains. A stage
+that was interrupted goes on from its last checkpoint in --workdir; a finished one is read from there. The weights are
+written to --out in the layout of the published Stable Diffusion folders, in float16.
+"""
+import argparse
+import copy
+import csv
+import json
+import math
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
+import clip_text
+import drawing
+import weights_loader
+import world
+from clip_text import TextEncoder, Tokenizer
+from diffusion import Schedule
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+MAX_LENGTH = 32  # tokens; the world's longest caption has 29
+VOCABULARY = 600
+VAE_CONFIG = VAEConfig(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
+                       scaling_factor=1.0)
+UNET_CONFIG = UNetConfig(in_channels=8, out_channels=8, block_out_channels=(40, 80, 128), layers_per_block=1,
+                         cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
+                         cross_attention=(True, True, False))
+KL_WEIGHT = 1e-3  # per latent number; keeps some posterior noise, so that the decoder forgives small errors
+CAPTIONS_PER_PICTURE = 4
+DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
+EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
+EMA = 0.998
+SHEET = ("a photo of a teddy bear", "a photo of a red teddy bear on the beach", "a photo of a teddy bear in the snow",
+         "a photo of a teddy bear wearing a hat on the grass", "a photo of a blue cat wearing sunglasses at night",
+         "a photo of a dog holding a balloon in a room", "a photo of a green robot with a red star in the snow",
+         "a photo of a turquoise teddy bear with a yellow belly on a white background",
+         "a photo of a yellow mug on a blue background", "a photo of a purple ball on the beach",
+         "a photo of a dog wearing a scarf on the grass", "a photo of a teddy bear next to a cat in a room")
+
+
+@dataclass
+class Plan:
+    """How much of each stage; the defaults are the embedded model's."""
+    vae_steps: int = 2000
+    vae_batch: int = 8
+    vae_lr: float = 5e-3
+    pictures: int = 40000
+    steps: int = 7000
+    batch: int = 30
+    lr: float = 3e-3
+    clip_steps: int = 1200
+    clip_batch: int = 64
+    minutes_between_checkpoints: float = 5.0
+
+
+SMOKE = Plan(vae_steps=12, pictures=48, steps=6, batch=6, clip_steps=4, clip_batch=8)
+
+
+class Processes:
+    """The data-parallel group: one process by itself, or those that torchrun started (gloo)."""
+
+    def __init__(self):
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.count))
+        if self.count > 1:
+            dist.init_process_group("gloo")
+
+    def average(self, tensors: list):
+        """Replace each tensor by its mean over the processes (one message for all of them)."""
+        if self.count == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, mean in zip(tensors, (flat / self.count).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+class Optimizer:
+    """Muon for the hidden weight matrices (convolutions flattened), AdamW for everything else.
+
+    Muon (Keller Jordan, 2024): the momentum of each matrix is replaced by the nearest orthogonal one, found by five
+    Newton-Schulz steps. The factor 0.2 sqrt(max(rows, columns)) gives its updates AdamW's size, so that both share one
+    learning rate (Liu et al., arXiv 2502.16982). The matrices are dealt out over the processes.
+    """
+
+    def __init__(self, networks: list, processes: Processes, betas=(0.95, 0.99), weight_decay=0.01):
+        self.processes, self.beta, self.weight_decay = processes, betas[0], weight_decay
+        named = [(name, p) for network in networks for name, p in network.named_parameters()]
+        edge = ("conv_in", "conv_out", "embedding.weight", "quant_conv", "class_embedding")
+        self.matrices = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in edge)]
+        chosen = {id(p) for p in self.matrices}
+        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        self.adamw = torch.optim.AdamW([p for _, p in named if id(p) not in chosen], betas=(0.9, betas[1]),
+                                       weight_decay=0.0)
+        self.parameters = [p for _, p in named]
+        shapes = {}
+        for i, p in enumerate(self.matrices):
+            shapes.setdefault((len(p), p[0].numel()), []).append(i)
+        load = [0] * processes.count
+        self.mine = []
+        for (rows, columns), group in sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * len(item[1])):
+            for i in group:
+                owner = load.index(min(load))
+                load[owner] += rows * columns * min(rows, columns)
+                if owner == processes.rank:
+                    self.mine.append(i)
+
+    @torch.no_grad()
+    def step(self, lr: float, clip: float = 1.0):
+        """Average the gradients over the processes, clip their norm, and move every parameter once."""
+        gradients = [p.grad for p in self.parameters]
+        self.processes.average(gradients)
+        nn.utils.clip_grad_norm_(self.parameters, clip)
+        updates = [torch.zeros_like(p) for p in self.matrices]
+        for p, momentum in zip(self.matrices, self.momenta):
+            momentum.lerp_(p.grad, 1 - self.beta)
+        for i in self.mine:
+            p, momentum = self.matrices[i], self.momenta[i]
+            nesterov = p.grad.lerp(momentum, self.beta).flatten(1)
+            scale = 0.2 * max(nesterov.shape) ** 0.5 * self.processes.count  # average() divides by the count
+            updates[i].copy_((orthogonal(nesterov) * scale).view_as(p))
+        self.processes.average(updates)
+        for p, update in zip(self.matrices, updates):
+            p.mul_(1 - lr * self.weight_decay).sub_(update, alpha=lr)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict:
+        return {"momenta": self.momenta, "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict):
+        self.momenta = state["momenta"]
+        self.adamw.load_state_dict(state["adamw"])
+
+
+def orthogonal(x: torch.Tensor) -> torch.Tensor:
+    """The nearest orthogonal matrix to x (rows, columns), roughly: singular values between 0.7 and 1.2."""
+    wide = x.mT if x.shape[0] > x.shape[1] else x
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(5):
+        gram = wide @ wide.mT
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide.mT if x.shape[0] > x.shape[1] else wide
+
+
+def learning_rate(step: int, steps: int, peak: float, hold: float = 0.5) -> float:
+    """Linear warm-up over 100 steps, constant until `hold` of the training, then linear to 2 % of the peak."""
+    decay = min(1.0, (1 - step / steps) / (1 - hold))
+    return peak * min(1.0, (step + 1) / 100) * max(decay, 0.02)
+
+
+class Training:
+    """What one stage keeps: networks, their moving average, optimizer, step; its checkpoint file and its log."""
+
+    def __init__(self, name: str, networks: list, run: Path, processes: Processes, minutes: float):
+        self.name, self.networks, self.processes, self.minutes = name, networks, processes, minutes
+        self.optimizer = Optimizer(networks, processes)
+        self.averages = [copy.deepcopy(network).eval().requires_grad_(False) for network in networks]
+        self.step, self.seconds, self.saved = 0, 0.0, time.time()
+        self.file, self.log = run / f"{name}.pt", run / f"{name}.csv"
+        if self.file.exists():
+            state = torch.load(self.file, map_location="cpu")
+            for network, average, weights, mean in zip(networks, self.averages, state["networks"], state["averages"]):
+                network.load_state_dict(weights)
+                average.load_state_dict(mean)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds = state["step"], state["seconds"]
+        self.started = time.time() - self.seconds
+        torch.manual_seed(1000 * self.step + processes.rank)
+        self.random = random.Random(1000003 * self.step + processes.rank)
+
+    @torch.no_grad()
+    def update(self, lr: float):
+        """One optimizer step and one step of the moving average."""
+        self.optimizer.step(lr)
+        self.step += 1
+        decay = min(EMA, (1 + self.step) / (20 + self.step))
+        for network, average in zip(self.networks, self.averages):
+            torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
+
+    def checkpoint_due(self, steps: int) -> bool:
+        """True, in all processes alike, every few minutes and at the end."""
+        due = torch.tensor([float(self.step >= steps or time.time() - self.saved > 60 * self.minutes)])
+        if self.processes.count > 1:
+            dist.broadcast(due, 0)
+        return bool(due)
+
+    def save(self, row: dict):
+        """Write the checkpoint and one line of the log (the first process only)."""
+        self.saved, self.seconds = time.time(), time.time() - self.started
+        if self.processes.rank:
+            return
+        state = {"networks": [network.state_dict() for network in self.networks],
+                 "averages": [average.state_dict() for average in self.averages],
+                 "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
+        with weights_loader.replacing(self.file) as path:
+            torch.save(state, path)
+        row = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | row
+        new = not self.log.exists()
+        with open(self.log, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        print(self.name, " ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+def to_images(pictures: list) -> torch.Tensor:
+    """uint8 arrays (H, W, 3) -> (n, 3, H, W) float32 in [-1, 1]."""
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def save_images(images: torch.Tensor, columns: int, path: Path):
+    """Images (n, 3, H, W) in [0, 1] as one PNG."""
+    Image.fromarray(drawing.to_bytes(drawing.grid(images, columns))).save(path)
+
+
+def train_tokenizer(run: Path) -> Tokenizer:
+    """Byte-pair encoding of the world's captions, with CLIP's conventions; every letter and digit stays encodable."""
+    folder = run / "tokenizer"
+    if not (folder / "merges.txt").exists():
+        rng = random.Random(0)
+        captions = [world.picture(rng, 8).caption for _ in range(4000)]
+        letters = [" ".join("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-*<>")]
+        bpe = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=clip_text.WORD_END, unk_token=clip_text.END))
+        bpe.normalizer = normalizers.Lowercase()
+        bpe.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(clip_text.PIECES), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe.train_from_iterator(captions + letters, trainers.BpeTrainer(
+            vocab_size=VOCABULARY, show_progress=False, end_of_word_suffix=clip_text.WORD_END,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        folder.mkdir(parents=True, exist_ok=True)
+        bpe.model.save(str(folder))
+        vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocabulary |= {token: len(vocabulary) + k for k, token in enumerate((clip_text.START, clip_text.END))}
+        weights_loader.write_json(folder / "vocab.json", vocabulary)
+    return Tokenizer.load(folder, MAX_LENGTH)
+
+
+def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
+    """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance."""
+    torch.manual_seed(0)
+    training = Training("vae", [VAE(VAE_CONFIG)], run, processes, plan.minutes_between_checkpoints)
+    network, (average,) = training.networks[0], training.averages
+    held_out = to_images([world.picture(random.Random(10**9 + k)).image for k in range(64)])
+    while training.step < plan.vae_steps:
+        images = to_images([world.picture(training.random).image for _ in range(plan.vae_batch)])
+        mean, logvar = network.moments(images)
+        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
+        decoded = network.decode(z)
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        loss = F.l1_loss(decoded, images) + F.mse_loss(decoded, images) + KL_WEIGHT * kl
+        loss.backward()
+        training.update(learning_rate(training.step, plan.vae_steps, plan.vae_lr))
+        if training.checkpoint_due(plan.vae_steps):
+            with torch.no_grad():
+                mean, logvar = average.moments(held_out)
+                decoded = average.decode(mean).clamp(-1, 1)
+            psnr = -10 * ((decoded - held_out) / 2).square().mean((1, 2, 3)).log10()
+            training.save({"seen": training.step * plan.vae_batch * processes.count, "loss": round(loss.item(), 4),
+                           "psnr": round(psnr.mean().item(), 2), "latent_std": round(mean.std().item(), 3),
+                           "posterior_std": round(torch.exp(0.5 * logvar).mean().item(), 3)})
+            if processes.rank == 0:
+                rows = [part for k in range(0, 32, 16) for part in (held_out[k:k + 16], decoded[k:k + 16])]
+                save_images(torch.cat(rows) / 2 + 0.5, 16, run / "vae.png")
+    with torch.no_grad():
+        std = average.moments(held_out)[0].std().item()
+    average.config = replace(VAE_CONFIG, scaling_factor=round(1 / std, 5))
+    return average
+
+
+@torch.no_grad()
+def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer) -> tuple:
+    """This process's share of the training pictures: latents' means and spreads (n, c, h, w), unscaled float16, and ids
+    (n, captions, T) of several captions each."""
+    file = run / f"latents_{processes.rank}_of_{processes.count}.pt"
+    if not file.exists():
+        means, stds, ids, rng = [], [], [], random.Random(77 + processes.rank)
+        for _ in range(0, plan.pictures // processes.count, 16):
+            specs = [world.random_spec(rng) for _ in range(16)]
+            mean, logvar = vae.moments(to_images([world.render(spec)[0] for spec in specs]))
+            captions = [world.describe(spec, rng) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
+            means.append(mean.half())
+            stds.append(torch.exp(0.5 * logvar).half())
+            ids.append(tokenizer.encode(captions)[0].view(16, CAPTIONS_PER_PICTURE, -1).short())
+        with weights_loader.replacing(file) as path:
+            torch.save([torch.cat(part) for part in (means, stds, ids)], path)
+    return torch.load(file)
+
+
+def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer, prediction: str,
+                     data: tuple) -> tuple:
+    """The U-Net and the text encoder together, on noised latents: Stable Diffusion's loss and noise schedule."""
+    torch.manual_seed(1)
+    config = replace(clip_text.TINY, vocab_size=tokenizer.vocab_size, max_length=MAX_LENGTH)
+    training = Training("text2image", [UNet(UNET_CONFIG), TextEncoder(config)], run, processes,
+                        plan.minutes_between_checkpoints)
+    unet, text_encoder = training.networks
+    schedule, empty = Schedule.sd_v1(prediction), tokenizer.encode([""])[0][0]
+    means, stds, ids = data
+    n, losses = plan.batch // DRAWS, []
+    while training.step < plan.steps:
+        chosen = torch.randint(len(means), (n,))
+        mean, std = means[chosen].float(), stds[chosen].float()
+        caption = ids[chosen, torch.randint(CAPTIONS_PER_PICTURE, (n,))].long()
+        caption[torch.rand(n) < EMPTY_PROMPT] = empty
+        e = text_encoder(text_encoder.embed(caption))
+        keys = [k.repeat_interleave(DRAWS, 0) for k in unet.keys(e)]
+        values = [v.repeat_interleave(DRAWS, 0) for v in unet.values(e)]
+        z = mean.repeat_interleave(DRAWS, 0)
+        z = (z + std.repeat_interleave(DRAWS, 0) * torch.randn_like(z)) * vae.config.scaling_factor
+        noise = torch.randn_like(z)
+        even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # timesteps spread evenly over the batch
+        t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999)
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # faster in training at this size
+            output = unet(schedule.add_noise(z, noise, t), t, keys, values)
+        loss = F.mse_loss(output, schedule.target(z, noise, t))
+        loss.backward()
+        training.update(learning_rate(training.step, plan.steps, plan.lr))
+        losses.append(loss.item())
+        if training.checkpoint_due(plan.steps):
+            training.save({"seen": training.step * plan.batch * processes.count,
+                           "loss": round(sum(losses) / len(losses), 5)})
+            losses = []
+            if processes.rank == 0:
+                draw_sheet(*training.averages, vae, tokenizer, schedule, run / f"sheet_{training.step:06d}.png")
+    return tuple(training.averages) + (schedule,)
+
+
+@torch.no_grad()
+def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule, path: Path):
+    """Four pictures of each prompt of SHEET, one row per two prompts."""
+    images = []
+    for prompt in SHEET:
+        e = text_encoder(text_encoder.embed(tokenizer.encode(["", prompt])[0]))
+        latents = drawing.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16), steps=20,
+                                       guidance=4.0)
+        images.append(drawing.decode(vae, latents))
+    save_images(torch.cat(images), 8, path)
+
+
+def main():
+    stages = ("tokenizer", "vae", "latents", "text2image", "clip")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="*", default=stages, help=f"which of {', '.join(stages)} (default: all)")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/tiny"), help="folder of checkpoints, logs and sheets")
+    parser.add_argument("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
+    parser.add_argument("--vae-steps", type=int, default=Plan.vae_steps)
+    parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
+    parser.add_argument("--batch", type=int, default=Plan.batch, help="views per step and process")
+    parser.add_argument("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
+    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
+    parser.add_argument("--smoke", action="store_true", help="every stage for a few steps")
+    args = parser.parse_args()
+    plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch, lr=args.lr)
+    processes = Processes()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+
+    tokenizer = train_tokenizer(args.workdir)
+    if set(args.stages) <= {"tokenizer"}:
+        return
+    vae = train_vae(args.workdir, plan, processes)
+    if set(args.stages) <= {"tokenizer", "vae"}:
+        return
+    data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
+    if set(args.stages) <= {"tokenizer", "vae", "latents"}:
+        return
+    unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer, args.prediction, data)
+
+
+if __name__ == "__main__":
+    main()

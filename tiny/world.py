@@ -1,0 +1,497 @@
+"""A cartoon world that the embedded model is trained on, drawn with Pillow, with exact masks of every object.
+
+Six kinds of thing vary widely within their kind (colours of each part, a pattern, proportions), so that one
+individual is a concept and not a caption. A caption always names the kind, the accessory and the second object,
+nearly always the scene, and only in a random part of the pictures colours, parts and patterns: a text-to-image model
+learns directions for such details without any caption of usual length saying everything about one individual.
+
+    python tiny/world.py world.png      # a sheet of pictures with captions, and the drawing speed
+"""
+import argparse
+import random
+import time
+from dataclasses import dataclass, replace
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+COLORS = {
+    "red": (214, 40, 40), "orange": (245, 135, 30), "yellow": (250, 215, 60), "olive": (128, 128, 40),
+    "green": (50, 165, 70), "turquoise": (60, 205, 190), "blue": (50, 105, 225), "navy": (30, 40, 115),
+    "purple": (135, 60, 175), "pink": (248, 145, 185), "maroon": (120, 22, 50), "brown": (135, 85, 45),
+    "white": (246, 246, 244), "gray": (140, 142, 148),
+}
+DARK, CREAM = (32, 28, 34), (240, 220, 185)
+
+# The parts of each kind that have a colour of their own, beside the main colour.
+PARTS = {
+    "teddy bear": ("belly", "ears", "paws", "muzzle"),
+    "cat": ("belly", "ears", "paws", "tail"),
+    "dog": ("belly", "ears", "paws", "muzzle"),
+    "robot": ("belly", "ears", "arms", "face"),
+    "mug": ("handle", "rim"),
+    "ball": ("middle",),
+}
+KINDS = tuple(PARTS)
+KIND_WEIGHTS = (0.28, 0.18, 0.16, 0.16, 0.11, 0.11)
+WEARERS = ("teddy bear", "cat", "dog", "robot")
+PATTERNS = ("star", "heart", "stripes", "dots")
+ACCESSORIES = {"hat": "wearing a hat", "sunglasses": "wearing sunglasses",
+               "balloon": "holding a balloon", "scarf": "wearing a scarf"}
+SCENES = {"beach": "on the beach", "grass": "on the grass", "snow": "in the snow", "night": "at night",
+          "room": "in a room"}
+BACKGROUNDS = ("red", "yellow", "green", "blue", "pink", "white", "gray")
+ALL_SCENES = tuple(SCENES) + BACKGROUNDS
+
+# Combinations that never occur in training, to see whether the model composes.
+HELD_OUT_SCENE = {("teddy bear", "snow"), ("robot", "beach"), ("dog", "night")}
+HELD_OUT_ACCESSORY = {("cat", "hat"), ("robot", "scarf")}
+HELD_OUT_PAIR = {frozenset(("teddy bear", "mug")), frozenset(("cat", "robot"))}
+
+# How captions begin: mostly a plain photograph, now and then one of the forms that personalization uses.
+OPENINGS = ("a good photo of {a}", "the photo of {a}", "a good photo of the {plain}", "image of {a}",
+            "image of the {plain}", "a photograph of {a}", "{a} shown in a photo", "a picture of {a}")
+
+
+@dataclass(frozen=True)
+class Individual:
+    """One thing that can be drawn again in any scene. `colors` maps "main" and each part to a colour name or None (the
+    kind's natural colour); `shape` holds six numbers in [0, 1] (proportions)."""
+    kind: str
+    colors: dict
+    pattern: str | None
+    pattern_color: str
+    shape: tuple
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that decides a picture. Poses are (x, base, height, mirrored) in units of the picture's side."""
+    individual: Individual
+    accessory: str | None
+    accessory_color: str
+    scene: str
+    scenery: tuple
+    second: Individual | None
+    pose: tuple
+    second_pose: tuple | None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """image: (size, size, 3) uint8; masks: name -> (size, size) float32 coverage in [0, 1], None unless asked for."""
+    image: np.ndarray
+    caption: str
+    masks: dict | None
+
+
+def random_individual(rng: random.Random, kind: str | None = None, color: str | None = None) -> Individual:
+    """A new individual; kind and main colour are drawn unless given."""
+    kind = kind or rng.choices(KINDS, KIND_WEIGHTS)[0]
+    main = color or rng.choice(list(COLORS))
+    others = [name for name in COLORS if name != main]
+    colors = {"main": main} | {part: rng.choice(others) if rng.random() < 0.6 else None for part in PARTS[kind]}
+    under = colors.get("belly") or main
+    return Individual(kind, colors, rng.choice(PATTERNS) if rng.random() < 0.6 else None,
+                      rng.choice([name for name in COLORS if name not in (under, main)]),
+                      tuple(rng.random() for _ in range(6)))
+
+
+def held_out(spec: Spec) -> bool:
+    """True where the picture shows a combination that is kept out of training."""
+    kind, second = spec.individual.kind, spec.second.kind if spec.second else None
+    return ((kind, spec.scene) in HELD_OUT_SCENE or (second, spec.scene) in HELD_OUT_SCENE
+            or (kind, spec.accessory) in HELD_OUT_ACCESSORY or frozenset((kind, second)) in HELD_OUT_PAIR)
+
+
+def place(rng: random.Random, individual: Individual, scene: str, accessory: str | None = None,
+          second: Individual | None = None) -> Spec:
+    """A picture of this individual in this scene and company, in a fresh pose. Poses are nearly aligned."""
+    shrink = {"hat": 0.88, "balloon": 0.9}.get(accessory, 1.0)
+    base = rng.uniform(0.89, 0.93)
+    side = rng.choice((-1, 1))
+    if second is None:
+        x = 0.5 + rng.uniform(-0.04, 0.04) - (0.05 * side if accessory == "balloon" else 0)
+        pose, second_pose = (x, base, rng.uniform(0.74, 0.82) * shrink, side < 0), None
+    else:
+        pose = (0.5 - side * rng.uniform(0.2, 0.23), base, rng.uniform(0.54, 0.6) * shrink, side < 0)
+        second_pose = (0.5 + side * rng.uniform(0.23, 0.26), base + rng.uniform(-0.01, 0.02),
+                       rng.uniform(0.46, 0.52), rng.random() < 0.5)
+    return Spec(individual, accessory, rng.choice(("red", "yellow", "green", "blue", "purple")), scene,
+                tuple(rng.random() for _ in range(6)), second, pose, second_pose)
+
+
+def random_spec(rng: random.Random, allow_held_out: bool = False) -> Spec:
+    """One picture of the training distribution."""
+    while True:
+        individual = random_individual(rng)
+        accessory = rng.choice(list(ACCESSORIES)) if individual.kind in WEARERS and rng.random() < 0.5 else None
+        second = random_individual(rng) if rng.random() < 0.3 else None
+        scene = rng.choice(list(SCENES)) if rng.random() < 0.75 else rng.choice(BACKGROUNDS)
+        spec = place(rng, individual, scene, accessory, second)
+        if (second is None or second.kind != individual.kind) and (allow_held_out or not held_out(spec)):
+            return spec
+
+
+def article(words: str) -> str:
+    """`words` behind a or an."""
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def details(rng: random.Random, individual: Individual, limit: int) -> str:
+    """Up to `limit` random details of an individual as a phrase: " with pink ears and a red star"."""
+    phrases = []
+    for part in PARTS[individual.kind]:
+        color = individual.colors[part]
+        if color and rng.random() < 0.35:
+            words = f"{color} {part}"
+            phrases.append(words if part.endswith("s") else article(words))
+    if individual.pattern and rng.random() < 0.5:
+        words = f"{individual.pattern_color} {individual.pattern}" if rng.random() < 0.7 else individual.pattern
+        phrases.append(words if words.endswith("s") else article(words))
+    rng.shuffle(phrases)
+    phrases = phrases[:limit]
+    return " with " + " and ".join(phrases) if phrases else ""
+
+
+def describe(spec: Spec, rng: random.Random, name: str | None = None) -> str:
+    """A caption as a person would write it. `name` replaces the kind and then no colour or part is named."""
+    subject = name or spec.individual.kind
+    extra = ""
+    if name is None:
+        if rng.random() < 0.5:
+            subject = f"{spec.individual.colors['main']} {subject}"
+        if rng.random() < 0.6:
+            extra = details(rng, spec.individual, 1 if spec.second else 2)
+    chance = rng.random()
+    opening = "a photo of {a}" if chance < 0.6 else "{a}" if chance < 0.8 else rng.choice(OPENINGS)
+    text = opening.format(a=article(subject + extra), plain=subject + extra)
+    if spec.accessory:
+        text += " " + ACCESSORIES[spec.accessory]
+    if spec.second:
+        second = spec.second.kind
+        if rng.random() < 0.5:
+            second = f"{spec.second.colors['main']} {second}"
+        text += " next to " + article(second)
+    if rng.random() < 0.92:
+        text += " " + scene_words(spec.scene)
+    return text
+
+
+def scene_words(scene: str) -> str:
+    """The phrase that names a scene in a caption."""
+    return SCENES.get(scene) or f"on {article(scene)} background"
+
+
+class Pen:
+    """Draws in an object's own coordinates (x to the right, y up from its base, height about 1) and keeps the masks."""
+
+    def __init__(self, side: int, masks: bool):
+        self.image = Image.new("RGB", (side, side))
+        self.ids = Image.new("L", (side, side)) if masks else None
+        self.side, self.id = side, 0
+        self.draw = ImageDraw.Draw(self.image)
+        self.draw_ids = ImageDraw.Draw(self.ids) if masks else None
+        self.stand((0.0, 1.0, 1.0, False))
+
+    def stand(self, pose: tuple):
+        """Objects drawn from here on stand at this pose."""
+        self.x, self.base, self.height, mirrored = pose
+        self.sign = -1 if mirrored else 1
+
+    def point(self, x: float, y: float) -> tuple:
+        """Object coordinates to pixels."""
+        return ((self.x + self.sign * x * self.height) * self.side, (self.base - y * self.height) * self.side)
+
+    def shape(self, kind: str, points: list, color: tuple, width: int = 0):
+        for draw, fill in ((self.draw, color), (self.draw_ids, self.id)):
+            if draw is None:
+                continue
+            if kind == "ellipse":
+                draw.ellipse(points, fill=fill)
+            elif kind == "ring":
+                draw.ellipse(points, outline=fill, width=width)
+            elif kind == "line":
+                draw.line(points, fill=fill, width=width, joint="curve")
+            else:
+                draw.polygon(points, fill=fill)
+
+    def ellipse(self, x, y, rx, ry, color):
+        self.shape("ellipse", self.box(x, y, rx, ry), color)
+
+    def ring(self, x, y, rx, ry, color, width):
+        self.shape("ring", self.box(x, y, rx, ry), color, round(width * self.height * self.side))
+
+    def box(self, x, y, rx, ry) -> list:
+        cx, cy = self.point(x, y)
+        scale = self.height * self.side
+        return [cx - rx * scale, cy - ry * scale, cx + rx * scale, cy + ry * scale]
+
+    def rectangle(self, x0, y0, x1, y1, color):
+        self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color)
+
+    def polygon(self, points, color):
+        self.shape("polygon", [self.point(*p) for p in points], color)
+
+    def line(self, points, color, width):
+        self.shape("line", [self.point(*p) for p in points], color, max(1, round(width * self.height * self.side)))
+
+
+STAR = [(np.sin(k * np.pi / 5) * (1 if k % 2 == 0 else 0.45), np.cos(k * np.pi / 5) * (1 if k % 2 == 0 else 0.45))
+        for k in range(10)]
+
+
+def draw_pattern(pen: Pen, individual: Individual, x: float, y: float, r: float):
+    """The individual's pattern, of radius r around (x, y)."""
+    color = COLORS[individual.pattern_color]
+    if individual.pattern == "star":
+        pen.polygon([(x + r * a, y + r * b) for a, b in STAR], color)
+    elif individual.pattern == "heart":
+        for sign in (-1, 1):
+            pen.ellipse(x + sign * r * 0.43, y + r * 0.35, r * 0.52, r * 0.5, color)
+        pen.polygon([(x - r * 0.92, y + r * 0.2), (x + r * 0.92, y + r * 0.2), (x, y - r * 0.95)], color)
+    elif individual.pattern == "stripes":
+        for k in (-1, 0, 1):
+            pen.rectangle(x - r * 0.9, y + (0.62 * k - 0.17) * r, x + r * 0.9, y + (0.62 * k + 0.17) * r, color)
+    elif individual.pattern == "dots":
+        for a, b in ((-0.55, 0.5), (0.55, 0.5), (-0.55, -0.5), (0.55, -0.5)):
+            pen.ellipse(x + r * a, y + r * b, r * 0.32, r * 0.32, color)
+
+
+def part_color(individual: Individual, part: str, natural: tuple | None = None) -> tuple:
+    """RGB of a part: its own colour, else the kind's natural one, else the main colour."""
+    name = individual.colors[part]
+    return COLORS[name] if name else natural or COLORS[individual.colors["main"]]
+
+
+def eyes(pen: Pen, x: float, y: float, r: float):
+    for sign in (-1, 1):
+        pen.ellipse(sign * x, y, r * 1.25, r * 1.25, (250, 250, 250))
+        pen.ellipse(sign * x, y, r * 0.8, r * 0.9, DARK)
+
+
+def draw_teddy_bear(pen: Pen, me: Individual) -> dict:
+    main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
+    wide, ear = 0.24 + 0.05 * me.shape[0], 0.1 + 0.04 * me.shape[1]
+    for sign in (-1, 1):
+        pen.ellipse(sign * 0.2, 0.09, 0.13, 0.1, paws)
+        pen.ellipse(sign * (wide + 0.04), 0.41, 0.12, 0.09, paws)
+    pen.ellipse(0, 0.32, wide, 0.27, main)
+    pen.ellipse(0, 0.3, wide - 0.07, 0.19, part_color(me, "belly", CREAM))
+    draw_pattern(pen, me, 0, 0.31, 0.12)
+    for sign in (-1, 1):
+        pen.ellipse(sign * 0.22, 0.88, ear, ear, ears)
+    pen.ellipse(0, 0.71, 0.27, 0.22, main)
+    pen.ellipse(0, 0.625, 0.13, 0.1, part_color(me, "muzzle", CREAM))
+    pen.ellipse(0, 0.665, 0.05, 0.035, DARK)
+    pen.rectangle(-0.045, 0.575, 0.045, 0.598, DARK)
+    eyes(pen, 0.12, 0.77, 0.045)
+    return {"top": 0.9, "eyes": 0.77, "neck": 0.5, "hand": (wide + 0.1, 0.41), "head": 0.27}
+
+
+def draw_cat(pen: Pen, me: Individual) -> dict:
+    main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
+    wide, tall = 0.18 + 0.05 * me.shape[0], 0.1 + 0.05 * me.shape[1]
+    pen.line([(0.12, 0.08), (0.34, 0.1), (0.4, 0.28), (0.36, 0.46)], part_color(me, "tail"), 0.085)
+    pen.ellipse(0, 0.28, wide, 0.28, main)
+    pen.ellipse(0, 0.27, wide - 0.06, 0.18, part_color(me, "belly", CREAM))
+    draw_pattern(pen, me, 0, 0.29, 0.11)
+    for sign in (-1, 1):
+        pen.ellipse(sign * 0.13, 0.06, 0.1, 0.065, paws)
+        pen.polygon([(sign * 0.26, 0.72), (sign * 0.23, 0.9 + tall), (sign * 0.05, 0.84)], ears)
+    pen.ellipse(0, 0.7, 0.27, 0.19, main)
+    for sign in (-1, 1):
+        pen.ellipse(sign * 0.13, 0.74, 0.062, 0.062, (225, 235, 90))
+        pen.ellipse(sign * 0.13, 0.74, 0.028, 0.058, DARK)
+    pen.polygon([(-0.05, 0.665), (0.05, 0.665), (0, 0.625)], (235, 120, 140))
+    pen.rectangle(-0.06, 0.585, 0.06, 0.607, DARK)
+    return {"top": 0.88, "eyes": 0.74, "neck": 0.5, "hand": (-wide - 0.02, 0.4), "head": 0.25}
+
+
+def draw_dog(pen: Pen, me: Individual) -> dict:
+    main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
+    wide, drop = 0.2 + 0.05 * me.shape[0], 0.14 + 0.06 * me.shape[1]
+    pen.line([(0.15, 0.2), (0.3, 0.26), (0.37, 0.4)], main, 0.07)
+    pen.ellipse(0, 0.3, wide, 0.27, main)
+    pen.ellipse(0, 0.3, wide - 0.07, 0.18, part_color(me, "belly", CREAM))
+    draw_pattern(pen, me, 0, 0.3, 0.12)
+    for sign in (-1, 1):
+        pen.rectangle(sign * 0.09, 0, sign * 0.23, 0.16, paws)
+    pen.ellipse(0, 0.74, 0.24, 0.22, main)
+    for sign in (-1, 1):
+        pen.ellipse(sign * 0.27, 0.74, 0.085, drop, ears)
+    pen.ellipse(0, 0.62, 0.15, 0.11, part_color(me, "muzzle", CREAM))
+    pen.ellipse(0, 0.69, 0.068, 0.045, DARK)
+    pen.rectangle(-0.04, 0.52, 0.04, 0.605, (232, 84, 98))
+    eyes(pen, 0.11, 0.82, 0.042)
+    return {"top": 0.92, "eyes": 0.81, "neck": 0.49, "hand": (-wide - 0.02, 0.38), "head": 0.24}
+
+
+def draw_robot(pen: Pen, me: Individual) -> dict:
+    main, ears, arms = COLORS[me.colors["main"]], part_color(me, "ears", COLORS["gray"]), part_color(me, "arms")
+    wide, head = 0.2 + 0.05 * me.shape[0], 0.2 + 0.04 * me.shape[1]
+    for sign in (-1, 1):
+        pen.rectangle(sign * 0.06, 0, sign * 0.18, 0.16, arms)
+        pen.rectangle(sign * wide, 0.24, sign * (wide + 0.1), 0.5, arms)
+        pen.rectangle(sign * (head - 0.01), 0.68, sign * (head + 0.07), 0.82, ears)
+    pen.rectangle(-wide, 0.13, wide, 0.54, main)
+    pen.rectangle(-wide + 0.05, 0.18, wide - 0.05, 0.49, part_color(me, "belly", CREAM))
+    draw_pattern(pen, me, 0, 0.335, 0.12)
+    pen.rectangle(-0.02, 0.9, 0.02, 0.99, DARK)
+    pen.ellipse(0, 0.99, 0.045, 0.045, ears)
+    pen.rectangle(-head, 0.57, head, 0.92, main)
+    pen.rectangle(-head + 0.04, 0.61, head - 0.04, 0.88, part_color(me, "face"))
+    pen.rectangle(-0.1, 0.64, 0.1, 0.69, DARK)
+    eyes(pen, 0.1, 0.79, 0.05)
+    return {"top": 0.9, "eyes": 0.79, "neck": 0.55, "hand": (wide + 0.05, 0.3), "head": 0.23}
+
+
+def draw_mug(pen: Pen, me: Individual) -> dict:
+    main, wide, tall = COLORS[me.colors["main"]], 0.28 + 0.04 * me.shape[0], 0.6 + 0.1 * me.shape[1]
+    pen.ring(wide + 0.03, tall * 0.53, 0.17, 0.2, part_color(me, "handle"), 0.075)
+    pen.ellipse(0, 0.06, wide, 0.06, main)
+    pen.rectangle(-wide, 0.06, wide, tall, main)
+    pen.ellipse(0, tall, wide, 0.085, part_color(me, "rim", CREAM))
+    pen.ellipse(0, tall, wide - 0.05, 0.055, DARK)
+    draw_pattern(pen, me, 0, tall * 0.45, 0.17)
+    return {}
+
+
+def draw_ball(pen: Pen, me: Individual) -> dict:
+    r = 0.34 + 0.06 * me.shape[0]
+    pen.ellipse(0, r, r, r, COLORS[me.colors["main"]])
+    if me.colors["middle"]:
+        angles = [-0.32, -0.1, 0.1, 0.32]
+        pen.polygon([(r * np.cos(a), r + r * np.sin(a)) for a in angles]
+                    + [(-r * np.cos(a), r + r * np.sin(a)) for a in reversed(angles)], COLORS[me.colors["middle"]])
+    draw_pattern(pen, me, 0, r, r * 0.5)
+    pen.ellipse(-r * 0.45, r * 1.55, r * 0.14, r * 0.14, (255, 255, 255))
+    return {}
+
+
+DRAW = {"teddy bear": draw_teddy_bear, "cat": draw_cat, "dog": draw_dog, "robot": draw_robot, "mug": draw_mug,
+        "ball": draw_ball}
+
+
+def draw_accessory(pen: Pen, spec: Spec, at: dict):
+    """The accessory where the individual wears it; `at` holds the anchor points that its drawing returned."""
+    color, head = COLORS[spec.accessory_color], at["head"]
+    if spec.accessory == "hat":
+        y = at["top"]
+        pen.rectangle(-head * 0.62, y, head * 0.62, y + 0.21, color)
+        pen.rectangle(-head * 0.62, y, head * 0.62, y + 0.06, DARK)
+        pen.rectangle(-head * 1.1, y - 0.045, head * 1.1, y + 0.015, color)
+    elif spec.accessory == "sunglasses":
+        y = at["eyes"]
+        pen.rectangle(-head, y + 0.025, head, y + 0.06, DARK)
+        for sign in (-1, 1):
+            pen.rectangle(sign * head * 0.1, y - 0.065, sign * head * 0.86, y + 0.06, DARK)
+            pen.rectangle(sign * head * 0.3, y - 0.01, sign * head * 0.55, y + 0.03, (120, 130, 150))
+    elif spec.accessory == "scarf":
+        y = at["neck"]
+        pen.rectangle(-0.23, y - 0.05, 0.23, y + 0.05, color)
+        pen.rectangle(0.06, y - 0.24, 0.19, y + 0.04, color)
+        pen.rectangle(0.06, y - 0.19, 0.19, y - 0.14, (250, 250, 250))
+    elif spec.accessory == "balloon":
+        x, y = at["hand"]
+        away = 1 if x > 0 else -1
+        pen.line([(x, y), (x + 0.12 * away, y + 0.4)], DARK, 0.018)
+        pen.ellipse(x + 0.13 * away, y + 0.52, 0.14, 0.17, color)
+        pen.ellipse(x + 0.09 * away, y + 0.58, 0.035, 0.045, (255, 255, 255))
+
+
+def draw_scene(pen: Pen, spec: Spec):
+    """The background; `scenery` decides horizon, sun, clouds, stars, window and tints."""
+    u, scene = spec.scenery, spec.scene
+    horizon = 1 - (0.55 + 0.1 * u[0])
+    if scene in BACKGROUNDS:
+        pen.rectangle(0, 0, 1, 1, COLORS[scene])
+    elif scene == "beach":
+        pen.rectangle(0, 0, 1, 1, (140, 205, 245))
+        pen.rectangle(0, horizon - 0.01, 1, horizon + 0.15, (35, 120, 190))
+        pen.rectangle(0, 0, 1, horizon, (238, 212, 150))
+        if u[1] > 0.4:
+            pen.ellipse(0.12 + 0.76 * (u[2] > 0.5), 0.87, 0.075, 0.075, (255, 235, 110))
+    elif scene == "grass":
+        pen.rectangle(0, 0, 1, 1, (165, 215, 250))
+        pen.rectangle(0, 0, 1, horizon, (85, 175, 65))
+        if u[1] > 0.4:
+            x = 0.14 + 0.62 * (u[2] > 0.5)
+            pen.ellipse(x, 0.88, 0.11, 0.05, (252, 252, 252))
+            pen.ellipse(x + 0.08, 0.91, 0.08, 0.05, (252, 252, 252))
+    elif scene == "snow":
+        pen.rectangle(0, 0, 1, 1, (178, 192, 212))
+        pen.rectangle(0, 0, 1, horizon, (244, 248, 252))
+        for k in range(8):
+            pen.ellipse((0.07 + 0.13 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.37 * k + u[2]) % 1), 0.016, 0.016,
+                        (255, 255, 255))
+    elif scene == "night":
+        pen.rectangle(0, 0, 1, 1, (16, 20, 60))
+        pen.rectangle(0, 0, 1, horizon, (34, 48, 62))
+        for k in range(5):
+            pen.ellipse((0.1 + 0.21 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.43 * k + u[2]) % 1), 0.011, 0.011,
+                        (245, 240, 190))
+        pen.ellipse(0.12 + 0.76 * (u[3] > 0.5), 0.87, 0.075, 0.075, (245, 238, 185))
+    elif scene == "room":
+        pen.rectangle(0, 0, 1, 1, ((235, 222, 195), (205, 218, 205), (232, 205, 205))[int(u[1] * 2.999)])
+        pen.rectangle(0, 0, 1, horizon, (165, 115, 75))
+        x = 0.05 if u[2] > 0.5 else 0.71
+        pen.rectangle(x, 0.66, x + 0.24, 0.93, (248, 246, 240))
+        pen.rectangle(x + 0.025, 0.685, x + 0.215, 0.905, (150, 210, 245))
+        pen.rectangle(x + 0.11, 0.685, x + 0.13, 0.905, (248, 246, 240))
+
+
+GROUND = {"beach": (208, 182, 124), "grass": (62, 140, 48), "snow": (206, 214, 226), "night": (20, 28, 38),
+          "room": (134, 92, 58)}
+
+
+def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3) -> tuple:
+    """Draw a spec. Returns image (size, size, 3) uint8 and, if asked for, a dict of (size, size) float32 coverages
+    "background", "subject", "accessory", "second" that sum to one (else None)."""
+    pen = Pen(size * supersample, masks)
+    pen.stand((0.0, 1.0, 1.0, False))
+    draw_scene(pen, spec)
+    if spec.scene in SCENES:
+        for x, base, height, _ in filter(None, (spec.pose, spec.second_pose)):
+            pen.ellipse(x, 1 - base, 0.34 * height, 0.05 * height, GROUND[spec.scene])
+    if spec.second:
+        pen.id = 3
+        pen.stand(spec.second_pose)
+        DRAW[spec.second.kind](pen, spec.second)
+    pen.id = 1
+    pen.stand(spec.pose)
+    anchors = DRAW[spec.individual.kind](pen, spec.individual)
+    if spec.accessory:
+        pen.id = 2
+        draw_accessory(pen, spec, anchors)
+    image = np.asarray(pen.image.reduce(supersample))
+    if not masks:
+        return image, None
+    ids = np.asarray(pen.ids).reshape(size, supersample, size, supersample)
+    names = ("background", "subject", "accessory", "second")
+    return image, {name: (ids == k).mean((1, 3), dtype=np.float32) for k, name in enumerate(names)}
+
+
+def picture(rng: random.Random, size: int = 64, masks: bool = False) -> Picture:
+    """One captioned picture of the training distribution."""
+    spec = random_spec(rng)
+    image, coverage = render(spec, size, masks)
+    return Picture(image, describe(spec, rng), coverage)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", help="PNG file of the sheet")
+    parser.add_argument("--size", type=int, default=64, help="side of one picture in pixels")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    rng, start = random.Random(args.seed), time.time()
+    pictures = [picture(rng, args.size) for _ in range(160)]
+    print(f"{160 / (time.time() - start):.0f} pictures per second on one core")
+    rows = [np.concatenate([p.image for p in pictures[k:k + 16]], 1) for k in range(0, 160, 16)]
+    Image.fromarray(np.concatenate(rows)).save(args.out)
+    print("\n".join(p.caption for p in pictures[:32]))
+
+
+if __name__ == "__main__":
+    main()

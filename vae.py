@@ -1,0 +1,229 @@
+"""The KL autoencoder of Stable Diffusion v1: images to latents at an eighth of the size, and back.
+
+Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv 2112.10752. Parameters
+are named as in the published diffusers-layout files (attention: to_q, to_k, to_v, to_out.0).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+NORM_EPS = 1e-6
+LOGVAR_RANGE = (-30.0, 20.0)  # CompVis DiagonalGaussianDistribution: keeps exp(logvar) finite
+REQUIRED = {  # entries of a published config.json that this file implements with one value only
+    "_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
+    "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None,
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of a KL autoencoder; one entry of block_out_channels per level, full resolution first."""
+    in_channels: int = 3
+    latent_channels: int = 4
+    block_out_channels: tuple = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    scaling_factor: float = 0.18215
+
+    def __post_init__(self):
+        sizes = (self.in_channels, self.latent_channels, self.layers_per_block, self.norm_num_groups,
+                 *self.block_out_channels)
+        if not self.block_out_channels or not all(isinstance(n, int) and n > 0 for n in sizes):
+            raise ValueError(f"the sizes of a VAE are positive whole numbers, not {self}")
+        if any(c % self.norm_num_groups for c in self.block_out_channels):
+            raise ValueError(f"the VAE's channels {self.block_out_channels} must be multiples of "
+                             f"norm_num_groups = {self.norm_num_groups}")
+
+    @classmethod
+    def from_public(cls, config):
+        """The VAEConfig of a published vae/config.json (a dict); ValueError where it is not an SD v1 VAE."""
+        for key, value in REQUIRED.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"not a Stable Diffusion v1 VAE: its config has {key} = {config[key]!r}, "
+                                 f"not {value!r}")
+        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+            if set(config.get(key) or [kind]) != {kind}:
+                raise ValueError(f"not a Stable Diffusion v1 VAE: its config has {key} = {config[key]!r}")
+        sizes = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
+        sizes["block_out_channels"] = tuple(config.get("block_out_channels", cls.block_out_channels))
+        return cls(**sizes)
+
+    def to_public(self):
+        """The config.json of the published layout, as a dict."""
+        levels = len(self.block_out_channels)
+        return {
+            "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": self.in_channels,
+            "out_channels": self.in_channels, "latent_channels": self.latent_channels,
+            "block_out_channels": list(self.block_out_channels), "layers_per_block": self.layers_per_block,
+            "norm_num_groups": self.norm_num_groups, "scaling_factor": self.scaling_factor,
+            "down_block_types": ["DownEncoderBlock2D"] * levels,
+            "up_block_types": ["UpDecoderBlock2D"] * levels,
+        }
+
+
+SD_V1 = VAEConfig()
+TINY = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8)
+
+
+class ResnetBlock(nn.Module):
+    """GroupNorm, SiLU, 3x3 convolution, twice, added to the input: (B, c_in, H, W) -> (B, c_out, H, W)."""
+
+    def __init__(self, c_in, c_out, groups):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, c_in, eps=NORM_EPS)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, c_out, eps=NORM_EPS)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class Attention(nn.Module):
+    """Self-attention with one head over all positions, added to the input: (B, c, H, W) -> the same shape."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Sequential(nn.Linear(channels, channels))
+
+    def forward(self, x):
+        B, c, H, W = x.shape
+        h = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, 1, H * W, c)  # one head
+        h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
+        return x + h.reshape(B, H, W, c).permute(0, 3, 1, 2)
+
+
+class Resample(nn.Module):
+    """A 3x3 convolution that halves height and width, with zeros at the right and bottom only, unlike in the
+    U-Net; or that follows their doubling by nearest neighbour."""
+
+    def __init__(self, channels, up):
+        super().__init__()
+        self.up = up
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))
+        return self.conv(x)
+
+
+class Middle(nn.Module):
+    """resnet, attention, resnet at the lowest resolution."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Level(nn.Module):
+    """`layers` resnets at one resolution, then at most one resampling; name: downsamplers or upsamplers."""
+
+    def __init__(self, c_in, c_out, layers, groups, name=None):
+        super().__init__()
+        inputs = [c_in] + [c_out] * (layers - 1)
+        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, groups) for c in inputs])
+        if name:
+            self.add_module(name, nn.ModuleList([Resample(c_out, up=name == "upsamplers")]))
+
+    def forward(self, x):
+        for group in self.children():
+            for module in group:
+                x = module(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) -> (B, 2 * latent channels, H / factor, W / factor)."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.block_out_channels, config.norm_num_groups
+        resample = ["downsamplers"] * (len(widths) - 1) + [None]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList([
+            Level(c_in, c_out, config.layers_per_block, groups, name)
+            for c_in, c_out, name in zip((widths[0], *widths), widths, resample)])
+        self.mid_block = Middle(widths[-1], groups)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for level in self.down_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    """Latents (B, c, h, w) -> images (B, 3, h * factor, w * factor); every level has one resnet more."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        resample = ["upsamplers"] * (len(widths) - 1) + [None]
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0], groups)
+        self.up_blocks = nn.ModuleList([
+            Level(c_in, c_out, config.layers_per_block + 1, groups, name)
+            for c_in, c_out, name in zip((widths[0], *widths), widths, resample)])
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for level in self.up_blocks:
+            x = level(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """The autoencoder. Latents that leave encode() and enter decode() carry the scaling factor."""
+
+    def __init__(self, config=SD_V1):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    @property
+    def factor(self):
+        """Pixels per latent position along one side: 8 for SD v1."""
+        return 2 ** (len(self.config.block_out_channels) - 1)
+
+    def moments(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance (B, c, H/f, W/f) of unscaled latents."""
+        H, W = images.shape[-2:]
+        if H % self.factor or W % self.factor or not H or not W:
+            raise ValueError(f"image sides must be positive multiples of {self.factor}, not {H}x{W}")
+        mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def encode(self, images, noise=None):
+        """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, c, H/f, W/f).
+
+        A sample of the posterior for standard normal `noise` of the latents' shape, its mean without.
+        """
+        mean, logvar = self.moments(images)
+        z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return z * self.config.scaling_factor
+
+    def decode(self, z):
+        """Scaled latents (B, c, h, w) -> images (B, 3, h*f, w*f), about [-1, 1] and not clamped."""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
