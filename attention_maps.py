@@ -2,8 +2,8 @@
 
     with record_queries(unet) as queries:
         unet(z, t, keys, values)
-    maps = attention(queries, keys, heads)                  # or with the keys of another lock: its pure effect
-    where = word_map(maps, [4, 5], size=(64, 64))           # "teddy bear" at tokens 4 and 5
+    maps = attention(queries, keys, heads)              # or with the keys of another lock: its pure effect
+    where = word_map(maps, [4, 5], size=(64, 64))       # "teddy bear" at tokens 4 and 5
 
 The keys are explicit in this code, so only the queries need a hook, and the U-Net's forward stays untouched.
 """
@@ -52,8 +52,8 @@ def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
 def word_map(attentions: list[Tensor], token_indices: list[int], size: tuple[int, int]) -> Tensor:
     """One map of a word: the mean over its tokens, heads and layers, each layer enlarged to size = (H, W).
 
-    attentions: per layer (B, heads, HW, T), of pictures with the shape of `size`. Returns (B, H, W); the values are
-    shares of a pixel's attention, so the maps of all tokens sum to 1.
+    attentions: per layer (B, heads, HW, T), of pictures with the shape of `size`.
+    Returns (B, H, W): shares of a pixel's attention, so the maps of all tokens sum to 1.
     """
     H, W = size
     maps = []
@@ -65,6 +65,6 @@ def word_map(attentions: list[Tensor], token_indices: list[int], size: tuple[int
 
 
 def share_inside(map: Tensor, mask: Tensor) -> Tensor:
-    """The share (B,) of a map (B, H, W) that lies inside a mask (B or 1, any height, any width) of values 0 to 1."""
+    """The share (B,) of maps (B, H, W) that lies inside a mask (B or 1, any height and width) of 0 to 1."""
     mask = F.interpolate(mask[:, None].to(map), map.shape[-2:], mode="area")[:, 0]
     return (map * mask).sum((1, 2)) / map.sum((1, 2))

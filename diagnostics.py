@@ -1,14 +1,14 @@
 # %% [markdown]
 # # Why key locking works, in six figures
 #
-# A concept is an edit of the cross-attention's keys (*where* a word acts) and values (*what* it puts there). Each
-# cell below asks one question of one trained concept. Maps that are compared share one colour scale, and the number
-# on a map is the share of the word's attention that falls inside the object. The object is found by the base model
-# itself: where its map of the super-category's word, over the noised picture, exceeds half its maximum.
+# A concept is an edit of the cross-attention's keys (*where* a word acts) and values (*what* it puts there).
+# Each cell asks one question of one trained concept. Maps that are compared share one colour scale, and the
+# number on a map is the share of the word's attention that falls inside the object. The base model itself finds the
+# object: where its map of the super-category's word, over the noised picture, exceeds half its maximum.
 #
-# As a script: `python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors` writes PNGs.
+# As a script: `python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors`
 # As a notebook, with the flags in an environment variable:
-# `DIAGNOSTICS="--concept teddy.safetensors ..." jupytext --to notebook --execute diagnostics.py`
+# `DIAGNOSTICS="--concept teddy.safetensors" jupytext --to notebook --execute diagnostics.py`
 
 # %%
 import argparse
@@ -24,6 +24,7 @@ import drawing
 import perfusion
 import weights_loader
 from attention_maps import attention, record_queries, share_inside, word_map
+from diffusion import seeded_noise
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
 if not IN_NOTEBOOK:
@@ -47,7 +48,7 @@ def arguments(argv):
     add("--inversion", metavar="FILE", help="the same, trained with --lock none (figure 2)")
     add("--second", metavar="FILE", help="another concept (figures 1 and 6)")
     add("--prompt", default="a photo of a {} wearing a hat on the beach", help="{} stands for the concept")
-    add("--words", default="hat,beach", help="other words of the prompt to map, with commas (default hat,beach)")
+    add("--words", default="hat,beach", help="other words to map, with commas (default hat,beach)")
     add("--pair", default="a photo of a {} next to a {}", help="prompt of two concepts (figures 1 and 6)")
     add("--seed", type=int, default=0, help="seed of the first picture (default 0)")
     add("--steps", type=int, default=30, help="DDIM steps (default 30)")
@@ -103,7 +104,8 @@ def as_text(template, mine):
 def projections(prompt, mine, beta, tau, lock):
     """Keys and values of ["", prompt] for the concepts `mine`; plain ones without concepts."""
     e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, ["", prompt], mine)
-    return perfusion.keys_and_values(model.unet, e, e_super, mine, [beta] * len(mine), [tau] * len(mine), lock)
+    n = len(mine)
+    return perfusion.keys_and_values(model.unet, e, e_super, mine, [beta] * n, [tau] * n, lock)
 
 
 def token_indices(ordinary, word):
@@ -112,32 +114,39 @@ def token_indices(ordinary, word):
 
 
 def word_maps(queries, keys, indices):
-    """Maps (words, h, w) at latent size of the prompt (the last of the batch), averaged over layers and heads."""
+    """Maps (words, h, w) at latent size of the last prompt of the batch, averaged over layers and heads."""
     maps = attention([q[-1:] for q in queries], [k[-1:] for k in keys], model.unet.config.attention_heads)
     return torch.cat([word_map(maps, tokens, LATENT) for tokens in indices]).cpu()
 
 
 def draw_with_maps(keys, values, indices, seed):
-    """A picture (3, H, W), its latents (1, c, h, w), and the words' maps (words, h, w) averaged over all steps."""
+    """A picture (3, H, W), its latents (1, c, h, w), and the words' maps (words, h, w), mean over steps."""
     maps = []
     with record_queries(model.unet) as queries:
+        def keep(z):
+            maps.append(word_maps(queries, keys, indices))
         latents = drawing.draw_latents(model.unet, model.schedule, keys, values, [seed], LATENT, args.steps,
-                                       args.guidance, on_step=lambda z: maps.append(word_maps(queries, keys, indices)))
+                                       args.guidance, on_step=keep)
     return drawing.decode(model.vae, latents)[0], latents, torch.stack(maps).mean(0)
 
 
 @torch.no_grad()
-def maps_of_noised(latents, keys, values, indices, t, other_keys=None):
-    """Maps (words, h, w) over a picture noised to timestep t, from its queries and its or other keys."""
-    noise = drawing.seeded_noise(args.seed, latents.shape[1:]).to(latents)
+def queries_of_noised(latents, keys, values, t):
+    """The queries of every layer over a picture noised to timestep t, under the last prompt of the batch."""
+    noise = seeded_noise(args.seed, latents.shape[1:]).to(latents)
     z = model.schedule.add_noise(latents, noise, torch.tensor([t], device=latents.device))
     with record_queries(model.unet) as queries:
         model.unet(z.to(keys[0].dtype), t, [k[-1:] for k in keys], [v[-1:] for v in values])
-    return word_maps(queries, other_keys or keys, indices)
+    return queries
+
+
+def maps_of_noised(latents, keys, values, indices, t, other_keys=None):
+    """Maps (words, h, w) over a picture noised to timestep t, from its queries and its or other keys."""
+    return word_maps(queries_of_noised(latents, keys, values, t), other_keys or keys, indices)
 
 
 def object_mask(latents, ordinary, words):
-    """Where the base model sees `words` in a picture: its map over the noised latents, above half its maximum."""
+    """Where the base model sees `words` in a picture: its map of the noised latents, above half its peak."""
     keys, values = projections(ordinary, [], 0, 1, "local")
     indices = [token_indices(ordinary, words)]
     where = torch.stack([maps_of_noised(latents, keys, values, indices, t)[0] for t in SEGMENT_TIMES]).mean(0)
@@ -159,9 +168,9 @@ def finish(figure, name):
 
 
 def plot_maps(pictures, maps, inside, masks, rows, columns, title, name, scale="column"):
-    """Pictures (R, 3, H, W; None to omit) beside maps (R, C, h, w), the shares (R, C; None to omit) on the maps.
+    """Pictures (R, 3, H, W) beside maps (R, C, h, w) with the shares `inside` (R, C) under them.
 
-    masks: (R, h, w), drawn as outlines, or None. scale: one colour scale for each "column", or for "all" maps.
+    masks (R, h, w) become outlines; pictures and masks may be None. scale: one per "column" or for "all".
     """
     R, C, first = len(maps), maps.shape[1], int(pictures is not None)
     figure, axes = pyplot.subplots(R, C + first, figsize=(1.9 * (C + first), 2.0 * R + 0.6), squeeze=False,
@@ -171,9 +180,9 @@ def plot_maps(pictures, maps, inside, masks, rows, columns, title, name, scale="
             axes[r, 0].imshow(drawing.to_bytes(pictures[r]))
         for c in range(C):
             top = (maps[:, c] if scale == "column" else maps).max().item()
-            axes[r, c + first].imshow(maps[r, c], cmap="magma", vmin=0, vmax=top)
+            axes[r, c + first].imshow(maps[r, c].numpy(), cmap="magma", vmin=0, vmax=top)
             if masks is not None:
-                axes[r, c + first].contour(masks[r], levels=[0.5], colors="white", linewidths=0.7)
+                axes[r, c + first].contour(masks[r].numpy(), levels=[0.5], colors="white", linewidths=0.7)
             if inside is not None:
                 axes[r, c + first].set_xlabel(f"{inside[r, c]:.0%} inside", fontsize=9)
         axes[r, 0].set_ylabel(rows[r], fontsize=9)
@@ -188,7 +197,8 @@ def plot_maps(pictures, maps, inside, masks, rows, columns, title, name, scale="
 def plot_pictures(images, rows, columns, title, name):
     """Pictures (R, C, 3, H, W) as a labelled grid."""
     R, C = images.shape[:2]
-    figure, axes = pyplot.subplots(R, C, figsize=(1.6 * C, 1.6 * R + 0.7), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(R, C, figsize=(1.6 * C, 1.6 * R + 0.7), squeeze=False,
+                                   layout="constrained")
     for r in range(R):
         for c in range(C):
             axes[r, c].imshow(drawing.to_bytes(images[r, c]))
@@ -203,8 +213,8 @@ def plot_pictures(images, rows, columns, title, name):
 # %% [markdown]
 # ## 1. The gate: which words does the edit touch?
 #
-# `sigmoid((sim / energy - beta) / tau)` of every token. It should be open at the concept's word and closed elsewhere.
-# No U-Net is needed for this.
+# `sigmoid((sim / energy - beta) / tau)` of every token. It should be open at the concept's word and closed
+# elsewhere. No U-Net is needed for this.
 
 # %%
 @torch.no_grad()
@@ -212,8 +222,8 @@ def token_gates(template, mine):
     """Labels (T) and gates (T, concepts) of the tokens of a prompt, up to the end mark."""
     prompt, ordinary = as_text(template, mine)
     e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, [prompt], mine)
-    I, D = torch.stack([c.i_star for c in mine]).to(e.device), torch.stack([c.d_star for c in mine]).to(e.device)
-    gates = perfusion.gate(perfusion.split(e, I, D)[1], [BETA["local"]] * len(mine), [TAU] * len(mine))[0].cpu()
+    _, sims = perfusion.split(e, torch.stack([c.i_star for c in mine]), torch.stack([c.d_star for c in mine]))
+    gates = perfusion.gate(sims, BETA["local"], TAU)[0].cpu()
     labels = model.tokenizer.tokens(model.tokenizer.encode([ordinary])[0][0])
     end = labels.index("<|endoftext|>") + 1 if "<|endoftext|>" in labels else len(labels)
     return labels[:end], gates[:end]
@@ -226,10 +236,10 @@ def plot_gates(panels, name):
     for axis, (labels, gates, names) in zip(axes[:, 0], panels):
         n = gates.shape[1]
         for j in range(n):
-            axis.bar(torch.arange(len(labels)) + 0.8 * (j + 0.5) / n - 0.4, gates[:, j], 0.8 / n, label=names[j],
+            places = [k + 0.8 * (j + 0.5) / n - 0.4 for k in range(len(labels))]
+            axis.bar(places, gates[:, j].numpy(), 0.8 / n, label=names[j],
                      color=pyplot.get_cmap("viridis")(0.25 + 0.5 * j))
-        axis.set_xticks(range(len(labels)), [f"$\\mathtt{{{l.strip('<|>')}}}$" if "|" in l else l for l in labels],
-                        rotation=35, fontsize=9)
+        axis.set_xticks(range(len(labels)), [label.strip("<|>") for label in labels], rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
         axis.legend(fontsize=8)
     figure.suptitle(f"The gate of every token (beta {BETA['local']}, tau {TAU})", fontsize=10)
@@ -245,8 +255,8 @@ plot_gates(gate_panels, "1_gates.png")
 # %% [markdown]
 # ## 2. Where does the word act, under each lock?
 #
-# The same prompt and seed for every row. Locked keys should act where the super-category acts; trained keys spread
-# over the picture, and the concept's looks with them.
+# The same prompt and seed for every row. Locked keys should act where the super-category acts; trained keys
+# spread over the picture, and the concept's looks with them. The object is outlined.
 
 # %%
 prompt, ordinary = as_text(args.prompt, [concept])
@@ -267,25 +277,27 @@ lock_masks = torch.stack([object_mask(latents, ordinary, concept.words) for _, l
 lock_shares = torch.stack([shares(maps, mask) for maps, mask in zip(lock_maps, lock_masks)])
 plot_maps([picture for picture, _, _ in drawn.values()], lock_maps, lock_shares, lock_masks, list(drawn),
           [f'"{word}"' for word in (concept.words, *WORDS)],
-          f"Cross-attention of {concept.token} and other words, mean over steps, layers and heads", "2_locks.png")
+          f"Attention of {concept.token} and other words, mean over steps, layers and heads", "2_locks.png")
 
 # %% [markdown]
 # ## 3. The pure effect of the key
 #
-# One set of queries (the locked concept's picture, noised), met by the locked and by the trained keys. Nothing else
-# differs.
+# One set of queries (the locked concept's picture, noised), met by the locked and by the trained keys.
+# Nothing else differs.
 
 # %%
 if "trained" in concepts:
     locked_keys, locked_values = projections(prompt, [concept], BETA["local"], TAU, "local")
-    trained_keys, _ = projections(variants["trained keys"][0], [concepts["trained"]], BETA["local"], TAU, "local")
+    trained_prompt, trained, _ = variants["trained keys"]
+    trained_keys, _ = projections(trained_prompt, trained, BETA["local"], TAU, "local")
     picture, latents, _ = drawn["locked keys"]
     mask = object_mask(latents, ordinary, concept.words)
-    key_maps = torch.stack([torch.stack([maps_of_noised(latents, locked_keys, locked_values, indices[:1], t, keys)[0]
-                                         for keys in (locked_keys, trained_keys)]) for t in SEGMENT_TIMES])
+    key_maps = torch.stack([
+        torch.cat([maps_of_noised(latents, locked_keys, locked_values, indices[:1], t, keys)
+                   for keys in (locked_keys, trained_keys)]) for t in SEGMENT_TIMES])
     plot_maps([picture] * len(key_maps), key_maps, shares(key_maps, mask), [mask] * len(key_maps),
               [f"t = {t}" for t in SEGMENT_TIMES], ["locked keys", "trained keys"],
-              f"The same queries under two sets of keys: attention of {concept.token}", "3_keys.png", scale="all")
+              f"The same queries under two sets of keys: attention of {concept.token}", "3_keys.png", "all")
 else:
     print("figure 3 needs --trained")
 
@@ -300,10 +312,7 @@ def layer_maps(latents, keys, values, tokens):
     """Maps (times, layers, h, w) of one word at MAP_TIMES."""
     rows = []
     for t in MAP_TIMES:
-        noise = drawing.seeded_noise(args.seed, latents.shape[1:]).to(latents)
-        z = model.schedule.add_noise(latents, noise, torch.tensor([t], device=latents.device))
-        with record_queries(model.unet) as queries:
-            model.unet(z.to(keys[0].dtype), t, [k[-1:] for k in keys], [v[-1:] for v in values])
+        queries = queries_of_noised(latents, keys, values, t)
         maps = attention(queries, [k[-1:] for k in keys], model.unet.config.attention_heads)
         rows.append(torch.cat([word_map([layer], tokens, LATENT) for layer in maps]).cpu())
     return torch.stack(rows)
@@ -313,13 +322,14 @@ picture, latents, _ = drawn["locked keys"]
 over_layers = layer_maps(latents, *projections(prompt, [concept], BETA["local"], TAU, "local"), indices[0])
 over_layers_inside = shares(over_layers, object_mask(latents, ordinary, concept.words))
 plot_maps(None, over_layers, over_layers_inside, None, [f"t = {t}" for t in MAP_TIMES],
-          perfusion.layer_names(model.unet), f"Attention of {concept.token} in every layer", "4_layers.png", scale="all")
+          perfusion.layer_names(model.unet), f"Attention of {concept.token} in every layer", "4_layers.png",
+          "all")
 
 # %% [markdown]
 # ## 5. The knobs: beta and tau
 #
-# Both are chosen when a picture is drawn, without training. Lower beta: more of the concept; higher: more of the
-# prompt. tau softens the gate.
+# Both are chosen when a picture is drawn, without training. Lower beta: more of the concept; higher: more of
+# the prompt. tau softens the gate.
 
 # %%
 def sweep(settings):

@@ -239,10 +239,14 @@ def download(repo, revision, variant=None):
 
 def hub_files(repo, revision, names):
     """The local folder with these files of a hub repository, fetched unless they are in the hub's cache."""
-    from huggingface_hub import errors, hf_hub_download  # takes half a second: only where it is needed
+    import huggingface_hub as hub  # takes half a second: only where it is needed
+    from huggingface_hub import errors
     for name in names:
         try:
-            path = Path(hf_hub_download(repo, name, revision=revision))
+            path = hub.try_to_load_from_cache(repo, name, revision=revision)
+            if not isinstance(path, str):
+                hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision))  # fails without retries
+                path = hub.hf_hub_download(repo, name, revision=revision)
         except errors.RemoteEntryNotFoundError as error:
             raise LoadError(f"{repo}: there is no file {name} in this hub repository") from error
         except errors.RepositoryNotFoundError as error:
@@ -250,7 +254,7 @@ def hub_files(repo, revision, names):
         except Exception as error:  # the errors of several libraries
             raise LoadError(f"{repo}: {name} is not in the local cache and could not be fetched from the hub "
                             f"({type(error).__name__})") from error
-    return path.parents[1]
+    return Path(path).parents[1]
 
 
 def save(model, folder, dtype=torch.float32):

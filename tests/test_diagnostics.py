@@ -24,8 +24,9 @@ def files(tmp_path_factory):
 
 
 def flags(files, out):
-    return ["--weights", files / "weights", "--concept", files / "teddy.safetensors", "--steps", 1, "--out", out,
-            "--trained", files / "trained.safetensors", "--inversion", files / "inversion.safetensors",
+    return ["--weights", files / "weights", "--concept", files / "teddy.safetensors", "--steps", 1,
+            "--out", out, "--trained", files / "trained.safetensors",
+            "--inversion", files / "inversion.safetensors",
             "--second", files / "cat.safetensors"]
 
 
@@ -52,7 +53,7 @@ def test_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(resul
     names, _ = result
     labels, gates, _ = names["gate_panels"][0]
     concept, model = names["concept"], names["model"]
-    assert labels[0] == "<|startoftext|>" and labels[-1] == "<|endoftext|>" and labels[5:7] == ["teddy", "bear"]
+    assert (labels[0], labels[-1], labels[5:7]) == ("<|startoftext|>", "<|endoftext|>", ["teddy", "bear"])
     e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, [names["prompt"]], [concept])
     sim = e[0] @ concept.d_star / (concept.i_star @ concept.d_star)
     expected = torch.sigmoid((sim - names["BETA"]["local"]) / names["TAU"])[:len(labels)]
@@ -62,15 +63,17 @@ def test_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(resul
 
 def test_every_lock_has_a_row_and_a_share_between_0_and_1(result):
     names, _ = result
-    assert list(names["drawn"]) == ["super-category", "locked keys", "global lock", "trained keys", "textual inversion"]
+    assert list(names["drawn"]) == ["super-category", "locked keys", "global lock", "trained keys",
+                                    "textual inversion"]
     assert names["lock_shares"].shape == (5, 3)
     assert names["lock_shares"].min() >= 0 and names["lock_shares"].max() <= 1
 
 
 def test_the_global_lock_has_the_super_categorys_keys_and_the_concepts_values(result):
     names, _ = result
-    project, prompt, ordinary, concept = (names[key] for key in ("projections", "prompt", "ordinary", "concept"))
-    plain, locked = project(ordinary, [], 0, 1, "local"), project(prompt, [concept], 0.7, 0.15, "global")
+    project, concept = names["projections"], names["concept"]
+    plain = project(names["ordinary"], [], 0, 1, "local")
+    locked = project(names["prompt"], [concept], 0.7, 0.15, "global")
     assert all(torch.equal(a, b) for a, b in zip(plain[0], locked[0]))
     assert not any(torch.equal(a, b) for a, b in zip(plain[1], locked[1]))
 

@@ -5,12 +5,11 @@ A stand-in for the hub on 127.0.0.1 serves a small model and writes down what it
 
 import hashlib
 import http.server
+import json
 import os
-import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -21,19 +20,25 @@ import weights_loader
 
 ROOT = Path(__file__).parents[1]
 REPO, REVISION = weights_loader.SD15
-NEEDED = {"unet/config.json", "vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
-          "tokenizer/vocab.json", "tokenizer/merges.txt"}
+NEEDED = {"unet/config.json", "vae/config.json", "text_encoder/config.json",
+          "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
 WEIGHTS = {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
            "text_encoder/model.safetensors"}
-LOAD = """
-import sys, weights_loader
+HALF = 50_000  # bytes after which a broken connection ends
+WORKER = """
+import json, sys, time, weights_loader
+from huggingface_hub import constants
 from small_model import TEXT, UNET, VAE
 weights_loader.SINGLE_FILE_CONFIGS = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
-try:
-    model = weights_loader.load(sys.argv[1], variant=sys.argv[2] if len(sys.argv) > 2 else None)
-    print(model.fingerprint, model.name)
-except weights_loader.LoadError as error:
-    print("LoadError:", error)
+for line in sys.stdin:
+    constants.HF_HUB_CACHE, weights, variant = json.loads(line)
+    start = time.perf_counter()
+    try:
+        model = weights_loader.load(weights, variant=variant)
+        answer = f"{model.fingerprint} {model.name}"
+    except weights_loader.LoadError as error:
+        answer = f"LoadError: {error}"
+    print(json.dumps([answer, time.perf_counter() - start]), flush=True)
 """
 
 
@@ -68,7 +73,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(data[start:])
+            if start:
+                self.server.resumed.append((name, start))
+            self.wfile.write(data[start:HALF] if name == self.server.broken else data[start:])
 
     def log_message(self, *arguments):
         pass
@@ -83,112 +90,132 @@ def folder(tmp_path_factory):
         path = folder / name
         path.with_suffix(".fp16.safetensors").write_bytes(path.read_bytes())
         path.with_suffix(".bin").write_bytes(b"big")
-    for name in ("v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "model_index.json", "safety_checker.safetensors"):
+    for name in ("v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "model_index.json"):
         (folder / name).write_bytes(b"big")
     return folder
 
 
+class Stand:
+    """The stand-in, on or off, and one process whose HF_ENDPOINT it is."""
+
+    def __init__(self, folder, home):
+        self.folder, self.asked, self.server, self.port = folder, [], None, 0
+        self.switch(True)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{self.port}", "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
+        self.worker = subprocess.Popen([sys.executable, "-c", WORKER], cwd=home, env=environment, text=True,
+                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def switch(self, on):
+        if self.server:
+            self.server.shutdown()
+            self.server.server_close()
+            self.server = None
+        if on:
+            self.server = http.server.ThreadingHTTPServer(("127.0.0.1", self.port), Hub)
+            self.port = self.server.server_port
+            self.server.folder, self.server.asked = self.folder, self.asked
+            self.server.broken, self.server.resumed = None, []
+            threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def load(self, cache, weights, variant=None):
+        """(fingerprint and name, or the error; seconds)."""
+        self.worker.stdin.write(json.dumps([str(cache), str(weights), variant]) + "\n")
+        self.worker.stdin.flush()
+        return json.loads(self.worker.stdout.readline())
+
+    def fetched(self, repo=REPO, revision=REVISION):
+        """The files of the repository that were fetched since the last call; nothing else was asked for."""
+        prefix = f"/{repo}/resolve/{revision}/"
+        client = "/api/agent-harnesses"  # which the client asks for, for its own user agent
+        asked = [(method, path) for method, path in self.asked if path != client]
+        assert all(path.startswith(prefix) for _, path in asked), asked
+        files = [path.removeprefix(prefix) for method, path in asked if method == "GET"]
+        assert len(files) == len(set(files))
+        self.asked.clear()
+        return set(files)
+
+
+@pytest.fixture(scope="module")
+def stand(folder, tmp_path_factory):
+    stand = Stand(folder, tmp_path_factory.mktemp("home"))
+    yield stand
+    stand.worker.stdin.close()
+    stand.worker.wait(60)
+    stand.switch(False)
+
+
 @pytest.fixture
-def hub(folder):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.folder, server.asked = folder, []
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
-
-
-def load(port, cache, *arguments):
-    """Load in a process of its own, whose hub is on that port: (what it printed, seconds)."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")} | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    start = time.perf_counter()
-    done = subprocess.run([sys.executable, "-c", LOAD, *map(str, arguments)], cwd=cache, env=environment,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip(), time.perf_counter() - start
-
-
-def closed_port():
-    """A port on which nobody listens."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def fetched(hub, repo=REPO, revision=REVISION):
-    prefix = f"/{repo}/resolve/{revision}/"
-    assert all(path.startswith(prefix) for _, path in hub.asked), hub.asked
-    files = [path.removeprefix(prefix) for method, path in hub.asked if method == "GET"]
-    assert len(files) == len(set(files))
-    return set(files)
+def hub(stand):
+    stand.switch(True)
+    stand.asked.clear()
+    return stand
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
 def test_exactly_the_needed_files_at_the_pinned_revision_once(hub, folder, tmp_path, variant):
-    arguments = ["sd15"] + [variant] * bool(variant)
-    answer, _ = load(hub.server_port, tmp_path, *arguments)
+    answer, _ = hub.load(tmp_path, "sd15", variant)
     assert answer == f"{weights_loader.load(folder).fingerprint} sd15"
     weights = {name.replace(".safetensors", ".fp16.safetensors") for name in WEIGHTS} if variant else WEIGHTS
-    assert fetched(hub) == NEEDED | weights
-    hub.asked.clear()
-    again, _ = load(closed_port(), tmp_path, *arguments)  # no hub, no network
-    assert again == answer
-    once_more, _ = load(hub.server_port, tmp_path, *arguments)
-    assert once_more == answer and not hub.asked  # not even asked whether there is something new
+    assert hub.fetched() == NEEDED | weights
+    assert hub.load(tmp_path, "sd15", variant)[0] == answer and not hub.asked  # not even for something newer
+    hub.switch(False)
+    assert hub.load(tmp_path, "sd15", variant)[0] == answer
 
 
 def test_an_interrupted_download_goes_on(hub, folder, tmp_path):
     name = "unet/diffusion_pytorch_model.safetensors"
-    hub.folder = tmp_path / "broken"
-    hub.folder.symlink_to(folder)
-    data = (folder / name).read_bytes()
-    blobs = tmp_path / "cache" / "hub" / f"models--{REPO.replace('/', '--')}" / "blobs"
-    blobs.mkdir(parents=True)
-    (blobs / f"{hashlib.sha256(data).hexdigest()}.incomplete").write_bytes(data[:100_000])
-    answer, _ = load(hub.server_port, tmp_path / "cache", "sd15")
+    hub.server.broken = name
+    answer, _ = hub.load(tmp_path, "sd15")
+    assert answer.startswith(f"LoadError: {REPO}: {name} is not in the local cache") or hub.server.resumed
+    hub.server.broken = None
+    answer, _ = hub.load(tmp_path, "sd15")
     assert answer == f"{weights_loader.load(folder).fingerprint} sd15"
+    assert hub.server.resumed == [(name, HALF)]
 
 
 def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
     model = small_model()
     save_file({key: tensor.contiguous() for key, tensor in single_file_tensors(model).items()},
               tmp_path / "v1.safetensors")
-    answer, _ = load(hub.server_port, tmp_path, tmp_path / "v1.safetensors")
-    assert answer.endswith(" v1") and fetched(hub) == {"tokenizer/vocab.json", "tokenizer/merges.txt"}
-    again, _ = load(closed_port(), tmp_path, tmp_path / "v1.safetensors")
-    assert again == answer
+    answer, _ = hub.load(tmp_path, tmp_path / "v1.safetensors")
+    assert answer.endswith(" v1") and hub.fetched() == {"tokenizer/vocab.json", "tokenizer/merges.txt"}
+    hub.switch(False)
+    assert hub.load(tmp_path, tmp_path / "v1.safetensors")[0] == answer
 
 
 def test_any_repository_in_this_layout_can_be_named(hub, tmp_path):
-    answer, _ = load(hub.server_port, tmp_path, "someone/model")
-    assert answer.endswith(" someone/model") and fetched(hub, "someone/model", "main") == NEEDED | WEIGHTS
-    again, _ = load(closed_port(), tmp_path, "someone/model")
-    assert again == answer
+    answer, _ = hub.load(tmp_path, "someone/model")
+    assert answer.endswith(" someone/model") and hub.fetched("someone/model", "main") == NEEDED | WEIGHTS
+    hub.switch(False)
+    assert hub.load(tmp_path, "someone/model")[0] == answer
 
 
-def test_without_network_and_cache_there_is_one_sentence_quickly(tmp_path):
-    answer, seconds = load(closed_port(), tmp_path, "sd15")
-    assert answer.startswith(f"LoadError: {REPO}: unet/config.json is not in the local cache and could not be")
-    assert "\n" not in answer
-    assert seconds < 60  # most of it imports; the hub's client gives up after a few seconds
+def test_without_network_and_cache_there_is_one_sentence_quickly(hub, tmp_path):
+    hub.switch(False)
+    answer, seconds = hub.load(tmp_path, "sd15")
+    assert answer == f"LoadError: {REPO}: unet/config.json is not in the local cache and could not be " \
+                     "fetched from the hub (ConnectError)"
+    assert seconds < 5  # the client's five retries would take 23
 
 
 def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
-    answer, _ = load(hub.server_port, tmp_path, "no/such-model")
+    answer, _ = hub.load(tmp_path, "no/such-model")
     assert answer == "LoadError: no/such-model: neither a folder here nor a public repository on the hub"
-    answer, _ = load(hub.server_port, tmp_path, "sd15", "bf16")
+    answer, _ = hub.load(tmp_path, "sd15", "bf16")
     assert answer == f"LoadError: {REPO}: there is no file unet/diffusion_pytorch_model.bf16.safetensors " \
                      "in this hub repository"
 
 
 def test_only_the_listed_files_of_the_published_repository_are_named():
     """4.27 GB and 2.13 GB: the published sizes of the six files of weights."""
-    sizes = {"unet/diffusion_pytorch_model.safetensors": 3438167540, "text_encoder/model.safetensors": 492265874,
-             "vae/diffusion_pytorch_model.safetensors": 334643276,
-             "unet/diffusion_pytorch_model.fp16.safetensors": 1719125304,
-             "text_encoder/model.fp16.safetensors": 246144864, "vae/diffusion_pytorch_model.fp16.safetensors": 167335342}
+    sizes = {
+        "unet/diffusion_pytorch_model.safetensors": 3438167540,
+        "unet/diffusion_pytorch_model.fp16.safetensors": 1719125304,
+        "vae/diffusion_pytorch_model.safetensors": 334643276,
+        "vae/diffusion_pytorch_model.fp16.safetensors": 167335342,
+        "text_encoder/model.safetensors": 492265874, "text_encoder/model.fp16.safetensors": 246144864}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weights_loader, "hub_files", lambda repo, revision, names: names)
         for variant, total in ((None, 4.27e9), ("fp16", 2.13e9)):

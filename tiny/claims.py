@@ -2,11 +2,12 @@
 
     python tiny/claims.py --concepts 8 --seeds 8 --workdir runs/claims
 
-Trains every concept in several ways (`train.py`, two at a time, one thread each), draws the same prompts from the same
-seeds with all of them, and measures with the judge (see judge.py), the small CLIP and the renderer's true masks.
-Everything trained or measured stays in --workdir: after an interruption the same command goes on from there. Results:
-claims.md and claims.csv in --workdir, and one grid of pictures per row. Intervals are 95 %, Student's t over concepts,
-because the pictures of one concept are not independent; differences are paired by concept, prompt and seed.
+Trains every concept in several ways (`train.py`, two at a time, one thread each), draws the same prompts from
+the same seeds with all of them, and measures with the judge (see judge.py), the small CLIP and the renderer's
+true masks. Everything trained or measured stays in --workdir: after an interruption the same command goes on
+from there. Results: claims.md and claims.csv in --workdir, and grids of the pictures. Intervals are 95 %,
+Student's t over concepts, as the pictures of one concept are not independent; differences are paired by
+concept, prompt and seed.
 """
 import argparse
 import csv
@@ -60,7 +61,7 @@ MEASURES = {  # key of a record: (its title, factor)
 
 @dataclass(frozen=True)
 class Row:
-    """One way of drawing every concept: which training, which lock, which gate. training None: the super-category."""
+    """One way of drawing every concept: training (None: the super-category), lock and gate."""
     title: str
     training: str | None
     lock: str = "local"
@@ -79,15 +80,18 @@ class Study:
     args: argparse.Namespace
 
     def prompts(self, k: int) -> list:
-        """Two prompts for concept k, each with its scene and accessory (or None): scenes that are new to it, no
-        combination that the base model never saw either."""
+        """Two prompts for concept k, each with its scene and accessory (or None).
+
+        The scenes are new to the concept, but no combination is new to the base model.
+        """
         kind = self.concepts[k][1].kind
         scenes = [s for s in make_examples.NEW_SCENES if (kind, s) not in world.HELD_OUT_SCENE]
         worn = [a for a in world.ACCESSORIES if (kind, a) not in world.HELD_OUT_ACCESSORY]
         first, second = scenes[k // 4 % len(scenes)], scenes[(k // 4 + 1) % len(scenes)]
         accessory = worn[(k + k // 4) % len(worn)]
+        wearing = f"{world.ACCESSORIES[accessory]} {world.scene_words(second)}"
         return [(f"a photo of a {{}} {world.scene_words(first)}", first, None),
-                (f"a photo of a {{}} {world.ACCESSORIES[accessory]} {world.scene_words(second)}", second, accessory)]
+                (f"a photo of a {{}} {wearing}", second, accessory)]
 
     def file(self, training: str, k: int) -> Path:
         """The concept file of one training."""
@@ -97,7 +101,9 @@ class Study:
 
     def load(self, training: str | None, k: int) -> list:
         """The concept of one training, ready to use, as a list of one; no concept for None."""
-        return [] if training is None else perfusion.prepare([perfusion.Concept.load(self.file(training, k))], self.model)
+        if training is None:
+            return []
+        return perfusion.prepare([perfusion.Concept.load(self.file(training, k))], self.model)
 
 
 def rows(training_betas: tuple) -> list:
@@ -112,7 +118,7 @@ def rows(training_betas: tuple) -> list:
             *[Row(f"locked keys, training beta {beta}", f"beta {beta}") for beta in training_betas]]
 
 
-# -------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 def train_all(study: Study, trainings: dict):
     """Run train.py for every concept file that is not there yet, two at a time with one thread each."""
@@ -126,14 +132,14 @@ def train_all(study: Study, trainings: dict):
 
 
 def train_one(study: Study, trainings: dict, training: str, k: int) -> tuple:
-    """One concept by one training, in a process of its own. ValueError with train.py's last words if it fails."""
+    """One concept by one training, in a process of its own. ValueError with its last words if it fails."""
     name, individual, specs = study.concepts[k]
     arguments, pictures = trainings[training]
     images = study.folder / "images" / str(pictures) / name
     make_examples.write_pictures(specs[:pictures], images)
-    command = [sys.executable, ROOT / "train.py", "--images", images, "--super", individual.kind, "--token", name,
-               "--out", study.file(training, k).parent, "--weights", study.args.weights, "--preview", 0,
-               "--checkpoint", 0, "--seed", k, *arguments]
+    command = [sys.executable, ROOT / "train.py", "--images", images, "--super", individual.kind,
+               "--token", name, "--out", study.file(training, k).parent, "--weights", study.args.weights,
+               "--preview", 0, "--checkpoint", 0, "--seed", k, *arguments]
     command += ["--steps", study.args.steps] if study.args.steps else []
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -142,12 +148,15 @@ def train_one(study: Study, trainings: dict, training: str, k: int) -> tuple:
     return training, k
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------- measuring
 
 @torch.no_grad()
 def draw_prompts(study: Study, concepts: list, row: Row, prompts: list) -> tuple:
-    """Draw every prompt from every seed: latents (p * seeds, c, h, w), keys and values of the prompts (per layer
-    (p, T, width)), and the positions of the concepts' words in each prompt."""
+    """Draw every prompt from every seed.
+
+    Returns latents (p * seeds, c, h, w), keys and values of the prompts, per layer (p, T, width), and the
+    positions of the concepts' words in each prompt.
+    """
     model, seeds = study.model, study.args.seeds
     e, e_super, positions = perfusion.encode(model.text_encoder, model.tokenizer, ["", *prompts], concepts)
     keys, values = perfusion.keys_and_values(model.unet, e, e_super, concepts, [row.beta] * len(concepts),
@@ -155,9 +164,9 @@ def draw_prompts(study: Study, concepts: list, row: Row, prompts: list) -> tuple
     each = [n for n in range(1, len(prompts) + 1) for _ in range(seeds)]
     order = [0] * len(each) + each
     size = (make_size(model),) * 2
-    latents = drawing.draw_latents(model.unet, model.schedule, [x[order] for x in keys], [x[order] for x in values],
-                                   [s for _ in prompts for s in range(seeds)], size, study.args.sampling_steps,
-                                   judges.GUIDANCE)
+    latents = drawing.draw_latents(model.unet, model.schedule, [x[order] for x in keys],
+                                   [x[order] for x in values], [s for _ in prompts for s in range(seeds)],
+                                   size, study.args.sampling_steps, judges.GUIDANCE)
     return latents, [x[1:] for x in keys], [x[1:] for x in values], positions[1:]
 
 
@@ -168,7 +177,7 @@ def make_size(model) -> int:
 
 @torch.no_grad()
 def word_share(model, latents, keys, values, words, masks, timesteps, seed: int = 0) -> list:
-    """Share of the word's attention inside masks (B, H, W), on noised latents (B, ...), averaged over timesteps.
+    """Share of a word's attention inside masks (B, H, W), on noised latents (B, ...), mean over timesteps.
 
     keys, values per layer (B, T, width); words: the word's token indices, the same in all prompts.
     """
@@ -184,8 +193,7 @@ def word_share(model, latents, keys, values, words, masks, timesteps, seed: int 
 
 
 def places(study: Study, k: int, concepts: list, prompts: list, positions: list) -> list:
-    """The token indices of the concept's (or the super-category's) word; they agree in all prompts, which all begin
-    with the same words."""
+    """Token indices of the concept's or super-category's word: the same in all prompts, which begin alike."""
     if concepts:
         return positions[0][concepts[0].token][0]
     return study.model.tokenizer.find(prompts[0], study.concepts[k][1].kind)[0]
@@ -193,7 +201,7 @@ def places(study: Study, k: int, concepts: list, prompts: list, positions: list)
 
 @torch.no_grad()
 def share_on_renders(study: Study, k: int, concepts: list, row: Row) -> list:
-    """Share of the word's attention inside the true mask, on renders of the concept in scenes that are new to it."""
+    """Share of the word's attention inside the true mask, on renders of the concept in new scenes."""
     name, individual, _ = study.concepts[k]
     rng, model = random.Random(f"renders {k}"), study.model
     specs = [world.place(rng, individual, make_examples.NEW_SCENES[n % 3]) for n in range(RENDERS)]
@@ -221,6 +229,11 @@ def silhouette_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return 1 - torch.minimum(a, b).sum() / torch.maximum(a, b).sum().clamp(min=1e-6)
 
 
+def root_mean_square(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The size of the difference of two pictures."""
+    return (a - b).square().mean().sqrt()
+
+
 @torch.no_grad()
 def measure(study: Study, row: Row, k: int) -> dict:
     """Everything about one concept drawn in one way: measure -> one number per picture (pictures of a prompt
@@ -231,8 +244,7 @@ def measure(study: Study, row: Row, k: int) -> dict:
     prompts = [text.format(word if concepts else individual.kind) for text, _, _ in asked]
     latents, keys, values, positions = draw_prompts(study, concepts, row, prompts)
     images = drawing.decode(study.model.vae, latents)
-    grid = drawing.to_bytes(drawing.grid(images, seeds))
-    Image.fromarray(grid).save(study.folder / "pictures" / f"{row.title.replace(' ', '_')}__{name}.png")
+    keep_pictures(study, images, row.title, name)
     found, known = study.judge.classify(images), judges.lineup(study.judge, individual, k)
     similarity, silhouettes = study.judge.embed(images) @ known.T, study.judge.masks(images)["subject"]
     each = [n for n in range(len(prompts)) for _ in range(seeds)]
@@ -242,9 +254,10 @@ def measure(study: Study, row: Row, k: int) -> dict:
         "accessory": [judged["accessory"] == asked[n][2] for judged, n in zip(found, each) if asked[n][2]],
         "share_renders": share_on_renders(study, k, concepts, row),
         "share_pictures": word_share(study.model, latents, [x[each] for x in keys], [x[each] for x in values],
-                                     places(study, k, concepts, prompts, positions), silhouettes, PICTURE_TIMESTEPS),
+                                     places(study, k, concepts, prompts, positions), silhouettes,
+                                     PICTURE_TIMESTEPS),
         "pose": [variety(silhouettes.unflatten(0, (len(prompts), seeds)), silhouette_distance)],
-        "pixels": [variety(images.unflatten(0, (len(prompts), seeds)), lambda a, b: (a - b).square().mean().sqrt())],
+        "pixels": [variety(images.unflatten(0, (len(prompts), seeds)), root_mean_square)],
     }
     if study.clip:
         pictures = study.clip.image_embedding(images)
@@ -258,7 +271,7 @@ def measure(study: Study, row: Row, k: int) -> dict:
 
 @torch.no_grad()
 def measure_pair(study: Study, row: Row, k: int) -> dict:
-    """Concepts k and k + 1 in one picture: are both kinds there, and is each individual first among 50 of its kind?"""
+    """Concepts k and k + 1 in one picture: are both kinds there, and each individual first among 50?"""
     pair = [k, (k + 1) % len(study.concepts)]
     names, people = zip(*[study.concepts[j][:2] for j in pair])
     concepts = [concept for j in pair for concept in study.load(row.training, j)]
@@ -266,9 +279,9 @@ def measure_pair(study: Study, row: Row, k: int) -> dict:
     prompt = f"a photo of a {words[0]} next to a {words[1]} {PAIR_SCENE}"
     latents, *_ = draw_prompts(study, concepts, row, [prompt])
     images = drawing.decode(study.model.vae, latents)
-    grid = drawing.to_bytes(drawing.grid(images, study.args.seeds))
-    Image.fromarray(grid).save(study.folder / "pictures" / f"pair_{row.title.replace(' ', '_')}__{names[0]}.png")
-    found, kinds, record = study.judge.classify(images), [person.kind for person in people], {"kinds": [], "both": []}
+    keep_pictures(study, images, f"pair {row.title}", names[0])
+    found, kinds = study.judge.classify(images), [person.kind for person in people]
+    record = {"kinds": [], "both": []}
     embeddings = [study.judge.embed(images, second) for second in (False, True)]
     known = [[judges.lineup(study.judge, person, j, second) for person, j in zip(people, pair)]
              for second in (False, True)]
@@ -276,9 +289,16 @@ def measure_pair(study: Study, row: Row, k: int) -> dict:
         seen = [judged["subject"], judged["second"]]
         record["kinds"].append(sorted(seen) == sorted(kinds))
         order = (0, 1) if seen == kinds else (1, 0)  # which of the two is the bigger object
-        first = [(embeddings[place][b] @ known[place][who].T).argmax().item() == 0 for place, who in enumerate(order)]
+        first = [(embeddings[place][b] @ known[place][who].T).argmax().item() == 0
+                 for place, who in enumerate(order)]
         record["both"].append(record["kinds"][-1] and all(first))
     return record
+
+
+def keep_pictures(study: Study, images: torch.Tensor, title: str, name: str):
+    """One PNG, a row per prompt and a column per seed."""
+    grid = drawing.to_bytes(drawing.grid(images, study.args.seeds))
+    Image.fromarray(grid).save(study.folder / "pictures" / f"{title.replace(' ', '_')}__{name}.png")
 
 
 def cached(study: Study, name: str, compute) -> dict:
@@ -290,7 +310,7 @@ def cached(study: Study, name: str, compute) -> dict:
     return json.loads(file.read_text(encoding="utf-8"))
 
 
-# --------------------------------------------------------------------------------------------------------- results
+# ---------------------------------------------------------------------------------------------------- results
 
 def mean_and_interval(values: list) -> tuple:
     """Mean of one number per concept, and half the width of its 95 % interval (nan for fewer than two).
@@ -315,7 +335,9 @@ def written(values: list, factor: float = 1) -> str:
     """'0.512 ± 0.031', or in per cent with a factor of 100."""
     mean, half = (factor * x for x in mean_and_interval(values))
     digits = 0 if factor == 100 else 3
-    return "-" if math.isnan(mean) else f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
 def at(points: list, x: float) -> float:
@@ -327,7 +349,7 @@ def at(points: list, x: float) -> float:
 
 
 def at_equal(curve_a: list, curve_b: list) -> tuple:
-    """Two curves of (x, y) points -> y of both in the middle of the range of x that they share; nan without one."""
+    """Two curves of (x, y) points -> y of both in the middle of the x they share; nan if they share none."""
     a, b = sorted(curve_a), sorted(curve_b)
     low, high = max(a[0][0], b[0][0]), min(a[-1][0], b[-1][0])
     if not low <= high:  # also for nan
@@ -340,7 +362,7 @@ def pareto(records: dict, x: str, y: str) -> list:
     curves = {}
     for training in ("locked", "trained"):
         titles = [title for title in records if title.startswith(f"{training} keys, beta")]
-        points = [list(zip(per_concept(records[title], x), per_concept(records[title], y))) for title in titles]
+        points = [zip(per_concept(records[title], x), per_concept(records[title], y)) for title in titles]
         curves[training] = list(zip(*points))  # per concept: its points
     return [at_equal(a, b) for a, b in zip(curves["locked"], curves["trained"])]
 
@@ -348,18 +370,20 @@ def pareto(records: dict, x: str, y: str) -> list:
 LOCKED, TRAINED = f"locked keys, beta {BETA}", f"trained keys, beta {BETA}"
 GLOBAL = f"global lock, beta {GLOBAL_BETA}"
 COMPARISONS = (  # claim of the paper, measures, row A, row B
-    ("attention with trained keys leaks beyond the object; locked keys do not", ("share_renders", "share_pictures"),
-     LOCKED, TRAINED),
+    ("attention with trained keys leaks beyond the object; locked keys do not",
+     ("share_renders", "share_pictures"), LOCKED, TRAINED),
     ("and textual inversion", ("share_renders", "share_pictures"), LOCKED, "textual inversion"),
     ("locked keys keep more of the prompt at the same beta", ("text", "scene", "accessory", "image", "first"),
      LOCKED, TRAINED),
-    ("global lock gives more freedom than local", ("text", "pose", "pixels", "image", "first"), GLOBAL, LOCKED),
+    ("global lock gives more freedom than local", ("text", "pose", "pixels", "image", "first"),
+     GLOBAL, LOCKED),
     ("masks reduce overfitting (locked keys)", ("text", "image", "scene", "accessory", "first"), LOCKED,
      "locked keys, no masks"),
     ("masks reduce overfitting (trained keys)", ("text", "image", "scene", "accessory", "first"), TRAINED,
      "trained keys, no masks"),
     ("tau above training's helps", ("text", "image", "scene", "first"), LOCKED, "locked keys, tau 0.1"),
-    ("one image works, with slight overfitting", ("image", "text", "scene", "first"), "locked keys, one image", LOCKED),
+    ("one image works, with slight overfitting", ("image", "text", "scene", "first"),
+     "locked keys, one image", LOCKED),
     ("textual inversion follows the prompt worst", ("text", "image", "scene", "accessory", "first"), LOCKED,
      "textual inversion"),
 )
@@ -411,21 +435,23 @@ def write_results(study: Study, records: dict, pairs: dict):
     table = [[title, *[written(per_concept(found, name), factor) for name, (_, factor) in MEASURES.items()]]
              for title, found in records.items()]
     parts = [f"{count} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}, guidance "
-             f"{judges.GUIDANCE}, tau {TAU} unless named; {args.steps or 'train.py standard'} training steps. Mean and "
-             "half width of the 95 % interval over concepts.",
+             f"{judges.GUIDANCE}, tau {TAU} unless named; {args.steps or 'standard'} training steps. Mean "
+             "and half width of the 95 % interval over concepts.",
              markdown(["row", *[title for title, _ in MEASURES.values()]], table),
              "A - B is paired by concept, prompt and seed.",
-             markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B"], comparison_lines(records)),
+             markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B"],
+                      comparison_lines(records)),
              f"Two concepts in one picture (\"... next to ... {PAIR_SCENE}\"), trained apart:",
              markdown(["row", "both kinds", "both individuals, each first among 50"], pair_lines(pairs)),
-             "Bytes of a concept file: " + ", ".join(f"{name} {size:,}" for name, size in sizes.items()) + "."]
+             f"Bytes of a concept file: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}."]
     text = "\n\n".join(parts) + "\n"
     (study.folder / "claims.md").write_text(text, encoding="utf-8")
     with open(study.folder / "claims.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["row", *[f"{name}{part}" for name in MEASURES for part in ("", "_interval")]])
         for title, found in records.items():
-            writer.writerow([title, *[x for name in MEASURES for x in mean_and_interval(per_concept(found, name))]])
+            numbers = [mean_and_interval(per_concept(found, name)) for name in MEASURES]
+            writer.writerow([title, *[x for pair in numbers for x in pair]])
     print(text + f"{study.folder}/claims.md, {study.folder}/claims.csv, {study.folder}/pictures")
 
 
@@ -449,7 +475,8 @@ def estimate(study: Study, trainings: dict, drawn: list) -> str:
 
 
 def arguments(argv) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--concepts", type=int, default=8, help="individuals that no training ever showed (default: 8)")
     add("--seeds", type=int, default=8, help="pictures per prompt (default: 8)")
@@ -488,14 +515,15 @@ def run(args):
     train_all(study, trainings)
     records, start = {}, time.time()
     for n, row in enumerate(drawn, 1):
-        records[row.title] = [cached(study, f"{row.title} {study.concepts[k][0]}", lambda: measure(study, row, k))
+        records[row.title] = [cached(study, f"{row.title} c{k}", lambda: measure(study, row, k))
                               for k in range(args.concepts)]
-        print(f"measured {n} of {len(drawn)} after {(time.time() - start) / 60:.1f} minutes: {row.title}", flush=True)
+        minutes = (time.time() - start) / 60
+        print(f"measured {n} of {len(drawn)} after {minutes:.1f} minutes: {row.title}", flush=True)
     pairs = {}
     for row in (Row("super-categories", None), Row("locked keys", "locked"), Row("trained keys", "trained"),
                 Row("textual inversion", "inversion")):
-        pairs[row.title] = [cached(study, f"pair {row.title} {study.concepts[k][0]}",
-                                   lambda: measure_pair(study, row, k)) for k in range(args.concepts)]
+        pairs[row.title] = [cached(study, f"pair {row.title} c{k}", lambda: measure_pair(study, row, k))
+                            for k in range(args.concepts)]
     write_results(study, records, pairs)
 
 

@@ -4,10 +4,10 @@
     python tiny/judge.py accuracy       # on held-out renders
     python tiny/judge.py base           # the embedded model: prompt following, speed, VAE, attention
 
-One small convolutional network with heads for subject, main colour, accessory, scene and second object, an identity
-embedding of the subject and one of the second object (the same individual in other scenes, poses and company is near,
-every other one is far), and a coarse mask. It never saw a generated picture; a slight random blur, noise and shift of
-brightness in training keep it from relying on the renderer's sharp edges.
+One small convolutional network with heads for subject, main colour, accessory, scene and second object, an
+identity embedding of the subject and one of the second object (the same individual in other scenes, poses and
+company is near, every other one is far), and a coarse mask. It never saw a generated picture; a slight random
+blur, noise and shift of brightness in training keep it from relying on the renderer's sharp edges.
 """
 import argparse
 import math
@@ -38,6 +38,7 @@ TRAIN_STEPS = 500
 TEMPERATURE = 0.07  # of the contrastive loss
 GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each is known by
 GUIDANCE = 4.0  # of the generated pictures
+BOTH = "both objects, in any order"
 OVERLAP_TIMESTEPS, OVERLAP_DRAWS = (200, 300, 400, 500, 600), 2
 
 
@@ -75,12 +76,13 @@ class Judge(nn.Module):
         if not Path(path).exists():
             raise ValueError(f"{path} does not exist: make it with `python tiny/judge.py train`")
         judge = cls()
-        judge.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in load_file(path).items()})
+        state = load_file(path)
+        judge.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in state.items()})
         return judge.eval().requires_grad_(False)
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> list[dict]:
-        """(B, 3, 64, 64) in [0, 1] -> per picture {"subject": "cat", "color": ..., "accessory": "none", ...}."""
+        """(B, 3, 64, 64) in [0, 1] -> per picture {"subject": "cat", "accessory": "none", ...}."""
         out = self(images)
         chosen = {name: out[name].argmax(1).tolist() for name in HEADS}
         return [{name: HEADS[name][chosen[name][b]] for name in HEADS} for b in range(len(images))]
@@ -97,11 +99,16 @@ class Judge(nn.Module):
         return {name: shares[:, k] for k, name in enumerate(REGIONS)}
 
 
-# -------------------------------------------------------------------------------------------------------- renders
+# ---------------------------------------------------------------------------------------------------- renders
 
 def to_images(pictures: list) -> Tensor:
     """uint8 arrays (64, 64, 3) -> (n, 3, 64, 64) in [0, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
+
+
+def renders(specs: list) -> Tensor:
+    """The pictures of specs (n, 3, 64, 64) in [0, 1]."""
+    return to_images([world.render(spec)[0] for spec in specs])
 
 
 def view(rng: random.Random, individual: world.Individual, second: world.Individual | None = None,
@@ -114,8 +121,9 @@ def view(rng: random.Random, individual: world.Individual, second: world.Individ
 
 def labels(specs: list) -> dict:
     """Class numbers (n,) of every head."""
-    names = [{"subject": s.individual.kind, "color": s.individual.colors["main"], "accessory": s.accessory or "none",
-              "scene": s.scene, "second": s.second.kind if s.second else "none"} for s in specs]
+    names = [{"subject": s.individual.kind, "color": s.individual.colors["main"], "scene": s.scene,
+              "accessory": s.accessory or "none", "second": s.second.kind if s.second else "none"}
+             for s in specs]
     return {head: torch.tensor([HEADS[head].index(name[head]) for name in names]) for head in HEADS}
 
 
@@ -127,10 +135,10 @@ def couple(rng: random.Random, kind: str | None = None) -> tuple:
 
 
 def training_batch(rng: random.Random, quads: int) -> tuple:
-    """4 x quads specs, and for each the number of the spec that shows the same subject, and the same second object.
+    """4 x quads specs; for each the number of the one with the same subject, of the one with the same second.
 
-    A quad is two individuals twice, or (4 of 10) two individuals each beside each of two others: then neither embedding
-    can gain from looking at the wrong object. The partner of a second object is -1 where there is none.
+    A quad is two individuals twice, or (4 of 10) two individuals each beside each of two others: then neither
+    embedding can gain from looking at the wrong object. Where there is no second object, its partner is -1.
     """
     specs, same, same_second = [], [], []
     for q in range(quads):
@@ -154,7 +162,7 @@ def soften(images: Tensor) -> Tensor:
 
 
 def contrast(embeddings: Tensor, partner: Tensor) -> Tensor:
-    """InfoNCE: among all others of the batch, the partner is the most similar. partner -1: not in the loss."""
+    """InfoNCE: of all others in the batch, the partner is the most similar. partner -1: not in the loss."""
     there = partner >= 0
     positions = torch.arange(len(partner))[there]
     similarity = embeddings[there] @ embeddings[there].T / TEMPERATURE
@@ -192,7 +200,7 @@ def train(steps: int, quads: int, path: Path, seed: int = 0) -> Judge:
     return judge.eval().requires_grad_(False)
 
 
-# ------------------------------------------------------------------------------------------------------- measuring
+# -------------------------------------------------------------------------------------------------- measuring
 
 def interval(right: int, n: int) -> str:
     """A share of n with its 95 % interval (Wilson), in per cent."""
@@ -205,13 +213,13 @@ def interval(right: int, n: int) -> str:
 
 
 def gallery(judge: Judge, individuals: list, rng: random.Random, second: bool = False) -> Tensor:
-    """What the judge knows individuals by: the mean embedding of VIEWS random renders each (n, EMBEDDING), unit length.
+    """What the judge knows individuals by: the mean embedding of VIEWS random renders, of unit length.
 
-    second: as the second object, beside random things of other kinds.
+    Returns (n, EMBEDDING). second: as the second object, beside random things of other kinds.
     """
     specs = [companion_view(rng, me) if second else view(rng, me) for me in individuals for _ in range(VIEWS)]
-    embeddings = torch.cat([judge.embed(to_images([world.render(spec)[0] for spec in specs[k:k + 100]]), second)
-                            for k in range(0, len(specs), 100)])
+    parts = [specs[k:k + 100] for k in range(0, len(specs), 100)]
+    embeddings = torch.cat([judge.embed(renders(part), second) for part in parts])
     return F.normalize(embeddings.view(len(individuals), VIEWS, -1).mean(1), dim=-1)
 
 
@@ -229,11 +237,11 @@ def lineup(judge: Judge, individual: world.Individual, seed: int, second: bool =
 
 
 def measure_accuracy(judge: Judge, pictures: int = 2000, rounds: int = 2, seed: int = 10**9) -> dict:
-    """Measure -> text, on renders of individuals that training never drew (held-out combinations included)."""
+    """Measure -> text, on renders that training never drew (held-out combinations included)."""
     rng, right, overlap = random.Random(seed), dict.fromkeys(HEADS, 0), []
     for k in range(0, pictures, 100):
         specs = [world.random_spec(rng, allow_held_out=True) for _ in range(min(100, pictures - k))]
-        found = judge.classify(to_images([world.render(spec)[0] for spec in specs]))
+        found = judge.classify(renders(specs))
         truth = labels(specs)
         for head in HEADS:
             right[head] += sum(HEADS[head].index(f[head]) == y for f, y in zip(found, truth[head].tolist()))
@@ -244,15 +252,14 @@ def measure_accuracy(judge: Judge, pictures: int = 2000, rounds: int = 2, seed: 
             people = [world.random_individual(rng, kind) for _ in range(GALLERY)]
             known = gallery(judge, people, rng, second)
             specs = [companion_view(rng, me) if second else view(rng, me) for me in people]
-            embeddings = judge.embed(to_images([world.render(spec)[0] for spec in specs]), second)
-            hits = (embeddings @ known.T).argmax(1) == torch.arange(GALLERY)
+            hits = (judge.embed(renders(specs), second) @ known.T).argmax(1) == torch.arange(GALLERY)
             first[kind] = first.get(kind, 0) + int(hits.sum())
         name = f"{'second object' if second else 'individual'} first among {GALLERY}"
         report[name] = interval(sum(first.values()), GALLERY * rounds * len(world.KINDS)) + "; " + ", ".join(
             f"{kind} {100 * n / GALLERY / rounds:.0f} %" for kind, n in first.items())
     for k in range(4):
         drawn = [world.render(world.random_spec(rng), masks=True) for _ in range(50)]
-        truth = F.avg_pool2d(torch.from_numpy(np.stack([mask["subject"] for _, mask in drawn]))[:, None], 4)[:, 0]
+        truth = F.avg_pool2d(torch.from_numpy(np.stack([mask["subject"] for _, mask in drawn])), 4)
         guess = judge.masks(to_images([image for image, _ in drawn]))["subject"]
         overlap.append(intersection_over_union(guess > 0.5, truth > 0.5))
     report["mask of the subject, IoU at 16x16"] = f"{torch.cat(overlap).mean():.3f}"
@@ -264,7 +271,7 @@ def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
     return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
 
 
-# --------------------------------------------------------------------------------------------------- the base model
+# --------------------------------------------------------------------------------------------- the base model
 
 def prompts_of_the_world(n: int, held_out: bool, seed: int) -> list:
     """n pairs (spec, prompt): combinations seen in training, or only such as were kept out of it."""
@@ -282,13 +289,13 @@ def draw_prompts(model, prompts: list, steps: int, batch: int = 32):
     for k in range(0, len(prompts), batch):
         part = prompts[k:k + batch]
         e = model.text_encoder(model.text_encoder.embed(model.tokenizer.encode([""] * len(part) + part)[0]))
-        yield drawing.draw(model, model.unet.keys(e), model.unet.values(e), range(k, k + len(part)), (64, 64), steps,
-                           GUIDANCE)
+        keys, values = model.unet.keys(e), model.unet.values(e)
+        yield drawing.draw(model, keys, values, range(k, k + len(part)), (64, 64), steps, GUIDANCE)
 
 
 def follow(found: list, pairs: list) -> dict:
     """Measure -> [one bool per prompt that asks for it]: does the picture show what the prompt names?"""
-    kept = {name: [] for name in ("subject", "scene", "color", "accessory", "second object", "both objects, any order")}
+    kept = {name: [] for name in ("subject", "scene", "color", "accessory", "second object", BOTH)}
     for judged, (spec, prompt) in zip(found, pairs):
         kind, color = spec.individual.kind, spec.individual.colors["main"]
         kept["subject"].append(judged["subject"] == kind)
@@ -300,7 +307,7 @@ def follow(found: list, pairs: list) -> dict:
             kept["accessory"].append(judged["accessory"] == spec.accessory)
         if spec.second:
             kept["second object"].append(judged["second"] == spec.second.kind)
-            kept["both objects, any order"].append({judged["subject"], judged["second"]} == {kind, spec.second.kind})
+            kept[BOTH].append({judged["subject"], judged["second"]} == {kind, spec.second.kind})
     return kept
 
 
@@ -325,9 +332,11 @@ def attention_overlap(model, renders: int = 12, seed: int = 3 * 10**9) -> dict:
             noise = torch.randn(z.shape, generator=generator)
             with record_queries(model.unet) as queries:
                 model.unet(model.schedule.add_noise(z, noise, torch.full((renders,), t)), t, keys, values)
-            total = total + word_map(attention(queries, keys, model.unet.config.attention_heads), word, (64, 64))
+            maps = attention(queries, keys, model.unet.config.attention_heads)
+            total = total + word_map(maps, word, (64, 64))
         truth = torch.from_numpy(np.stack([mask["subject"] for mask in masks])) > 0.5
-        overlaps[kind] = intersection_over_union(total > total.amax((1, 2), keepdim=True) / 2, truth).mean().item()
+        half = total.amax((1, 2), keepdim=True) / 2
+        overlaps[kind] = intersection_over_union(total > half, truth).mean().item()
     return overlaps
 
 
@@ -347,12 +356,13 @@ def measure_base(judge: Judge, args):
     print(f"loaded in {time.perf_counter() - start:.2f} s", flush=True)
     print(f"VAE, 256 held-out renders: {vae_psnr(model.vae):.2f} dB", flush=True)
     overlaps = attention_overlap(model)
-    print(f"attention of the subject's word, IoU with the true mask: {sum(overlaps.values()) / len(overlaps):.3f} ("
-          + ", ".join(f"{kind} {value:.3f}" for kind, value in overlaps.items()) + ")", flush=True)
+    each = ", ".join(f"{kind} {value:.3f}" for kind, value in overlaps.items())
+    mean = sum(overlaps.values()) / len(overlaps)
+    print(f"attention of the subject's word, IoU with the true mask: {mean:.3f} ({each})", flush=True)
     start = time.perf_counter()
     next(draw_prompts(model, ["a photo of a cat"], 30))
-    print(f"one guided picture of 30 steps: {time.perf_counter() - start:.2f} s, {torch.get_num_threads()} threads",
-          flush=True)
+    seconds = time.perf_counter() - start
+    print(f"one guided picture of 30 steps: {seconds:.2f} s, {torch.get_num_threads()} threads", flush=True)
     for title, n, held_out in (("combinations seen in training", args.pictures, False),
                                ("held-out combinations", args.held_out, True)):
         pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)
@@ -364,13 +374,14 @@ def measure_base(judge: Judge, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("command", choices=("train", "accuracy", "base"))
     parser.add_argument("--judge", type=Path, default=FILE, help="file of the judge (default: tiny/weights)")
     parser.add_argument("--weights", default="tiny", help="base model (default: tiny)")
     parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help="batches of 128 renders")
-    parser.add_argument("--pictures", type=int, default=500, help="generated, of combinations seen in training")
-    parser.add_argument("--held-out", type=int, default=200, help="generated, of held-out combinations")
+    parser.add_argument("--pictures", type=int, default=500, help="of combinations seen in training")
+    parser.add_argument("--held-out", type=int, default=200, help="of held-out combinations")
     parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the processor")
     args = parser.parse_args()

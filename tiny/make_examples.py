@@ -1,9 +1,10 @@
-"""Draw the example concepts: folders of five pictures of one individual, and one folder with a single picture.
+"""Draw the example concepts: folders of five pictures of one individual, and one folder with one picture.
 
     python tiny/make_examples.py            # writes examples/NAME/*.png and examples/masks/NAME/*.png
 
-The masks are exact (the renderer knows where the individual is); training does not need them, they are there to be
-compared with the masks that the model makes for itself. Nothing else stands in the pictures and nothing is worn.
+The masks are exact (the renderer knows where the individual is); training does not need them, they are there
+to be compared with the masks that the model makes for itself. Nothing else stands in the pictures and nothing
+is worn.
 """
 import argparse
 import random
@@ -40,7 +41,7 @@ NEW_SCENES = ("beach", "snow", "night")  # where the unseen concepts are drawn; 
 
 
 def example_specs(individual: Individual, scenes: tuple, seed: str) -> list:
-    """One spec per scene, in fresh poses; pictures of one scene that shares its name share the scenery too."""
+    """One spec per scene, in fresh poses; pictures of the same scene have the same scenery too."""
     rng, sceneries, specs = random.Random(seed), {}, []
     for scene in scenes:
         spec = world.place(rng, individual, scene)
@@ -49,16 +50,17 @@ def example_specs(individual: Individual, scenes: tuple, seed: str) -> list:
 
 
 def unseen_concept(k: int, seed: int = 5) -> tuple:
-    """Concept number k of the measurements: name, a random individual that no training showed, its five specs."""
+    """Concept k of the measurements: its name, a random individual, the specs of its five pictures."""
     rng = random.Random(f"unseen {seed} {k}")
     individual = world.random_individual(rng, UNSEEN_KINDS[k % len(UNSEEN_KINDS)])
     colors = {*individual.colors.values(), individual.pattern_color}
     plain = [name for name in world.BACKGROUNDS if name not in colors][:2]  # nothing of it vanishes there
-    return f"c{k}", individual, example_specs(individual, ("room", "room", "grass", *plain), f"unseen {seed} {k}")
+    scenes = ("room", "room", "grass", *plain)
+    return f"c{k}", individual, example_specs(individual, scenes, f"unseen {seed} {k}")
 
 
 def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: int = 64):
-    """PNG files 0.png, 1.png, ... of the pictures and, where asked for, of the subjects' masks (white is subject)."""
+    """Write the pictures as 0.png, 1.png, ..., and the subjects' masks (white is subject) where asked for."""
     for target in filter(None, (folder, masks)):
         target.mkdir(parents=True, exist_ok=True)
     for n, spec in enumerate(specs):
@@ -69,13 +71,15 @@ def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: i
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "examples",
                         help="folder of the concept folders (default: examples)")
     args = parser.parse_args()
     try:
         for name, (individual, scenes) in EXAMPLES.items():
-            write_pictures(example_specs(individual, scenes, name), args.out / name, args.out / "masks" / name)
+            specs = example_specs(individual, scenes, name)
+            write_pictures(specs, args.out / name, args.out / "masks" / name)
             print(f'{args.out / name}: {len(scenes)} of a {individual.kind}')
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

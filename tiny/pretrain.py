@@ -30,7 +30,9 @@ from tokenizers import models, normalizers, pre_tokenizers, trainers
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
+import clip_image
 import clip_text
+import covariance
 import drawing
 import weights_loader
 import world
@@ -51,6 +53,8 @@ CAPTIONS_PER_PICTURE = 4
 DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
+CLIP_TEMPERATURE = 0.07
+COVARIANCE_CAPTIONS = 10_000
 SHEET = ("a photo of a teddy bear", "a photo of a red teddy bear on the beach", "a photo of a teddy bear in the snow",
          "a photo of a teddy bear wearing a hat on the grass", "a photo of a blue cat wearing sunglasses at night",
          "a photo of a dog holding a balloon in a room", "a photo of a green robot with a red star in the snow",
@@ -62,15 +66,16 @@ SHEET = ("a photo of a teddy bear", "a photo of a red teddy bear on the beach", 
 @dataclass
 class Plan:
     """How much of each stage; the defaults are the embedded model's."""
-    vae_steps: int = 2000
+    vae_steps: int = 1000
     vae_batch: int = 8
     vae_lr: float = 5e-3
     pictures: int = 40000
-    steps: int = 7000
+    steps: int = 4800
     batch: int = 30
     lr: float = 3e-3
     clip_steps: int = 1200
     clip_batch: int = 64
+    clip_lr: float = 2e-3
     minutes_between_checkpoints: float = 5.0
 
 
@@ -106,7 +111,7 @@ class Optimizer:
 
     def __init__(self, networks: list, processes: Processes, betas=(0.95, 0.99), weight_decay=0.01):
         self.processes, self.beta, self.weight_decay = processes, betas[0], weight_decay
-        named = [(name, p) for network in networks for name, p in network.named_parameters()]
+        named = [(name, p) for network in networks for name, p in network.named_parameters() if p.requires_grad]
         edge = ("conv_in", "conv_out", "embedding.weight", "quant_conv", "class_embedding")
         self.matrices = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in edge)]
         chosen = {id(p) for p in self.matrices}
@@ -337,8 +342,7 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
         noise = torch.randn_like(z)
         even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # timesteps spread evenly over the batch
         t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999)
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # faster in training at this size
-            output = unet(schedule.add_noise(z, noise, t), t, keys, values)
+        output = unet(schedule.add_noise(z, noise, t), t, keys, values)
         loss = F.mse_loss(output, schedule.target(z, noise, t))
         loss.backward()
         training.update(learning_rate(training.step, plan.steps, plan.lr))
@@ -362,6 +366,41 @@ def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Token
                                        guidance=4.0)
         images.append(drawing.decode(vae, latents))
     save_images(torch.cat(images), 8, path)
+
+
+def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEncoder,
+               tokenizer: Tokenizer) -> clip_image.CLIP:
+    """An image tower, and one projection each, fitted to the frozen text encoder by CLIP's contrastive loss."""
+    torch.manual_seed(2)
+    clip = clip_image.CLIP(clip_image.TINY, text_encoder.requires_grad_(False))
+    training = Training("clip", [clip], run, processes, plan.minutes_between_checkpoints)
+    n, losses = plan.clip_batch, []
+    while training.step < plan.clip_steps:
+        pictures = [world.picture(training.random) for _ in range(n)]
+        images = clip.image_embedding(to_images([picture.image for picture in pictures]) / 2 + 0.5)
+        texts = clip.text_embedding(tokenizer.encode([picture.caption for picture in pictures])[0])
+        logits = images @ texts.T / CLIP_TEMPERATURE
+        loss = (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits.T, torch.arange(n))) / 2
+        loss.backward()
+        training.update(learning_rate(training.step, plan.clip_steps, plan.clip_lr))
+        losses.append(loss.item())
+        if training.checkpoint_due(plan.clip_steps):
+            training.save({"loss": round(sum(losses) / len(losses), 4)})
+            losses = []
+    return training.averages[0]
+
+
+def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule):
+    """Write the weights as a published Stable Diffusion folder, and the covariance of the world's captions."""
+    model = weights_loader.Model(unet, text_encoder, vae, tokenizer, schedule, "", "tiny", None)
+    weights_loader.save(model, out, torch.float16)
+    tokenizer.save(out / "tokenizer")
+    rng = random.Random(5)
+    captions = [world.picture(rng, 8).caption for _ in range(COVARIANCE_CAPTIONS)]
+    model = weights_loader.load(str(out))
+    C = covariance.covariance(model.text_encoder, tokenizer, captions)
+    path = covariance.store(C, model, captions=len(captions), positions="real")
+    print(f"covariance of {len(captions)} captions, condition number {covariance.condition_number(C):.1e}: {path}")
 
 
 def main():
@@ -391,6 +430,12 @@ def main():
     if set(args.stages) <= {"tokenizer", "vae", "latents"}:
         return
     unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer, args.prediction, data)
+    if processes.rank == 0:
+        export(args.out, unet, text_encoder, vae, tokenizer, schedule)
+    if "clip" in args.stages:
+        clip = train_clip(args.workdir, plan, processes, text_encoder, tokenizer)
+        if processes.rank == 0:
+            clip_image.save(clip, args.out / "clip")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,77 @@
+"""Maps from recorded queries agree with the attention that the U-Net itself computes."""
+
+import pytest
+import torch
+
+from attention_maps import attention, record_queries, share_inside, word_map
+from unet import UNet, UNetConfig
+
+CONFIG = UNetConfig(block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=6, attention_heads=2,
+                    norm_num_groups=4, cross_attention=(True, True))
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet(CONFIG).requires_grad_(False)
+
+
+def forward(unet, B=2, H=4, W=8):
+    z, e = torch.randn(B, 4, H, W), torch.randn(B, 5, 6)
+    keys, values = unet.keys(e), unet.values(e)
+    return z, keys, values, unet(z, 10, keys, values)
+
+
+def test_attention_times_values_is_what_the_network_computes(unet):
+    seen = []
+    hooks = [layer.to_out.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+             for layer in unet.cross_attentions]
+    with record_queries(unet) as queries:
+        _, keys, values, _ = forward(unet)
+    for hook in hooks:
+        hook.remove()
+    for weights, v, expected in zip(attention(queries, keys, 2), values, seen, strict=True):
+        v = v.unflatten(2, (2, -1)).transpose(1, 2)
+        torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_recording_leaves_the_output_and_the_network_as_they_were(unet):
+    torch.manual_seed(5)
+    z, keys, values, plain = forward(unet)
+    with record_queries(unet):
+        assert torch.equal(unet(z, 10, keys, values), plain)
+    assert not any(layer.to_q._forward_hooks for layer in unet.cross_attentions)
+    with pytest.raises(RuntimeError), record_queries(unet):
+        raise RuntimeError
+    assert not any(layer.to_q._forward_hooks for layer in unet.cross_attentions)
+
+
+def test_keys_of_batch_1_serve_the_whole_batch(unet):
+    with record_queries(unet) as queries:
+        _, keys, _, _ = forward(unet)
+    for a, b in zip(attention(queries, [k[:1] for k in keys], 2), attention(queries, [k[[0, 0]] for k in keys], 2)):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_maps_of_all_tokens_sum_to_one_and_sub_tokens_are_averaged(unet):
+    with record_queries(unet) as queries:
+        _, keys, _, _ = forward(unet)
+    maps = attention(queries, keys, 2)
+    single = [word_map(maps, [i], (4, 8)) for i in range(5)]
+    assert single[0].shape == (2, 4, 8)
+    torch.testing.assert_close(sum(single), torch.ones(2, 4, 8))
+    torch.testing.assert_close(word_map(maps, [1, 3], (4, 8)), (single[1] + single[3]) / 2)
+
+
+def test_layers_of_another_resolution_keep_their_aspect_and_orientation():
+    coarse = torch.zeros(1, 1, 8, 3)
+    coarse[0, 0, 3, 1] = 1              # the end of the first of two rows of four
+    found = word_map([coarse], [1], (4, 8))[0]
+    assert found.argmax() % 8 == 7 and found[:2].sum() > found[2:].sum()
+
+
+def test_the_share_inside_is_a_weighted_mean_and_resizes_the_mask():
+    where, mask = torch.zeros(2, 4, 4), torch.zeros(1, 8, 8)
+    where[0, :2], where[1] = 1, 1
+    mask[:, :4] = 1
+    torch.testing.assert_close(share_inside(where, mask), torch.tensor([1.0, 0.5]))

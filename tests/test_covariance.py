@@ -1,0 +1,108 @@
+"""The covariance of text encodings: its definition, its cache, its script."""
+
+import pytest
+import torch
+
+import covariance
+from random_model import tiny_model, write_weights
+from weights_loader import load
+
+CAPTIONS = ["a photo of a teddy bear", "cat", "a cat on the beach", "wearing hat", "teddy next to a bear"] * 30
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return load(write_weights(tmp_path / "weights"))
+
+
+def encodings(model, caption):
+    ids, _ = model.tokenizer.encode([caption])
+    return model.text_encoder(model.text_encoder.embed(ids))[0].double(), ids[0]
+
+
+@pytest.mark.parametrize("positions", ["all", "real"])
+def test_it_is_the_mean_outer_product_of_the_encodings(model, positions):
+    rows = []
+    for caption in CAPTIONS:
+        e, ids = encodings(model, caption)
+        real = (ids == ids[-1]).nonzero()[0].item() + 1         # start, words, the first end token
+        rows.append(e if positions == "all" else e[:real])
+    rows = torch.cat(rows)
+    C = covariance.covariance(model.text_encoder, model.tokenizer, CAPTIONS, positions)
+    assert C.dtype == torch.float64
+    # 1e-5: the encodings are float32 and differ by rounding with the length that a batch is cut to
+    torch.testing.assert_close(C, rows.T @ rows / len(rows), rtol=1e-5, atol=1e-5)
+
+
+def test_the_inverse_is_exact_and_refuses_a_singular_covariance():
+    x = torch.randn(100, 8, dtype=torch.float64)
+    C = x.T @ x
+    torch.testing.assert_close(covariance.inverse(C) @ C, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-10)
+    with pytest.raises(ValueError, match="span only 4 of 8 dimensions.*captions"):
+        covariance.inverse(x[:4].T @ x[:4])
+
+
+def test_the_direction_that_a_plain_layer_norm_empties_is_left_out_of_the_inverse():
+    x = torch.nn.functional.layer_norm(torch.randn(500, 8, dtype=torch.float64), (8,))
+    C = x.T @ x / len(x)
+    D = x @ covariance.inverse(C)
+    torch.testing.assert_close((x * D).sum() / len(x), torch.tensor(7.0, dtype=torch.float64))     # its rank
+    torch.testing.assert_close(D.sum(1), torch.zeros(500, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert covariance.condition_number(C) < 10
+
+
+def test_built_in_captions_are_reproducible_varied_and_use_the_vocabulary(model):
+    captions = covariance.built_in_captions(2000, model.tokenizer)
+    assert captions == covariance.built_in_captions(2000, model.tokenizer)
+    assert len(set(captions)) > 1700 and not any("{" in caption or "}" in caption for caption in captions)
+    assert any("wearing on" in caption or "wearing and" in caption for caption in captions)
+
+
+def test_it_is_computed_once_and_kept_beside_the_weights(files, monkeypatch):
+    monkeypatch.setattr(covariance, "CAPTIONS", 300)
+    lines = []
+    C = covariance.cached(files, lines.append)
+    assert len(lines) == 2 and "condition number" in lines[1]
+    assert (files.folder / covariance.FILE).is_file()
+    torch.testing.assert_close(covariance.cached(files, lines.append), C, rtol=1e-6, atol=1e-6)
+    assert len(lines) == 2
+
+
+def test_a_file_of_another_model_or_a_damaged_one_is_computed_again(files, monkeypatch):
+    monkeypatch.setattr(covariance, "CAPTIONS", 200)
+    path = covariance.store(torch.eye(16), files)
+    files.fingerprint = "another"
+    lines = []
+    covariance.cached(files, lines.append)
+    path.write_bytes(b"damaged")
+    covariance.cached(files, lines.append)
+    assert len(lines) == 4
+
+
+def test_weights_without_a_folder_of_their_own_use_the_users_cache(files, tmp_path):
+    files.folder = None
+    path = covariance.store(torch.eye(16), files)
+    assert path.parent == tmp_path / "cache" / "perfusion" and files.fingerprint in path.name
+    assert torch.equal(covariance.cached(files), torch.eye(16).double())
+
+
+def test_the_script_stores_and_reports(files, tmp_path, capsys):
+    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS + ["", "next to"]))
+    weights = str(files.folder)
+    assert covariance.main(["--weights", weights, "--n", "300", "--device", "cpu"]) == 0
+    assert "300 captions, condition number" in capsys.readouterr().out
+    arguments = ["--weights", weights, "--n", "120", "--gates", "bear", "a photo of a bear", "--device", "cpu"]
+    assert covariance.main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert "bear" in table[1] and [line.split()[0] for line in table[2:]] == ["100", "120"]
+    for bad in (["--captions", str(tmp_path / "absent.txt")], ["--captions", __file__ + "x"],
+                ["--weights", str(tmp_path / "absent")]):
+        assert covariance.main(["--weights", weights, "--device", "cpu", *bad]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and error.count("\n") == 1

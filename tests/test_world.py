@@ -1,0 +1,112 @@
+"""The cartoon world: exact masks, honest captions, and combinations that stay out of training."""
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tiny"))
+import make_examples
+import world
+
+SPECS = [world.random_spec(random.Random(seed)) for seed in range(60)]
+
+
+def test_the_coverages_of_a_picture_add_up_to_one():
+    for spec in SPECS[:12]:
+        _, masks = world.render(spec, masks=True)
+        assert np.allclose(sum(masks.values()), 1)
+        assert (masks["accessory"].any() == (spec.accessory is not None))
+        assert (masks["second"].any() == (spec.second is not None))
+
+
+def test_the_mask_is_where_the_subject_changes_the_picture():
+    spec = replace(SPECS[0], accessory=None, second=None, second_pose=None)
+    repainted = replace(spec, individual=replace(spec.individual, colors=dict.fromkeys(spec.individual.colors, "red")))
+    other = replace(spec, individual=replace(spec.individual, colors=dict.fromkeys(spec.individual.colors, "blue")))
+    (a, masks), (b, _) = world.render(repainted, masks=True), world.render(other)
+    changed = (a.astype(int) != b).any(-1)
+    assert changed.any() and not (changed & (masks["subject"] == 0)).any()
+
+
+def test_masks_cost_nothing_in_the_picture():
+    for spec in SPECS[:5]:
+        assert np.array_equal(world.render(spec)[0], world.render(spec, masks=True)[0])
+
+
+def test_the_same_seed_gives_the_same_picture_and_caption():
+    first, second = (world.picture(random.Random(3)) for _ in range(2))
+    assert np.array_equal(first.image, second.image) and first.caption == second.caption
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_a_picture_has_the_size_asked_for_and_looks_the_same(size):
+    image, _ = world.render(SPECS[1], size)
+    assert image.shape == (size, size, 3) and image.dtype == np.uint8
+    small, reference = (np.asarray(Image.fromarray(x).resize((16, 16), Image.Resampling.BOX), float)
+                        for x in (image, world.render(SPECS[1], 64)[0]))
+    assert np.abs(small - reference).mean() < 6  # of 255: antialiasing differs
+
+
+def test_held_out_combinations_never_occur_in_training():
+    rng = random.Random(0)
+    assert not any(world.held_out(world.random_spec(rng)) for _ in range(2000))
+    drawn = [world.random_spec(rng, allow_held_out=True) for _ in range(1000)]
+    assert any(world.held_out(spec) for spec in drawn)
+    teddy = world.random_individual(rng, "teddy bear")
+    assert world.held_out(world.place(rng, teddy, "snow"))
+    assert world.held_out(world.place(rng, teddy, "room", second=world.random_individual(rng, "mug")))
+
+
+def test_captions_always_name_thing_accessory_and_second_object():
+    for seed, spec in enumerate(SPECS):
+        caption = world.describe(spec, random.Random(seed))
+        assert spec.individual.kind in caption
+        assert spec.accessory is None or world.ACCESSORIES[spec.accessory] in caption
+        assert spec.second is None or spec.second.kind in caption
+
+
+def test_captions_name_a_colour_in_a_part_of_the_pictures():
+    named = [any(f"{color} {spec.individual.kind}" in world.describe(spec, random.Random(seed))
+                 for color in world.COLORS) for seed, spec in enumerate(SPECS)]
+    assert 0.25 < np.mean(named) < 0.75
+
+
+def test_a_named_concept_is_captioned_without_its_details():
+    for seed, spec in enumerate(SPECS):
+        caption = world.describe(replace(spec, second=None, second_pose=None, accessory=None, scene="beach"),
+                                 random.Random(seed), name="<teddy>")
+        assert "<teddy>" in caption and not any(f" {color} " in caption for color in world.COLORS)
+
+
+def test_an_individual_keeps_its_colours_in_every_scene():
+    rng, me = random.Random(1), make_examples.TEDDY
+    for scene in world.ALL_SCENES:
+        image, masks = world.render(world.place(rng, me, scene), masks=True)
+        inside = image[masks["subject"] == 1].astype(int)
+        for color in ("turquoise", "yellow", "orange", "pink"):
+            distance = np.abs(inside - world.COLORS[color]).sum(1)
+            assert (distance < 12).mean() > 0.01, (scene, color)
+
+
+def test_the_example_folders_are_what_the_script_draws(tmp_path):
+    for name, (individual, scenes) in make_examples.EXAMPLES.items():
+        make_examples.write_pictures(make_examples.example_specs(individual, scenes, name), tmp_path / name,
+                                     tmp_path / "masks" / name)
+        for kind in (Path(name), Path("masks") / name):
+            drawn, kept = sorted((tmp_path / kind).iterdir()), sorted((ROOT / "examples" / kind).iterdir())
+            assert [path.name for path in drawn] == [path.name for path in kept]
+            for a, b in zip(drawn, kept):
+                assert np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
+
+
+def test_unseen_concepts_are_distinct_and_learned_in_other_scenes_than_drawn():
+    concepts = [make_examples.unseen_concept(k) for k in range(8)]
+    assert len({name for name, _, _ in concepts}) == 8
+    assert len({str(individual) for _, individual, _ in concepts}) == 8
+    for _, _, specs in concepts:
+        assert len(specs) == 5 and not {spec.scene for spec in specs} & set(make_examples.NEW_SCENES)
