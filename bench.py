@@ -1,10 +1,12 @@
-"""Time and memory against diffusers, in one run on this machine, at full Stable Diffusion v1 size with random weights.
+"""Time and memory against diffusers, in one run, at full Stable Diffusion v1 size with random weights.
 
-    python bench.py                       # everything: about half an hour on two cores, 8 GB of memory
+    python bench.py                       # everything: about half an hour on two quiet cores, 8 GB of memory
     python bench.py step --precision bf16 --profile
+    python bench.py step train --threads 1 --latent 32        # on a busy machine
 
-Both libraries hold the same weights and take turns, so that a slow moment of the machine meets both; the number that
-counts is the ratio of the medians. Parts:
+Both libraries hold the same weights and take turns, so that a slow moment of the machine meets both; the
+number that counts is the ratio of the medians. With one thread, seconds of the processor are counted instead of the
+clock's, which other programs disturb little. Parts:
     step      one guided step (batch 2 of 64x64 latents), in fp32 and bf16
     memory    peak resident memory of loading from files plus one guided step, against the size of the weights
     train     one training step of a concept (batch 1), against our forward pass and against diffusers
@@ -67,13 +69,14 @@ def random_concept(network, e):
 
 def take_turns(jobs, repeats):
     """Run the jobs {name: function} in turn, after one warm-up each; seconds of every run, per name."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in jobs}
     for k in range(repeats + 1):
         for name, job in jobs.items():
-            start = time.perf_counter()
+            start = clock()
             job()
             if k > 0:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -95,8 +98,8 @@ def profile(job, rows=14):
     events = sorted(result.key_averages(), key=lambda event: -event.self_cpu_time_total)
     total = sum(event.self_cpu_time_total for event in events)
     for event in events[:rows]:
-        share = event.self_cpu_time_total / total
-        print(f"    {event.key:44} {event.count:5} calls {event.self_cpu_time_total / 1e6:8.3f} s {share:6.1%}")
+        seconds, share = event.self_cpu_time_total / 1e6, event.self_cpu_time_total / total
+        print(f"    {event.key:44} {event.count:5} calls {seconds:8.3f} s {share:6.1%}")
 
 
 # -------------------------------------------------------------------------------------------------- the parts
@@ -173,11 +176,11 @@ def bench_train(args):
 
 
 def bench_memory(args):
-    """In child processes: one writes the files, another loads them and takes a step, so that its peak is clean."""
+    """In child processes: one writes the files, another loads them and takes a step: its peak is clean."""
     with tempfile.TemporaryDirectory() as folder:
         for job in ("write", "load"):
-            subprocess.run([sys.executable, __file__, f"memory-{job}", "--folder", folder, "--model", args.model],
-                           check=True)
+            subprocess.run([sys.executable, __file__, f"memory-{job}", "--folder", folder,
+                            "--model", args.model], check=True)
 
 
 def write_random_model(args):
@@ -207,13 +210,15 @@ def load_and_step(args):
     model = weights_loader.load(args.folder)
     seconds = time.perf_counter() - start
     z, e = inputs(model.unet.config, torch.float32, 1, args.side)
-    diffusion.guided(model.unet, model.schedule, model.unet.keys(e), model.unet.values(e), GUIDANCE)(z, TIMESTEP)
+    keys, values = model.unet.keys(e), model.unet.values(e)
+    diffusion.guided(model.unet, model.schedule, keys, values, GUIDANCE)(z, TIMESTEP)
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     weights = sum(path.stat().st_size for path in Path(args.folder).rglob("*.safetensors")) / 1e9
     limit = 1.05 * weights + 1.5
-    print(f"{'load and one guided step, fp32':30} peak {peak:.2f} GB, weights {weights:.2f} GB   bar {limit:.2f} GB "
-          f"{'met' if peak <= limit else 'MISSED'}   loaded in {seconds:.1f} s", flush=True)
+    verdict = "met" if peak <= limit else "MISSED"
+    print(f"{'load and one guided step, fp32':30} peak {peak:.2f} GB, weights {weights:.2f} GB   "
+          f"bar {limit:.2f} GB {verdict}   loaded in {seconds:.1f} s", flush=True)
 
 
 def main():
@@ -225,11 +230,13 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="default all cores")
     parser.add_argument("--profile", action="store_true", help="also print the time of each operator")
+    parser.add_argument("--latent", type=int, help="side of the latents (default 64)")
     parser.add_argument("--model", choices=("sd_v1", "tiny"), default="sd_v1", help="sizes (default sd_v1)")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    args.config, args.side = (unet.SD_V1, 64) if args.model == "sd_v1" else (unet.TINY, 16)
+    args.config, side = (unet.SD_V1, 64) if args.model == "sd_v1" else (unet.TINY, 16)
+    args.side = args.latent or side
     children = {"memory-write": write_random_model, "memory-load": load_and_step}
     if args.parts and args.parts[0] in children:
         return children[args.parts[0]](args)
@@ -237,8 +244,9 @@ def main():
     if unknown or args.repeats < 1:
         parser.error(f"the parts are {', '.join(names)}, and --repeats is at least 1")
     capability = torch.backends.cpu.get_cpu_capability()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}, "
-          f"bf16 instructions: {torch.ops.mkldnn._is_mkldnn_bf16_supported()}; seconds are medians (least to most)")
+    bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
+    print(f"torch {torch.__version__}, {args.threads} threads, {capability} {bf16} bf16 instructions, "
+          f"{args.side}x{args.side} latents; seconds are medians (least to most)", flush=True)
     for part in args.parts or names:
         if part == "step":
             for precision in [args.precision] if args.precision else PRECISIONS:

@@ -113,14 +113,14 @@ def covariance(text_encoder, tokenizer, captions: list[str], positions: str = "r
 def inverse(C: Tensor) -> Tensor:
     """C^-1 (d, d) in float64, without a regulariser; ValueError if C has not seen enough captions for that.
 
-    One direction may be empty: a layer norm without scale and shift (a network that was never trained) leaves no
-    encoding a part along (1, ..., 1). The inverse is then taken among the others.
+    One direction may be empty: a layer norm without scale and shift, in a network that was never trained,
+    leaves no encoding a part along (1, ..., 1). The inverse is then taken among the others.
     """
     eigenvalues, vectors = torch.linalg.eigh(C.double())
     used = eigenvalues > eigenvalues[-1] / MAX_CONDITION
     if len(C) - int(used.sum()) > 1:
-        raise ValueError(f"the captions' encodings span only {int(used.sum())} of {len(C)} dimensions: compute the "
-                         "covariance over more, and more varied, captions (covariance.py --captions)")
+        raise ValueError(f"the encodings of the captions span only {int(used.sum())} of {len(C)} dimensions: "
+                         "compute the covariance over more, and more varied, captions (covariance.py --captions)")
     return vectors[:, used] / eigenvalues[used] @ vectors[:, used].T
 
 

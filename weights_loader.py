@@ -224,7 +224,7 @@ def load_tokenizer(folder, config):
     try:
         tokenizer = clip_text.Tokenizer.load(folder, config.max_length)
     except ValueError as error:
-        raise LoadError(str(error)) from error
+        raise LoadError(f"{error}" if str(folder) in str(error) else f"{folder}: {error}") from error
     if tokenizer.vocab_size > config.vocab_size:
         raise LoadError(f"{folder}: {tokenizer.vocab_size} words, the text encoder knows {config.vocab_size}")
     return tokenizer

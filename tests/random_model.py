@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import runpy
 import sys
 import warnings
@@ -60,6 +61,8 @@ def write_weights(folder):
     model = tiny_model()
     weights_loader.save(model, folder)
     model.tokenizer.save(folder / "tokenizer")
+    vae_config = folder / "vae" / "config.json"
+    vae_config.write_text(json.dumps(json.loads(vae_config.read_text()) | {"sample_size": 16}))
     config = clip_image.ImageConfig(16, 4, 16, 2, 2, 32, 8, 16)
     clip_image.save(clip_image.CLIP(config, model.text_encoder), folder / "clip")
     return folder

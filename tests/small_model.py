@@ -1,4 +1,4 @@
-"""A random model with Stable Diffusion v1's topology, so with exactly its tensor names, a few channels wide."""
+"""A random model with Stable Diffusion v1's topology, so exactly its tensor names, a few channels wide."""
 
 import gzip
 import json

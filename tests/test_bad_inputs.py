@@ -1,4 +1,4 @@
-"""A hundred bad inputs: each is answered with one sentence that names the file, and never runs or half loads."""
+"""Two hundred bad inputs: each is answered with one sentence that names the file."""
 
 import json
 import os
@@ -20,8 +20,8 @@ import weights_loader
 from weight_files import LoadError, WeightFile
 
 # the smallest networks there are: each bad input is a whole model with one thing wrong
-UNET = unet.UNetConfig(block_out_channels=(2, 2), layers_per_block=1, cross_attention_dim=4, attention_heads=1,
-                       norm_num_groups=1, cross_attention=(True, False))
+UNET = unet.UNetConfig(block_out_channels=(2, 2), layers_per_block=1, cross_attention_dim=4,
+                       attention_heads=1, norm_num_groups=1, cross_attention=(True, False))
 VAE = vae.VAEConfig(block_out_channels=(2, 2), layers_per_block=1, norm_num_groups=1)
 TEXT = clip_text.TextConfig(vocab_size=514, width=4, layers=1, heads=1, intermediate=4, max_length=16)
 WEIGHTS = {part: f"{part}/{names[0]}" for part, names in weights_loader.WEIGHTS.items()}
@@ -95,10 +95,7 @@ def test_a_truncated_or_scrambled_bin(folder, seed):
     if seed % 2:
         data = data[:draw.randrange(len(data))]
     else:
-        with zipfile.ZipFile(path) as archive:
-            name = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-        start = data.index(b"\x80\x02}")  # the pickle's first bytes
-        assert name and start
+        start = data.index(b"\x80\x02}")  # where the pickle begins
         data[start:start + 200] = draw.randbytes(200)
     replace(path, bytes(data))
     assert_refused(folder, path)
@@ -107,8 +104,8 @@ def test_a_truncated_or_scrambled_bin(folder, seed):
 # ---- files that do not fit: shapes, types, names, values
 
 @pytest.mark.parametrize("part", WEIGHTS)
-@pytest.mark.parametrize("change", ["transposed", "longer", "scalar", "integers", "missing", "unexpected", "nan",
-                                    "infinite"])
+@pytest.mark.parametrize("change", ["transposed", "longer", "scalar", "integers", "missing", "unexpected",
+                                    "nan", "infinite"])
 def test_tensors_that_do_not_fit(folder, part, change):
     path = folder / WEIGHTS[part]
     tensors = load_file(path)
@@ -123,7 +120,7 @@ def test_tensors_that_do_not_fit(folder, part, change):
     elif change == "integers":
         tensors[key] = tensor.long()
     elif change == "unexpected":
-        tensors |= {key: tensor, key + ".lo": tensor}
+        tensors |= {key: tensor, key + ".lo": tensor.clone()}
         key += ".lo"
     elif change != "missing":
         tensors[key] = tensor.clone()
@@ -151,7 +148,8 @@ def test_a_file_of_something_else(folder, name, content):
 @pytest.mark.parametrize("part, change", [
     ("unet", {"block_out_channels": [3, 3], "norm_num_groups": 2}), ("unet", {"block_out_channels": 5}),
     ("unet", {"block_out_channels": []}), ("unet", {"block_out_channels": ["a", "b"]}),
-    ("unet", {"block_out_channels": [4, 4]}), ("unet", {"layers_per_block": 2}), ("unet", {"layers_per_block": -1}),
+    ("unet", {"block_out_channels": [4, 4]}), ("unet", {"layers_per_block": 2}),
+    ("unet", {"layers_per_block": -1}),
     ("unet", {"attention_head_dim": [5, 10]}), ("unet", {"use_linear_projection": True}),
     ("unet", {"down_block_types": ["DownBlock2D"]}), ("unet", {"down_block_types": 7}),
     ("unet", {"_class_name": "UNet1DModel"}), ("unet", {"norm_num_groups": 0}),
@@ -184,8 +182,8 @@ def test_a_broken_vocabulary(folder, name, content):
 
 # ---- things that are not models
 
-@pytest.mark.parametrize("weights", ["", "nowhere", "no/where/at/all", "missing.safetensors", "a/missing.ckpt",
-                                     "with spaces/and more", "\u2603", "..", "tiny "])
+@pytest.mark.parametrize("weights", ["", "nowhere", "no/where/at/all", "missing.safetensors",
+                                     "a/missing.ckpt", "with spaces/and more", "\u2603", "..", "tiny "])
 def test_names_of_nothing(tmp_path, monkeypatch, weights):
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
@@ -198,15 +196,16 @@ def test_an_empty_folder(tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("picture.png", b"\x89PNG"), ("model.safetensors", b""), ("model.safetensors", b"\x02\0\0\0\0\0\0\0{}"),
-    ("model.ckpt", b""), ("model.ckpt", b"PK\x03\x04"), ("model.ckpt", b"\x80\x02cos\nsystem\nX\x04\0\0\0echo\x85R."),
+    ("model.ckpt", b""), ("model.ckpt", b"PK\x03\x04"),
+    ("model.ckpt", b"\x80\x02cos\nsystem\nX\x04\0\0\0echo\x85R."),
     ("model.bin", b"\0" * 100), ("model.pt", b"\0" * 100), ("model", b"")])
 def test_files_that_are_no_weights(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert_refused(tmp_path / name, name)
 
 
-@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"state_dict": 5}, [1, 2], {"a": 5}, torch.zeros(3),
-                                     {"a": torch.zeros(2, 3).T}])
+@pytest.mark.parametrize("content", [{}, {"state_dict": {}}, {"state_dict": 5}, [1, 2], {"a": 5},
+                                     torch.zeros(3), {"a": torch.zeros(2, 3).T}])
 def test_pickles_without_plain_tensors(tmp_path, content):
     torch.save(content, tmp_path / "model.ckpt")
     assert_refused(tmp_path / "model.ckpt", "model.ckpt")
@@ -234,7 +233,8 @@ def test_a_file_that_shrinks_after_its_header_was_read(folder, tmp_path):
 
 def run(*arguments):
     root = Path(weights_loader.__file__).parent
-    done = subprocess.run([sys.executable, "sample.py", *map(str, arguments)], cwd=root, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "sample.py", *map(str, arguments)], cwd=root, capture_output=True,
+                          text=True)
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr

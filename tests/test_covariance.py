@@ -7,7 +7,7 @@ import covariance
 from random_model import tiny_model, write_weights
 from weights_loader import load
 
-CAPTIONS = ["a photo of a teddy bear", "cat", "a cat on the beach", "wearing hat", "teddy next to a bear"] * 30
+CAPTIONS = ["a photo of a teddy bear", "cat", "a cat on the beach", "wearing hat", "next to a bear"] * 3
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,8 @@ def test_it_is_the_mean_outer_product_of_the_encodings(model, positions):
 def test_the_inverse_is_exact_and_refuses_a_singular_covariance():
     x = torch.randn(100, 8, dtype=torch.float64)
     C = x.T @ x
-    torch.testing.assert_close(covariance.inverse(C) @ C, torch.eye(8, dtype=torch.float64), rtol=0, atol=1e-10)
+    one = torch.eye(8, dtype=torch.float64)
+    torch.testing.assert_close(covariance.inverse(C) @ C, one, rtol=0, atol=1e-10)
     with pytest.raises(ValueError, match="span only 4 of 8 dimensions.*captions"):
         covariance.inverse(x[:4].T @ x[:4])
 
@@ -97,8 +98,8 @@ def test_the_script_stores_and_reports(files, tmp_path, capsys):
     weights = str(files.folder)
     assert covariance.main(["--weights", weights, "--n", "300", "--device", "cpu"]) == 0
     assert "300 captions, condition number" in capsys.readouterr().out
-    arguments = ["--weights", weights, "--n", "120", "--gates", "bear", "a photo of a bear", "--device", "cpu"]
-    assert covariance.main(arguments) == 0
+    gates = ["--gates", "bear", "a photo of a bear"]
+    assert covariance.main(["--weights", weights, "--n", "120", "--device", "cpu", *gates]) == 0
     table = capsys.readouterr().out.splitlines()
     assert "bear" in table[1] and [line.split()[0] for line in table[2:]] == ["100", "120"]
     for bad in (["--captions", str(tmp_path / "absent.txt")], ["--captions", __file__ + "x"],

@@ -64,6 +64,11 @@ def test_a_picture_depends_on_its_seed_and_not_on_how_many_are_drawn(drawn, weig
     assert not torch.equal(pixels(drawn / "0000.png"), pixels(drawn / "0001.png"))
 
 
+def test_the_size_is_by_default_that_of_the_models_training(weights, tmp_path):
+    assert sample("a cat", "--weights", weights, "--steps", 1, "--out", tmp_path)[0] == 0
+    assert Image.open(tmp_path / "0000.png").size == (16, 16)
+
+
 def test_a_second_run_overwrites_nothing(weights, tmp_path):
     for _ in range(2):
         sample("a cat", "--weights", weights, "--steps", 1, "--size", 16, "--out", tmp_path)
