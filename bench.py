@@ -1,12 +1,12 @@
 """Time and memory against diffusers, in one run, at full Stable Diffusion v1 size with random weights.
 
-    python bench.py                       # everything: about half an hour on two quiet cores, 8 GB of memory
+    python bench.py                       # everything: about half an hour on two quiet cores, 9 GB of memory
     python bench.py step --precision bf16 --profile
     python bench.py step train --threads 1 --latent 32        # on a busy machine
 
 Both libraries hold the same weights and take turns, so that a slow moment of the machine meets both; the
-number that counts is the ratio of the medians. With one thread, seconds of the processor are counted instead of the
-clock's, which other programs disturb little. Parts:
+number that counts is the ratio of the medians. With one thread, seconds of the processor are counted instead
+of the clock's, which other programs disturb little. Parts:
     step      one guided step (batch 2 of 64x64 latents), in fp32 and bf16
     memory    peak resident memory of loading from files plus one guided step, against the size of the weights
     train     one training step of a concept (batch 1), against our forward pass and against diffusers
@@ -38,7 +38,7 @@ TIMESTEP = 501
 
 
 def build(config, dtype, reference=True):
-    """Our U-Net with random weights, and diffusers' with the same ones (None without reference)."""
+    """Our U-Net with random weights, and diffusers' with the very same tensors (None without reference)."""
     torch.manual_seed(0)
     ours = unet.UNet(config).to(dtype).eval().requires_grad_(False)
     if not reference:
@@ -46,8 +46,9 @@ def build(config, dtype, reference=True):
     from diffusers import UNet2DConditionModel
     from diffusers.utils import logging
     logging.set_verbosity_error()
-    theirs = UNet2DConditionModel.from_config(config.to_public()).to(dtype)
-    theirs.load_state_dict(ours.state_dict())
+    with torch.device("meta"):
+        theirs = UNet2DConditionModel.from_config(config.to_public())
+    theirs.load_state_dict(ours.state_dict(), assign=True)
     return ours, theirs.eval().requires_grad_(False)
 
 

@@ -120,7 +120,7 @@ def inverse(C: Tensor) -> Tensor:
     used = eigenvalues > eigenvalues[-1] / MAX_CONDITION
     if len(C) - int(used.sum()) > 1:
         raise ValueError(f"the encodings of the captions span only {int(used.sum())} of {len(C)} dimensions: "
-                         "compute the covariance over more, and more varied, captions (covariance.py --captions)")
+                         "compute it over more, and more varied, captions (covariance.py --captions)")
     return vectors[:, used] / eigenvalues[used] @ vectors[:, used].T
 
 

@@ -3,8 +3,9 @@
 #
 # A concept is an edit of the cross-attention's keys (*where* a word acts) and values (*what* it puts there).
 # Each cell asks one question of one trained concept. Maps that are compared share one colour scale, and the
-# number on a map is the share of the word's attention that falls inside the object. The base model itself finds the
-# object: where its map of the super-category's word, over the noised picture, exceeds half its maximum.
+# number on a map is the share of the word's attention that falls inside the object. The base model itself
+# finds the object: where its map of the super-category's word, over the noised picture, exceeds half its
+# maximum.
 #
 # As a script: `python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors`
 # As a notebook, with the flags in an environment variable:
@@ -241,7 +242,7 @@ def plot_gates(panels, name):
                      color=pyplot.get_cmap("viridis")(0.25 + 0.5 * j))
         axis.set_xticks(range(len(labels)), [label.strip("<|>") for label in labels], rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(f"The gate of every token (beta {BETA['local']}, tau {TAU})", fontsize=10)
     finish(figure, name)
 

@@ -19,6 +19,7 @@ The order of use: `Concept.load`, `prepare`, `encode`, `keys_and_values`, `unet(
 """
 
 import dataclasses
+import json
 import os
 import re
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 TEMPLATES = ("a photo of a {}", "a good photo of a {}", "the photo of a {}", "a good photo of the {}",
@@ -138,8 +139,14 @@ class Concept:
                 raise ValueError(f"{self.token} cannot be saved: its {name} is not finite in {dtype}")
         header = {**self.metadata, "format": FORMAT, "token": self.token, "beta": self.beta, "tau": self.tau,
                   "super_category": self.super_category, "lock": self.lock}
+        # The package writes metadata in random order; here equal concepts are equal files.
+        content = save(tensors)
+        length = int.from_bytes(content[:8], "little")
+        strings = {key: str(value) for key, value in sorted(header.items())}
+        text = json.dumps({"__metadata__": strings} | json.loads(content[8:8 + length])).encode()
+        text += b" " * (-len(text) % 8)
         partial = Path(f"{path}.partial")
-        save_file(tensors, partial, {key: str(value) for key, value in header.items()})
+        partial.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length:])
         os.replace(partial, path)
 
     @classmethod

@@ -472,7 +472,7 @@ def preview(training: Training, out: Path) -> None:
 
 
 def draw_preview(images: Tensor, maps: Tensor, titles: list[str], data: Data, losses: list[float]) -> Figure:
-    """images (n, 3, H, W) in [0, 1], maps (n, h, w) on one colour scale, a training picture, the loss."""
+    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture, the loss."""
     n = len(images)
     figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
     grid = figure.add_gridspec(3, n)

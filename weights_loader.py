@@ -245,7 +245,8 @@ def hub_files(repo, revision, names):
         try:
             path = hub.try_to_load_from_cache(repo, name, revision=revision)
             if not isinstance(path, str):
-                hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision))  # fails without retries
+                # this asks once; without a network, hf_hub_download alone would try for 23 seconds
+                hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision))
                 path = hub.hf_hub_download(repo, name, revision=revision)
         except errors.RemoteEntryNotFoundError as error:
             raise LoadError(f"{repo}: there is no file {name} in this hub repository") from error

@@ -39,13 +39,14 @@ def test_every_row_of_every_claim_is_drawn():
 
 
 def test_results_of_other_training_lengths_are_kept_apart():
-    assert study(steps=5).file("no masks", 0) != study(steps=0).file("no masks", 0)
+    assert study(steps=5, batch=0).file("no masks", 0) != study(steps=0, batch=0).file("no masks", 0)
 
 
 def test_the_interval_is_students():
     mean, half = claims.mean_and_interval([1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0])
     assert mean == 4.5 and half == pytest.approx(2.365 * math.sqrt(6 / 8), rel=0.02)
-    assert claims.mean_and_interval([1.0, math.nan])[0] == 1.0 and math.isnan(claims.mean_and_interval([1.0])[1])
+    alone, width = claims.mean_and_interval([1.0, math.nan])
+    assert alone == 1.0 and math.isnan(width)
     assert claims.written([math.nan]) == "-" and claims.written([0.5, 0.5], 100) == "50 ± 0"
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import perfusion
 from clip_text import TextConfig, TextEncoder
@@ -287,6 +288,12 @@ def test_a_file_comes_back_as_it_was_written(model, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["teddy.safetensors"]
 
 
+def test_equal_concepts_are_equal_files(model, tmp_path):
+    for name in "ab":
+        concept(model).save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_a_concept_of_sd_v1_with_two_tokens_takes_at_most_36_kb(tmp_path):
     with torch.device("meta"):
         names = perfusion.layer_names(UNet(SD_V1))
@@ -317,7 +324,7 @@ def test_unusable_files_are_refused_in_one_sentence(model, tmp_path):
     path.write_bytes(b"not a tensor in sight")
     with pytest.raises(ValueError, match="not a concept file"):
         Concept.load(path)
-    perfusion.save_file({"x": torch.ones(1)}, path)
+    save_file({"x": torch.ones(1)}, path)
     with pytest.raises(ValueError, match="not a concept made by"):
         Concept.load(path)
     with pytest.raises(OSError):

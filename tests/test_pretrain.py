@@ -18,8 +18,9 @@ def smoke(tmp_path_factory):
     """The folders of a finished smoke run."""
     folder = tmp_path_factory.mktemp("pretrain")
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run([sys.executable, ROOT / "tiny" / "pretrain.py", "--smoke", "--workdir", folder / "work",
-                           "--out", folder / "weights"], capture_output=True, text=True, env=environment, cwd=folder)
+    command = [sys.executable, ROOT / "tiny" / "pretrain.py", "--smoke", "--workdir", folder / "work",
+               "--out", folder / "weights"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     assert done.returncode == 0, done.stderr[-2000:]
     return folder
 

@@ -293,7 +293,7 @@ def test_the_script_leaves_a_usable_concept_and_the_promised_files(weights, pict
 
 def test_previews_are_numbered_and_leave_the_training_as_it_was(weights, pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "TINY", train.dataclasses.replace(train.TINY, sampling_steps=1,
-                                                                 prompts=train.TINY.prompts[:2]))
+                                                                 prompts=train.TINY.prompts[:3]))
     assert run(*command(weights, pictures, tmp_path / "a", "--steps", 3, "--preview", 2)) == 0
     assert run(*command(weights, pictures, tmp_path / "b", "--steps", 3)) == 0
     previews = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
@@ -345,10 +345,10 @@ def whole_files(out):
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_a_killed_training_resumes_and_ends_bit_identical(weights, pictures, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*command(weights, pictures, whole, "--steps", 60)) == 0
-    kill_after(start(weights, pictures, killed, 60), (killed / "checkpoint.pt").exists, 0.1)
+    assert run(*command(weights, pictures, whole, "--steps", 20)) == 0
+    kill_after(start(weights, pictures, killed, 20), (killed / "checkpoint.pt").exists, 0.1)
     whole_files(killed)
-    assert run(*command(weights, pictures, killed, "--steps", 60, "--resume")) == 0
+    assert run(*command(weights, pictures, killed, "--steps", 20, "--resume")) == 0
     assert same_file(whole, killed) and same_file(whole, killed, "loss.csv")
 
 
@@ -439,7 +439,8 @@ USAGE = {  # argparse speaks
     "batch 0": ["--batch", "0"], "batch 1.5": ["--batch", "1.5"], "accumulate 0": ["--accumulate", "0"],
     "lr 0": ["--lr", "0"], "lr -1": ["--lr", "-1"], "lr nan": ["--lr", "nan"], "lr inf": ["--lr", "inf"],
     "lr-embedding": ["--lr-embedding", "-0.1"], "lock": ["--lock", "open"],
-    "precision": ["--precision", "fp8"], "device": ["--device", "tpu"], "resolution": ["--resolution", "0"], "preview": ["--preview", "-1"],
+    "precision": ["--precision", "fp8"], "device": ["--device", "tpu"],
+    "resolution": ["--resolution", "0"], "preview": ["--preview", "-1"],
     "checkpoint": ["--checkpoint", "-1"], "seed -1": ["--seed", "-1"], "seed 2**63": ["--seed", str(2**63)],
     "super empty": ["--super", " "], "super token": ["--super", "<bear>"], "super bar": ["--super", "a|b"],
     "beta": ["--beta", "nan"], "unknown": ["--colour", "red"], "no value": ["--images"],

@@ -26,9 +26,10 @@ def test_the_coverages_of_a_picture_add_up_to_one():
 
 def test_the_mask_is_where_the_subject_changes_the_picture():
     spec = replace(SPECS[0], accessory=None, second=None, second_pose=None)
-    repainted = replace(spec, individual=replace(spec.individual, colors=dict.fromkeys(spec.individual.colors, "red")))
-    other = replace(spec, individual=replace(spec.individual, colors=dict.fromkeys(spec.individual.colors, "blue")))
-    (a, masks), (b, _) = world.render(repainted, masks=True), world.render(other)
+    me = spec.individual
+    red, blue = (replace(spec, individual=replace(me, colors=dict.fromkeys(me.colors, color)))
+                 for color in ("red", "blue"))
+    (a, masks), (b, _) = world.render(red, masks=True), world.render(blue)
     changed = (a.astype(int) != b).any(-1)
     assert changed.any() and not (changed & (masks["subject"] == 0)).any()
 

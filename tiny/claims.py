@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -42,7 +42,6 @@ TRAININGS = {  # name: (arguments of train.py, number of pictures)
     "trained": (("--lock", "trained", "--masks", "auto"), 5),
     "inversion": (("--lock", "none", "--masks", "auto"), 5),
     "no masks": (("--lock", "locked", "--masks", "none"), 5),
-    "trained, no masks": (("--lock", "trained", "--masks", "none"), 5),
     "one image": (("--lock", "locked", "--masks", "auto"), 1),
 }
 BETA, TAU, GLOBAL_BETA = 0.7, 0.15, 0.5  # METHOD 5
@@ -78,6 +77,18 @@ class Study:
     folder: Path
     concepts: list
     args: argparse.Namespace
+    lineups: dict = field(default_factory=dict)
+
+    def lineup(self, k: int, second: bool = False) -> torch.Tensor:
+        """`judges.lineup` of concept k, computed once."""
+        if (k, second) not in self.lineups:
+            self.lineups[k, second] = judges.lineup(self.judge, self.concepts[k][1], k, second)
+        return self.lineups[k, second]
+
+    @property
+    def training_length(self) -> str:
+        """Part of the names of all results, so that those of other lengths are not mixed in."""
+        return f"{self.args.steps or 'standard'}x{self.args.batch or 'standard'}"
 
     def prompts(self, k: int) -> list:
         """Two prompts for concept k, each with its scene and accessory (or None).
@@ -96,8 +107,8 @@ class Study:
     def file(self, training: str, k: int) -> Path:
         """The concept file of one training."""
         name = self.concepts[k][0]
-        return self.folder / f"{training.replace(', ', '_').replace(' ', '_')}_{self.args.steps}" / name / \
-            f"{name}.safetensors"
+        folder = f"{training.replace(' ', '_')}_{self.training_length}"
+        return self.folder / folder / name / f"{name}.safetensors"
 
     def load(self, training: str | None, k: int) -> list:
         """The concept of one training, ready to use, as a list of one; no concept for None."""
@@ -106,14 +117,14 @@ class Study:
         return perfusion.prepare([perfusion.Concept.load(self.file(training, k))], self.model)
 
 
-def rows(training_betas: tuple) -> list:
+def rows(training_betas) -> list:
     """Every way of drawing that the table needs."""
     sweep = [Row(f"{training} keys, beta {beta}", training, beta=beta)
              for training in ("locked", "trained") for beta in (0.5, 0.6, 0.7, 0.8)]
     return [Row("super-category", None), *sweep,
             *[Row(f"global lock, beta {beta}", "locked", "global", beta) for beta in (0.4, 0.5, 0.6)],
             Row("textual inversion", "inversion"), Row("locked keys, no masks", "no masks"),
-            Row("trained keys, no masks", "trained, no masks"), Row("locked keys, one image", "one image"),
+            Row("locked keys, one image", "one image"),
             *[Row(f"locked keys, tau {tau}", "locked", tau=tau) for tau in (0.1, 0.2)],
             *[Row(f"locked keys, training beta {beta}", f"beta {beta}") for beta in training_betas]]
 
@@ -140,7 +151,8 @@ def train_one(study: Study, trainings: dict, training: str, k: int) -> tuple:
     command = [sys.executable, ROOT / "train.py", "--images", images, "--super", individual.kind,
                "--token", name, "--out", study.file(training, k).parent, "--weights", study.args.weights,
                "--preview", 0, "--checkpoint", 0, "--seed", k, *arguments]
-    command += ["--steps", study.args.steps] if study.args.steps else []
+    for option in ("steps", "batch"):
+        command += [f"--{option}", getattr(study.args, option)] if getattr(study.args, option) else []
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -245,7 +257,7 @@ def measure(study: Study, row: Row, k: int) -> dict:
     latents, keys, values, positions = draw_prompts(study, concepts, row, prompts)
     images = drawing.decode(study.model.vae, latents)
     keep_pictures(study, images, row.title, name)
-    found, known = study.judge.classify(images), judges.lineup(study.judge, individual, k)
+    found, known = study.judge.classify(images), study.lineup(k)
     similarity, silhouettes = study.judge.embed(images) @ known.T, study.judge.masks(images)["subject"]
     each = [n for n in range(len(prompts)) for _ in range(seeds)]
     record = {
@@ -283,8 +295,7 @@ def measure_pair(study: Study, row: Row, k: int) -> dict:
     found, kinds = study.judge.classify(images), [person.kind for person in people]
     record = {"kinds": [], "both": []}
     embeddings = [study.judge.embed(images, second) for second in (False, True)]
-    known = [[judges.lineup(study.judge, person, j, second) for person, j in zip(people, pair)]
-             for second in (False, True)]
+    known = [[study.lineup(j, second) for j in pair] for second in (False, True)]
     for b, judged in enumerate(found):
         seen = [judged["subject"], judged["second"]]
         record["kinds"].append(sorted(seen) == sorted(kinds))
@@ -304,7 +315,8 @@ def keep_pictures(study: Study, images: torch.Tensor, title: str, name: str):
 def cached(study: Study, name: str, compute) -> dict:
     """A record from --workdir, or computed and kept there."""
     a = study.args
-    file = study.folder / "records" / f"{name.replace(' ', '_')}_{a.steps}_{a.seeds}_{a.sampling_steps}.json"
+    name = f"{name.replace(' ', '_')}_{study.training_length}_{a.seeds}_{a.sampling_steps}"
+    file = study.folder / "records" / f"{name}.json"
     if not file.exists():
         weights_loader.write_json(file, compute())
     return json.loads(file.read_text(encoding="utf-8"))
@@ -377,10 +389,8 @@ COMPARISONS = (  # claim of the paper, measures, row A, row B
      LOCKED, TRAINED),
     ("global lock gives more freedom than local", ("text", "pose", "pixels", "image", "first"),
      GLOBAL, LOCKED),
-    ("masks reduce overfitting (locked keys)", ("text", "image", "scene", "accessory", "first"), LOCKED,
+    ("masks reduce overfitting", ("text", "image", "scene", "accessory", "first"), LOCKED,
      "locked keys, no masks"),
-    ("masks reduce overfitting (trained keys)", ("text", "image", "scene", "accessory", "first"), TRAINED,
-     "trained keys, no masks"),
     ("tau above training's helps", ("text", "image", "scene", "first"), LOCKED, "locked keys, tau 0.1"),
     ("one image works, with slight overfitting", ("image", "text", "scene", "first"),
      "locked keys, one image", LOCKED),
@@ -435,8 +445,8 @@ def write_results(study: Study, records: dict, pairs: dict):
     table = [[title, *[written(per_concept(found, name), factor) for name, (_, factor) in MEASURES.items()]]
              for title, found in records.items()]
     parts = [f"{count} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}, guidance "
-             f"{judges.GUIDANCE}, tau {TAU} unless named; {args.steps or 'standard'} training steps. Mean "
-             "and half width of the 95 % interval over concepts.",
+             f"{judges.GUIDANCE}, tau {TAU} unless named; training steps x batch: {study.training_length}. "
+             "Mean and half width of the 95 % interval over concepts.",
              markdown(["row", *[title for title, _ in MEASURES.values()]], table),
              "A - B is paired by concept, prompt and seed.",
              markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B"],
@@ -467,7 +477,7 @@ def estimate(study: Study, trainings: dict, drawn: list) -> str:
         model.unet(torch.randn(16, model.unet.config.in_channels, side, side), 500, keys, values)
         forward = (time.perf_counter() - start) / 16
     missing = sum(not study.file(training, k).exists() for training in trainings for k in range(count))
-    training = missing * (steps * 16 * 3.3 * forward + 5)
+    training = missing * (steps * (args.batch or 16) * 3.3 * forward + 5)
     pictures = (len(drawn) * 2 + 4) * count * args.seeds
     drawing_time = pictures * (2 * args.sampling_steps + 12) * forward
     return (f"{missing} trainings, about {training / 60:.0f} minutes; then {pictures} pictures, about "
@@ -481,9 +491,10 @@ def arguments(argv) -> argparse.Namespace:
     add("--concepts", type=int, default=8, help="individuals that no training ever showed (default: 8)")
     add("--seeds", type=int, default=8, help="pictures per prompt (default: 8)")
     add("--steps", type=int, default=0, help="training steps (default: train.py's)")
+    add("--batch", type=int, default=0, help="noised images per training step (default: train.py's)")
     add("--sampling-steps", type=int, default=20, help="DDIM steps (default: 20)")
-    add("--training-betas", type=float, nargs="*", default=(),
-        help="further training betas, passed to train.py (its own is 0.75)")
+    add("--training-betas", type=float, nargs="*", default=(0.5,),
+        help="training betas to compare with train.py's own, 0.75 (default: 0.5; a training per concept each)")
     add("--weights", default="tiny", help="base model (default: tiny)")
     add("--judge", type=Path, default=judges.FILE, help="file of the judge (default: tiny/weights)")
     add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")
@@ -491,8 +502,9 @@ def arguments(argv) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.concepts < 2 or args.seeds < 2:
         parser.error("--concepts and --seeds must be at least 2: intervals and variety need them")
-    if min(args.steps, args.sampling_steps - 1, args.workers - 1) < 0 or args.sampling_steps > 999:
-        parser.error("--steps must not be negative, --sampling-steps 1 to 999, --workers at least 1")
+    least = min(args.steps, args.batch, args.sampling_steps - 1, args.workers - 1)
+    if least < 0 or args.sampling_steps > 999:
+        parser.error("--steps, --batch must not be negative, --sampling-steps 1 to 999, --workers at least 1")
     return args
 
 
