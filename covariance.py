@@ -26,6 +26,9 @@ from weights_loader import load
 
 CAPTIONS = 10_000
 FILE = "covariance.safetensors"
+# On a small model sim / energy of a concept's own word was above 0.53 in 95 % of 150 captions, that of other
+# words below 0.22 in 95 %; with real tokens only, 0.30 and 0.20.
+POSITIONS = "all"
 BATCH = 64
 MAX_CONDITION = 1e10    # six digits are left in float64; a direction with less than that is empty
 COUNTS = (100, 300, 1000, 3000, 10_000, 30_000, 100_000)
@@ -83,11 +86,11 @@ def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
 
 
 @torch.no_grad()
-def covariance(text_encoder, tokenizer, captions: list[str], positions: str = "real") -> Tensor:
+def covariance(text_encoder, tokenizer, captions: list[str], positions: str = POSITIONS) -> Tensor:
     """C (d, d) in float64 over the encodings of all captions.
 
     positions "real": the tokens from the start of a caption to its first end token. "all": the padding too,
-    whose encodings then outnumber the words' about five to one (77 tokens, captions of about 12).
+    which the U-Net attends to as well.
     """
     if positions not in ("real", "all"):
         raise ValueError(f'the positions are "real" or "all", not "{positions}"')
@@ -145,7 +148,8 @@ def cached(model, report=print) -> Tensor:
     captions = built_in_captions(CAPTIONS, model.tokenizer)
     report(f"computing the covariance of text encodings over {len(captions):,} captions, once per base model")
     C = covariance(model.text_encoder, model.tokenizer, captions)
-    report(f"condition number {condition_number(C):.1e}, kept in {store(C, model, captions=len(captions))}")
+    path = store(C, model, captions=len(captions), positions=POSITIONS)
+    report(f"condition number {condition_number(C):.1e}, kept in {path}")
     return C
 
 
@@ -213,7 +217,8 @@ def main(argv=None) -> int:
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")
     add("--captions", type=Path, metavar="FILE", help="text file, one per line (default: built-in captions)")
     add("--n", type=int, default=CAPTIONS, help=f"number of built-in captions (default: {CAPTIONS})")
-    add("--positions", choices=("real", "all"), default="real", help="tokens that enter (default: real)")
+    add("--positions", choices=("real", "all"), default=POSITIONS,
+        help="tokens that enter (default: %(default)s)")
     add("--gates", nargs=2, metavar=("SUPER", "PROMPT"),
         help="keep nothing; print the gates of a prompt's tokens against the number of captions")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")

@@ -222,7 +222,7 @@ def insert(embeddings: Tensor, positions: list[dict], concepts: list[Concept]) -
                   for row, t in enumerate(place)]
         if places:
             b, t, row = torch.tensor(places, device=embeddings.device).T
-            embeddings = embeddings.index_put((b, t), concept.embedding[row].to(embeddings))
+            embeddings = embeddings.index_put((b, t), concept.embedding.to(embeddings)[row])
     return embeddings
 
 

@@ -384,7 +384,7 @@ GLOBAL = f"global lock, beta {GLOBAL_BETA}"
 COMPARISONS = (  # claim of the paper, measures, row A, row B
     ("attention with trained keys leaks beyond the object; locked keys do not",
      ("share_renders", "share_pictures"), LOCKED, TRAINED),
-    ("and textual inversion", ("share_renders", "share_pictures"), LOCKED, "textual inversion"),
+    ("the same for textual inversion", ("share_renders", "share_pictures"), LOCKED, "textual inversion"),
     ("locked keys keep more of the prompt at the same beta", ("text", "scene", "accessory", "image", "first"),
      LOCKED, TRAINED),
     ("global lock gives more freedom than local", ("text", "pose", "pixels", "image", "first"),
@@ -494,7 +494,7 @@ def arguments(argv) -> argparse.Namespace:
     add("--batch", type=int, default=0, help="noised images per training step (default: train.py's)")
     add("--sampling-steps", type=int, default=20, help="DDIM steps (default: 20)")
     add("--training-betas", type=float, nargs="*", default=(0.5,),
-        help="training betas to compare with train.py's own, 0.75 (default: 0.5; a training per concept each)")
+        help="training betas to compare with train.py's own, 0.75 (default: 0.5)")
     add("--weights", default="tiny", help="base model (default: tiny)")
     add("--judge", type=Path, default=judges.FILE, help="file of the judge (default: tiny/weights)")
     add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")

@@ -54,7 +54,6 @@ DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
 CLIP_TEMPERATURE = 0.07
-COVARIANCE_CAPTIONS = 10_000
 SHEET = ("a photo of a teddy bear", "a photo of a red teddy bear on the beach", "a photo of a teddy bear in the snow",
          "a photo of a teddy bear wearing a hat on the grass", "a photo of a blue cat wearing sunglasses at night",
          "a photo of a dog holding a balloon in a room", "a photo of a green robot with a red star in the snow",
@@ -70,16 +69,18 @@ class Plan:
     vae_batch: int = 8
     vae_lr: float = 5e-3
     pictures: int = 40000
-    steps: int = 4800
+    steps: int = 2250
     batch: int = 30
     lr: float = 3e-3
-    clip_steps: int = 1200
+    clip_steps: int = 500
     clip_batch: int = 64
     clip_lr: float = 2e-3
+    covariance_captions: int = 10_000
     minutes_between_checkpoints: float = 5.0
 
 
-SMOKE = Plan(vae_steps=12, pictures=48, steps=6, batch=6, clip_steps=4, clip_batch=8)
+SMOKE = Plan(vae_steps=12, pictures=48, steps=6, batch=6, clip_steps=4, clip_batch=8,
+             covariance_captions=200)
 
 
 class Processes:
@@ -390,17 +391,17 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     return training.averages[0]
 
 
-def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule):
+def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule,
+           captions: int):
     """Write the weights as a published Stable Diffusion folder, and the covariance of the world's captions."""
     model = weights_loader.Model(unet, text_encoder, vae, tokenizer, schedule, "", "tiny", None)
     weights_loader.save(model, out, torch.float16)
     tokenizer.save(out / "tokenizer")
     rng = random.Random(5)
-    captions = [world.picture(rng, 8).caption for _ in range(COVARIANCE_CAPTIONS)]
     model = weights_loader.load(str(out))
-    C = covariance.covariance(model.text_encoder, tokenizer, captions)
-    path = covariance.store(C, model, captions=len(captions), positions="real")
-    print(f"covariance of {len(captions)} captions, condition number {covariance.condition_number(C):.1e}: {path}")
+    C = covariance.covariance(model.text_encoder, tokenizer, [world.picture(rng, 8).caption for _ in range(captions)])
+    path = covariance.store(C, model, captions=captions)
+    print(f"covariance of {captions} captions, condition number {covariance.condition_number(C):.1e}: {path}")
 
 
 def main():
@@ -431,7 +432,7 @@ def main():
         return
     unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer, args.prediction, data)
     if processes.rank == 0:
-        export(args.out, unet, text_encoder, vae, tokenizer, schedule)
+        export(args.out, unet, text_encoder, vae, tokenizer, schedule, plan.covariance_captions)
     if "clip" in args.stages:
         clip = train_clip(args.workdir, plan, processes, text_encoder, tokenizer)
         if processes.rank == 0:
