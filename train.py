@@ -53,7 +53,7 @@ class Defaults:
 SD_V1 = Defaults(steps=400, batch=16, lr=0.03, lr_embedding=0.006, preview_every=100, sampling_steps=25,
                  prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
 # A small model learns faster; after 250 steps at this rate the concept's colours leak into the scenes.
-TINY = Defaults(steps=120, batch=16, lr=0.1, lr_embedding=0.006, preview_every=60, sampling_steps=20,
+TINY = Defaults(steps=120, batch=16, lr=0.1, lr_embedding=0.001, preview_every=60, sampling_steps=20,
                 prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
                          "a photo of a {} wearing a hat at night"))
 
@@ -554,7 +554,8 @@ def arguments(argv):
     add("--precision", choices=DTYPES, help="of the U-Net (default: fp32 on a CPU, bf16 elsewhere)")
     add("--lr", "--learning_rate", type=float,
         help=f"of the values (default: {TINY.lr} for tiny, {SD_V1.lr} for SD v1)")
-    add("--lr-embedding", type=float, help=f"of the word embedding (default: {SD_V1.lr_embedding})")
+    add("--lr-embedding", type=float, 
+        help=f"of the word embedding (default: {TINY.lr_embedding} for tiny, {SD_V1.lr_embedding} for SD v1)")
     add("--lock", choices=perfusion.LOCKS, default="locked",
         help="keys: locked to the super-category, trained, or none: textual inversion (default: locked)")
     add("--beta", type=float, default=perfusion.TRAINING_BETA,
