@@ -66,7 +66,7 @@ def base(args):
 
 
 def concept(args):
-    """The training pictures, then the same prompts and seeds under each way of training."""
+    """The training pictures, then the same prompts ("a photo of a <name> ...") and seeds for each way of training."""
     model = weights_loader.load("tiny")
     files = sorted(args.images.glob("*.png"))
     shown = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
@@ -80,7 +80,7 @@ def concept(args):
     for part, (label, images) in zip(figure.subfigures(len(rows), 1), rows):
         part.suptitle(label, fontsize=9, fontweight="bold", x=0.01, ha="left")
         for axis, image, prompt in zip(part.subplots(1, len(images), squeeze=False)[0], images, CONCEPT_PROMPTS):
-            show(axis, image, prompt.format("<teddy>") if len(images) > 1 else "")
+            show(axis, image, prompt.removeprefix("a photo of a {} ") if len(images) > 1 else "")
     figure.savefig(args.out / "concept.png", dpi=130)
 
 
