@@ -408,7 +408,7 @@ def main():
     stages = ("tokenizer", "vae", "latents", "text2image", "clip")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=stages, help=f"which of {', '.join(stages)} (default: all)")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/tiny"), help="folder of checkpoints, logs and sheets")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and sheets")
     parser.add_argument("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
     parser.add_argument("--vae-steps", type=int, default=Plan.vae_steps)
     parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
@@ -430,7 +430,8 @@ def main():
     data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
     if set(args.stages) <= {"tokenizer", "vae", "latents"}:
         return
-    unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer, args.prediction, data)
+    unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer, args.prediction,
+                                                    data)
     if processes.rank == 0:
         export(args.out, unet, text_encoder, vae, tokenizer, schedule, plan.covariance_captions)
     if "clip" in args.stages:
