@@ -9,7 +9,8 @@
 #
 # As a script: `python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors`
 # As a notebook, with the flags in an environment variable:
-# `DIAGNOSTICS="--concept teddy.safetensors" jupytext --to notebook --execute diagnostics.py`
+# `jupytext --to notebook diagnostics.py`
+# `DIAGNOSTICS="--concept teddy.safetensors" jupyter execute --inplace diagnostics.ipynb`
 
 # %%
 import argparse
