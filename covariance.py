@@ -148,14 +148,18 @@ def cached(model, report=print) -> Tensor:
     captions = built_in_captions(CAPTIONS, model.tokenizer)
     report(f"computing the covariance of text encodings over {len(captions):,} captions, once per base model")
     C = covariance(model.text_encoder, model.tokenizer, captions)
-    path = store(C, model, captions=len(captions), positions=POSITIONS)
+    path = store(C, model, len(captions))
     report(f"condition number {condition_number(C):.1e}, kept in {path}")
     return C
 
 
-def store(C: Tensor, model, **metadata) -> Path:
-    """Keep C for `cached`, as float32 (the sampling error is far larger); returns the path of the file."""
-    header = {"base": model.fingerprint} | {key: str(value) for key, value in metadata.items()}
+def store(C: Tensor, model, captions: int | None = None, positions: str = POSITIONS) -> Path:
+    """Keep C for `cached`, as float32 (the sampling error is far larger); returns the path of the file.
+
+    captions: over how many C was taken, positions: which tokens entered; both only for the file's header.
+    """
+    header = {"base": model.fingerprint, "positions": positions}
+    header |= {"captions": str(captions)} if captions else {}
     for path in _places(model):
         partial = path.with_suffix(".partial")
         try:
@@ -239,7 +243,7 @@ def main(argv=None) -> int:
             return 0
         C = covariance(model.text_encoder, model.tokenizer, captions, args.positions)
         inverse(C)
-        path = store(C, model, captions=len(captions), positions=args.positions)
+        path = store(C, model, len(captions), args.positions)
         print(f"{len(captions):,} captions, condition number {condition_number(C):.1e}: {path}")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

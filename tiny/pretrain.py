@@ -400,7 +400,7 @@ def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer
     rng = random.Random(5)
     model = weights_loader.load(str(out))
     C = covariance.covariance(model.text_encoder, tokenizer, [world.picture(rng, 8).caption for _ in range(captions)])
-    path = covariance.store(C, model, captions=captions)
+    path = covariance.store(C, model, captions)
     print(f"covariance of {captions} captions, condition number {covariance.condition_number(C):.1e}: {path}")
 
 
