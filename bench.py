@@ -29,6 +29,7 @@ import diffusion
 import perfusion
 import unet
 import vae
+import weight_configs
 import weights_loader
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -38,17 +39,22 @@ TIMESTEP = 501
 
 
 def build(config, dtype, reference=True):
-    """Our U-Net with random weights, and diffusers' with the very same tensors (None without reference)."""
+    """Our U-Net with random weights, and diffusers' with the same (None without reference).
+
+    Each has its convolutions' weights in memory as its own loader leaves them: channels last, contiguous.
+    """
     torch.manual_seed(0)
     ours = unet.UNet(config).to(dtype).eval().requires_grad_(False)
+    state = ours.state_dict()  # keeps the contiguous tensors
+    ours.to(memory_format=torch.channels_last)
     if not reference:
         return ours, None
     from diffusers import UNet2DConditionModel
     from diffusers.utils import logging
     logging.set_verbosity_error()
     with torch.device("meta"):
-        theirs = UNet2DConditionModel.from_config(config.to_public())
-    theirs.load_state_dict(ours.state_dict(), assign=True)
+        theirs = UNet2DConditionModel.from_config(weight_configs.WRITE["unet"](config))
+    theirs.load_state_dict(state, assign=True)
     return ours, theirs.eval().requires_grad_(False)
 
 

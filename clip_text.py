@@ -22,7 +22,6 @@ WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
 PIECES = (r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d"
           r"|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+")  # digits one by one
 SHOWN = 200  # characters of a truncated prompt's rest that the warning shows
-REQUIRED = {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -36,31 +35,12 @@ class TextConfig:
     max_length: int = 77
 
     def __post_init__(self):
-        sizes = [getattr(self, name) for name in PUBLIC_NAMES]
+        sizes = vars(self).values()
         if not all(isinstance(n, int) and n > 0 for n in sizes) or self.width % self.heads:
             raise ValueError(f"the sizes of a text encoder are positive whole numbers, and its width is a "
                              f"multiple of its heads, unlike in {self}")
 
-    @classmethod
-    def from_public(cls, config):
-        """The TextConfig of a published text_encoder/config.json (a dict); ValueError for another model."""
-        for key, value in REQUIRED.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"not the text encoder of Stable Diffusion v1: its config has {key} = "
-                                 f"{config[key]!r}, not {value!r}")
-        return cls(**{name: config.get(public, getattr(cls, name)) for name, public in PUBLIC_NAMES.items()})
 
-    def to_public(self):
-        """The config.json of the published layout, as a dict."""
-        special = {"bos_token_id": self.vocab_size - 2, "eos_token_id": self.vocab_size - 1,
-                   "pad_token_id": self.vocab_size - 1}
-        return {"architectures": ["CLIPTextModel"]} | REQUIRED | special | {
-            public: getattr(self, name) for name, public in PUBLIC_NAMES.items()}
-
-
-PUBLIC_NAMES = {"vocab_size": "vocab_size", "width": "hidden_size", "layers": "num_hidden_layers",
-                "heads": "num_attention_heads", "intermediate": "intermediate_size",
-                "max_length": "max_position_embeddings"}
 SD_V1 = TextConfig()
 TINY = TextConfig(vocab_size=512, width=128, layers=4, heads=4, intermediate=512, max_length=32)
 

@@ -54,7 +54,7 @@ def arguments(argv):
     add("--pair", default="a photo of a {} next to a {}", help="prompt of two concepts (figures 1 and 6)")
     add("--seed", type=int, default=0, help="seed of the first picture (default 0)")
     add("--steps", type=int, default=30, help="DDIM steps (default 30)")
-    add("--guidance", type=float, default=7.5, help="weight of the prompt (default 7.5)")
+    add("--guidance", type=float, help="weight of the prompt (default 7.5, for the small model 4)")
     add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id (default tiny)")
     add("--device", choices=("cpu", "cuda", "mps"), help="default the best one present")
     add("--out", type=Path, default=Path("figures"), help="folder of the PNGs (default figures)")
@@ -89,6 +89,7 @@ except (ValueError, OSError) as error:
     sys.exit(2)
 concept = concepts["concept"]
 SIZE = drawing.native_size(model)
+GUIDANCE = drawing.native_guidance(model) if args.guidance is None else args.guidance
 LATENT = tuple(side // model.vae.factor for side in SIZE)
 WORDS = [word for word in args.words.split(",") if word]
 
@@ -128,7 +129,7 @@ def draw_with_maps(keys, values, indices, seed):
         def keep(z):
             maps.append(word_maps(queries, keys, indices))
         latents = drawing.draw_latents(model.unet, model.schedule, keys, values, [seed], LATENT, args.steps,
-                                       args.guidance, on_step=keep)
+                                       GUIDANCE, on_step=keep)
     return drawing.decode(model.vae, latents)[0], latents, torch.stack(maps).mean(0)
 
 
@@ -340,7 +341,7 @@ def sweep(settings):
     for beta, tau in settings:
         keys, values = projections(prompt, [concept], beta, tau, "local")
         columns.append(drawing.draw(model, keys, values, range(args.seed, args.seed + 3), SIZE, args.steps,
-                                    args.guidance))
+                                    GUIDANCE))
     return torch.stack(columns, dim=1)
 
 

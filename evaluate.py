@@ -300,13 +300,23 @@ def pareto_figure(rows, path):
 
 # ----------------------------------------------------------------------------------------------- the script
 
+def training_folders(concepts):
+    """Where the training pictures of each concept lay, as its file tells; ValueError if they are gone."""
+    folders = [concept.metadata.get("folder", "") for concept in concepts]
+    for concept, folder in zip(concepts, folders):
+        if not folder or not Path(folder).exists():
+            raise ValueError(f"the training pictures of {concept.token} are not at "
+                             f"{folder or 'a known place'}: name their folder with --images")
+    return folders
+
+
 def arguments(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--concept", metavar="FILE", nargs="+", required=True, help="concept files; each becomes a curve")
-    add("--images", metavar="DIR", nargs="+", required=True,
-        help="folder of training pictures: one for all files or one for each")
+    add("--images", metavar="DIR", nargs="+",
+        help="folder of training pictures: one for all files or one for each (default what each file names)")
     add("--beta", type=numbers, default=numbers("0.4:0.9:0.05"),
         help="START:STOP:STEP or a list with commas (default 0.4:0.9:0.05)")
     add("--tau", type=float, default=0.15, help="gate temperature above 0 (default 0.15)")
@@ -315,7 +325,7 @@ def arguments(argv=None):
         help="tiny, objects, live, or a file with {} in each line (default tiny, for other models objects)")
     add("--seeds", type=int, default=4, help="pictures for each prompt and beta (default 4)")
     add("--steps", type=int, default=30, help="DDIM steps, 1 to 999 (default 30)")
-    add("--guidance", type=float, default=7.5, help="weight of the prompt (default 7.5)")
+    add("--guidance", type=float, help="weight of the prompt (default 7.5, for the small model 4)")
     add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id (default tiny)")
     add("--clip", metavar="CLIP", help=f"folder or hub id (default the model's own, else {PUBLIC_CLIP})")
     add("--device", choices=("cpu", "cuda", "mps"), help="default the best present; fp32 on a CPU, else fp16")
@@ -324,7 +334,7 @@ def arguments(argv=None):
     args.prompts = args.prompts or ("tiny" if args.weights == "tiny" else "objects")
     if args.seeds < 1 or not 1 <= args.steps <= 999 or not 0 < args.tau < math.inf:
         parser.error("--seeds must be at least 1, --steps 1 to 999, --tau above 0")
-    if len(args.images) not in (1, len(args.concept)):
+    if args.images and len(args.images) not in (1, len(args.concept)):
         parser.error(f"--images takes one folder or one for each of the {len(args.concept)} concept files")
     return args
 
@@ -339,12 +349,14 @@ def run(args):
 
     device = drawing.pick_device(args.device)
     prompts = read_prompts(args.prompts)
-    pictures = [read_images(folder) for folder in args.images]
     concepts = [perfusion.Concept.load(path) for path in args.concept]
+    pictures = [read_images(folder) for folder in args.images or training_folders(concepts)]
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = weights_loader.load(args.weights, device=device,
                                 dtype=torch.float32 if device == "cpu" else torch.float16)
+    if args.guidance is None:
+        args.guidance = drawing.native_guidance(model)
     # One at a time: two files may hold the same name, trained with different keys.
     concepts = [perfusion.prepare([concept], model)[0] for concept in concepts]
     clip, tokenizer, clip_name = load_clip(args.clip, model, device)

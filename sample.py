@@ -52,7 +52,8 @@ def arguments(argv):
     add("--steps", type=int, default=30, help="denoising steps, 1 to 999 (default 30)")
     add("--sampler", choices=("ddim", "dpm++"), default="ddim",
         help="dpm++ is good from 20 steps, ddim from 30 (default ddim)")
-    add("--guidance", type=float, default=7.5, help="weight of the prompt, 1 for no guidance (default 7.5)")
+    add("--guidance", type=float,
+        help="weight of the prompt, 1 for no guidance (default 7.5, for the small model 4)")
     add("--size", type=size, help="pixels, 512 or HEIGHTxWIDTH (default what the model was trained at)")
     add("--seed", type=int, default=0, help="seed of the first picture (default 0)")
     add("--n", type=int, default=1, help="number of pictures (default 1)")
@@ -67,7 +68,7 @@ def arguments(argv):
         parser.error(f"--n must be at least 1, not {args.n}")
     if not 0 <= args.seed <= 2 ** 63 - 1 - args.n:
         parser.error("--seed must be a number from 0 to 2**63 - 1")
-    if not abs(args.guidance) < float("inf"):
+    if args.guidance is not None and not abs(args.guidance) < float("inf"):
         parser.error(f"--guidance must be a finite number, not {args.guidance}")
     return args
 
@@ -135,7 +136,7 @@ def run(args):
 
     import perfusion
     import weights_loader
-    from drawing import decode, draw_latents, grid, native_size, pick_device, size_step
+    from drawing import decode, draw_latents, grid, native_guidance, native_size, pick_device, size_step
 
     device = pick_device(args.device)
     precision = args.precision or ("fp32" if device == "cpu" else "fp16")
@@ -154,11 +155,12 @@ def run(args):
     if height % size_step(model) or width % size_step(model):
         raise ValueError(f"--size {height}x{width} is not possible: both sides must be multiples of "
                          f"{size_step(model)} for this model")
+    guidance = native_guidance(model) if args.guidance is None else args.guidance
     concepts = perfusion.prepare(concepts, model)
     keys, values = text_projections(model, args, concepts, beta, tau, device)
 
     settings = {"prompt": args.prompt, "negative": args.negative, "steps": args.steps,
-                "sampler": args.sampler, "guidance": args.guidance, "size": f"{height}x{width}",
+                "sampler": args.sampler, "guidance": guidance, "size": f"{height}x{width}",
                 "weights": model.name, "precision": precision, "concepts": " ".join(args.concept),
                 "beta": " ".join(map(str, beta)), "tau": " ".join(map(str, tau)), "lock": args.lock}
     latent_size = height // model.vae.factor, width // model.vae.factor
@@ -166,7 +168,7 @@ def run(args):
     images, first = [], free_number(args.out)
     with tqdm(total=args.n * args.steps, unit="step", desc="drawing") as bar:
         latents = (draw_latents(model.unet, model.schedule, keys, values, [seed], latent_size, args.steps,
-                                args.guidance, args.sampler, on_step=lambda z: bar.update())
+                                guidance, args.sampler, on_step=lambda z: bar.update())
                    for seed in seeds)
         if args.low_vram:
             latents = list(latents)

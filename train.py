@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import covariance
 import perfusion
-from attention_maps import attention, record_queries, word_map
+from attention_maps import attention, record_queries, word_map, word_masks
 from diffusion import TRAIN_STEPS
 from drawing import decode, draw_latents, native_size, pick_device, size_step
 from perfusion import TEMPLATES, Concept
@@ -47,22 +47,23 @@ class Defaults:
     lr_embedding: float
     preview_every: int
     sampling_steps: int         # of a preview
+    guidance: float             # of a preview
     prompts: tuple              # of a preview
 
 
 SD_V1 = Defaults(steps=400, batch=16, lr=0.03, lr_embedding=0.006, preview_every=100, sampling_steps=25,
+                 guidance=6.0,  # paper
                  prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
 # Twice this embedding rate, and i* lags behind the word: sim / energy rose to 2 and the locked key broke.
 TINY = Defaults(steps=120, batch=16, lr=0.2, lr_embedding=0.003, preview_every=60, sampling_steps=20,
+                guidance=4.0,
                 prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
                          "a photo of a {} wearing a hat at night"))
 
 WEIGHT_DECAY = 0.01                         # AdamW's default
 CHECKPOINT_EVERY = 50
 PREVIEW_BETA, PREVIEW_TAU = 0.7, 0.15       # METHOD 5: local lock at inference
-PREVIEW_GUIDANCE = 6                        # paper
-MASK_TIMESTEPS = (200, 300, 400, 500, 600)  # outlines are decided here: earlier is texture, later is noise
-MASK_DRAWS = 4                              # noise draws per timestep
+PREVIEW_TIMESTEP = 400                      # of the attention in a preview
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -102,11 +103,12 @@ class Data:
     """The training pictures of one concept.
 
     images (N, 3, S, S) in [-1, 1]; latents (N, 2, c, h, w), as they are and flipped; masks (N, 2, 1, h, w),
-    the largest value of each 1.
+    the largest value of each 1. folder: where they came from, a note for evaluate.py.
     """
     images: Tensor
     latents: Tensor
     masks: Tensor
+    folder: str = ""
 
     @property
     def digest(self) -> str:
@@ -163,35 +165,6 @@ def read_mask(folder: Path, image: Path, side: int) -> Tensor:
 
 
 @torch.no_grad()
-def word_masks(model, latents: Tensor, super_category: str, seed: int = 0) -> Tensor:
-    """The base model as its own segmenter: where the super-category's word acts on the noised pictures.
-
-    latents (N, c, h, w) -> (N, 1, h, w): its cross-attention map, averaged over layers, MASK_TIMESTEPS and
-    MASK_DRAWS of noise, stretched to 0...1 (elsewhere the attention is a constant share, not 0: on the small
-    model the overlap with the true outline at one half rose from 0.51 to 0.59 by subtracting it).
-    """
-    device, heads = latents.device, model.unet.config.attention_heads
-    ids, (found,) = model.tokenizer.encode(["a photo of a <super>"], {"<super>": super_category})
-    if not found["<super>"]:
-        raise ValueError(f'--super "{super_category}" has too many tokens for the text encoder')
-    e = model.text_encoder(model.text_encoder.embed(ids.to(device)))
-    keys, values = model.unet.keys(e), model.unet.values(e)
-    generator = torch.Generator().manual_seed(seed)
-    masks = []
-    for z in latents.split(1):
-        draws = []
-        for t in MASK_TIMESTEPS:
-            noise = torch.randn(MASK_DRAWS, *z.shape[1:], generator=generator).to(z)
-            times = torch.full((MASK_DRAWS,), t, device=device)
-            with record_queries(model.unet) as queries:
-                model.unet(model.schedule.add_noise(z.expand_as(noise), noise, times), times, keys, values)
-            draws.append(word_map(attention(queries, keys, heads), found["<super>"][0], z.shape[-2:]))
-        mean = torch.cat(draws).mean(0, keepdim=True)
-        masks.append((mean - mean.min()) / (mean.max() - mean.min()))
-    return torch.stack(masks)
-
-
-@torch.no_grad()
 def prepare_data(model, files: list[Path], super_category: str, masks: str = "auto", side: int = 0) -> Data:
     """Read, encode and mask the training pictures; afterwards the VAE is off the device.
 
@@ -220,7 +193,7 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
         if value <= 0:
             raise ValueError(f"the mask of {file.name} is empty: it must show where the concept is")
     soft = soft / largest
-    return Data(images, latents, torch.stack([soft, soft.flip(-1)], dim=1))
+    return Data(images, latents, torch.stack([soft, soft.flip(-1)], dim=1), files[0].parent.as_posix())
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -375,7 +348,7 @@ class Training:
         """Write the concept, loss.csv and checkpoint.pt, each atomically; none if a number is not finite."""
         s = self.settings
         metadata = {"base": self.model.fingerprint, "steps": len(self.losses), "seed": s.seed, "lr": s.lr,
-                    "images": len(self.data.images)}
+                    "images": len(self.data.images), "folder": self.data.folder}
         self.result(metadata).save(out / f"{s.token.strip('<>')}.safetensors")
         rows = "".join(f"{step},{loss:.6g}\n" for step, loss in enumerate(self.losses, 1))
         replace_file(out / "loss.csv", lambda path: path.write_text("step,loss\n" + rows, encoding="utf-8"))
@@ -457,8 +430,8 @@ def preview(training: Training, out: Path) -> None:
         for i, found in enumerate(positions[1:], 1):
             K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
             z = draw_latents(model.unet, model.schedule, K, V, [training.settings.seed], size,
-                             family.sampling_steps, PREVIEW_GUIDANCE)
-            t = torch.tensor([MASK_TIMESTEPS[2]], device=z.device)
+                             family.sampling_steps, family.guidance)
+            t = torch.tensor([PREVIEW_TIMESTEP], device=z.device)
             noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
             with record_queries(model.unet) as queries:
                 model.unet(model.schedule.add_noise(z, noise, t), t, [k[1:] for k in K], [v[1:] for v in V])

@@ -20,14 +20,6 @@ from torch.utils.checkpoint import checkpoint
 RESNET_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6  # CompVis attention.Normalize; the resnets use the default of GroupNorm
 MAX_PERIOD = 10000.0  # of the sinusoids that encode the timestep
-REQUIRED = {  # entries of a published config.json that this file implements with one value only
-    "_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": RESNET_EPS, "downsample_padding": 1,
-    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_scale_factor": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn", "use_linear_projection": False, "num_attention_heads": None,
-    "only_cross_attention": False, "dual_cross_attention": False, "transformer_layers_per_block": 1,
-    "resnet_time_scale_shift": "default", "time_embedding_type": "positional", "class_embed_type": None,
-    "addition_embed_type": None, "encoder_hid_dim": None,
-}
 
 
 @dataclass(frozen=True)
@@ -55,33 +47,6 @@ class UNetConfig:
         if any(c % self.norm_num_groups or c % self.attention_heads for c in self.block_out_channels):
             raise ValueError(f"the U-Net's channels {self.block_out_channels} must be multiples of its "
                              f"{self.norm_num_groups} groups and {self.attention_heads} heads")
-
-    @classmethod
-    def from_public(cls, config):
-        """The UNetConfig of a published unet/config.json (a dict); ValueError where it is another model."""
-        config = cls().to_public() | config
-        cross = tuple(kind == "CrossAttnDownBlock2D" for kind in config["down_block_types"])
-        for key, value in (REQUIRED | _block_types(cross)).items():
-            if config[key] != value:
-                raise ValueError(f"not a Stable Diffusion v1 U-Net: its config has {key} = {config[key]!r}, "
-                                 f"not {value!r}")
-        sizes = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-        return cls(**sizes | {"block_out_channels": tuple(config["block_out_channels"]),
-                              "attention_heads": config["attention_head_dim"], "cross_attention": cross})
-
-    def to_public(self):
-        """The config.json of the published layout, as a dict."""
-        return REQUIRED | _block_types(self.cross_attention) | {
-            "in_channels": self.in_channels, "out_channels": self.out_channels,
-            "block_out_channels": list(self.block_out_channels), "layers_per_block": self.layers_per_block,
-            "cross_attention_dim": self.cross_attention_dim, "attention_head_dim": self.attention_heads,
-            "norm_num_groups": self.norm_num_groups}
-
-
-def _block_types(cross_attention):
-    down = ["CrossAttnDownBlock2D" if cross else "DownBlock2D" for cross in cross_attention]
-    up = [kind.replace("Down", "Up") for kind in reversed(down)]
-    return {"down_block_types": down, "up_block_types": up}
 
 
 SD_V1 = UNetConfig()

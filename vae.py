@@ -12,10 +12,6 @@ from torch import nn
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # CompVis DiagonalGaussianDistribution: keeps exp(logvar) finite
-REQUIRED = {  # entries of a published config.json that this file implements with one value only
-    "_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True,
-    "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None, "latents_std": None,
-}
 
 
 @dataclass(frozen=True)
@@ -36,32 +32,6 @@ class VAEConfig:
         if any(c % self.norm_num_groups for c in self.block_out_channels):
             raise ValueError(f"the VAE's channels {self.block_out_channels} must be multiples of "
                              f"norm_num_groups = {self.norm_num_groups}")
-
-    @classmethod
-    def from_public(cls, config):
-        """The VAEConfig of a published vae/config.json (a dict); ValueError where it is not an SD v1 VAE."""
-        for key, value in REQUIRED.items():
-            if config.get(key, value) != value:
-                raise ValueError(f"not a Stable Diffusion v1 VAE: its config has {key} = {config[key]!r}, "
-                                 f"not {value!r}")
-        for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if set(config.get(key) or [kind]) != {kind}:
-                raise ValueError(f"not a Stable Diffusion v1 VAE: its config has {key} = {config[key]!r}")
-        sizes = {name: config[name] for name in cls.__dataclass_fields__ if name in config}
-        sizes["block_out_channels"] = tuple(config.get("block_out_channels", cls.block_out_channels))
-        return cls(**sizes)
-
-    def to_public(self):
-        """The config.json of the published layout, as a dict."""
-        levels = len(self.block_out_channels)
-        return {
-            "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": self.in_channels,
-            "out_channels": self.in_channels, "latent_channels": self.latent_channels,
-            "block_out_channels": list(self.block_out_channels), "layers_per_block": self.layers_per_block,
-            "norm_num_groups": self.norm_num_groups, "scaling_factor": self.scaling_factor,
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-        }
 
 
 SD_V1 = VAEConfig()

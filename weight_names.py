@@ -113,11 +113,11 @@ def ignored(key):
 def refuse_other_families(file, single=False):
     """LoadError that says what a file is, if not a Stable Diffusion v1 (single: all of it in one file)."""
     found = [kind for part, kind in FAMILIES.items() if any(part in key for key in file.entries)]
-    outputs = [file.entries[key].shape[:1] for key in ("conv_out.weight", "model.diffusion_model.out.2.weight")
-               if key in file.entries]
+    last = ("conv_out.weight", "model.diffusion_model.out.2.weight")
+    outputs = [file.entries[key].shape[:1] for key in last if key in file.entries]
     for key, entry in file.entries.items():
         if key in ("conv_in.weight", "model.diffusion_model.input_blocks.0.0.weight") \
-                and entry.shape[1:2] not in outputs:  # as many channels in as out: no picture beside the latents
+                and entry.shape[1:2] not in outputs:  # as many channels in as out: no picture beside them
             found.append(INPUT_CHANNELS.get(entry.shape[1]) if entry.shape[1:] else None)
         if key.endswith("attn2.to_k.weight") and entry.shape[1:]:
             found.append(TEXT_WIDTHS.get(entry.shape[1]))

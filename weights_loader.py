@@ -24,12 +24,12 @@ import clip_text
 import diffusion
 import unet
 import vae
+import weight_configs
 from weight_files import LoadError, WeightFile, some
 from weight_names import (EMA_MINIMUM, FOLDER_RENAMES, SINGLE_FILE_PREFIXES, ignored, refuse_other_families,
                           renamed, single_file_renames)
 
-PARTS = {"unet": (unet.UNet, unet.UNetConfig), "vae": (vae.VAE, vae.VAEConfig),
-         "text_encoder": (clip_text.TextEncoder, clip_text.TextConfig)}
+PARTS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 SINGLE_FILE_CONFIGS = {"unet": unet.SD_V1, "vae": vae.SD_V1, "text_encoder": clip_text.SD_V1}
 TINY = Path(__file__).parent / "tiny" / "weights"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.ckpt)"
@@ -100,13 +100,13 @@ def open_folder(folder, variant=None):
     the files are known to hold exactly what they need.
     """
     parts = {}
-    for part, (network, config) in PARTS.items():
+    for part, network in PARTS.items():
         file = WeightFile(find_weights(folder / part, WEIGHTS[part], variant))
         refuse_other_families(file)
         path = folder / part / "config.json"
         public = read_json(path)
         try:
-            config = config.from_public(public)
+            config = weight_configs.READ[part](public)
         except (ValueError, TypeError, AttributeError) as error:
             raise LoadError(f"{path}: {error}") from error
         parts[part] = connect(network, config, file, renamed(file, file.entries, FOLDER_RENAMES[part]))
@@ -129,7 +129,7 @@ def open_single_file(file, tokenizer=None):
             names = {name: "model_ema." + key.removeprefix("model.").replace(".", "")
                      for name, key in names.items()}
             rest -= set(names.values())
-        parts[part] = connect(PARTS[part][0], SINGLE_FILE_CONFIGS[part], file, names)
+        parts[part] = connect(PARTS[part], SINGLE_FILE_CONFIGS[part], file, names)
     unexpected = sorted(key for key in rest if not ignored(key))
     if unexpected:
         raise LoadError(f"{file.path}: unexpected tensor {some(unexpected)}")
@@ -180,7 +180,8 @@ def fill(network, file, names, device, dtype):
             digests.append(name + hashlib.sha256(tensor.half().numpy()).hexdigest())
         state[name] = tensor.to(device, dtype)
     network.load_state_dict(state, assign=True)
-    network.eval().requires_grad_(False)
+    # as the activations lie; else the processor rearranges the weights of a convolution at every call
+    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
     return digests
 
 
@@ -271,7 +272,7 @@ def save(model, folder, dtype=torch.float32):
                    for name, parameter in network.named_parameters()}
         with replacing(folder / part / WEIGHTS[part][0]) as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        write_json(folder / part / "config.json", network.config.to_public())
+        write_json(folder / part / "config.json", weight_configs.WRITE[part](network.config))
     write_json(folder / "scheduler" / "scheduler_config.json", BETAS | {
         "_class_name": "DDIMScheduler", "prediction_type": model.schedule.prediction_type,
         "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1})

@@ -15,6 +15,7 @@ import torch
 import clip_text
 import unet
 import vae
+import weight_configs
 import weights_loader
 
 # every kind of block, two downsamplings, resnets with and without a shortcut
@@ -63,10 +64,12 @@ def build_reference(folder, unet_config, vae_config, text_config):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(1)
+    configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config}
+    public = {part: weight_configs.WRITE[part](config) for part, config in configs.items()}
     networks = SimpleNamespace(
-        unet=UNet2DConditionModel.from_config(unet_config.to_public()),
-        vae=AutoencoderKL.from_config(vae_config.to_public()),
-        text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(text_config.to_public())))
+        unet=UNet2DConditionModel.from_config(public["unet"]),
+        vae=AutoencoderKL.from_config(public["vae"]),
+        text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(public["text_encoder"])))
     for name, network in vars(networks).items():
         network.eval().requires_grad_(False)
         unlike(network)

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_model import run_script
 from safetensors.torch import load_file, save_file
 from small_model import small_model
 
 import clip_text
+import perfusion
 import unet
 import vae
 import weights_loader
@@ -245,3 +247,15 @@ def test_sample_answers_bad_weights_in_one_sentence(folder, tmp_path):
     replace(folder / name, (folder / name).read_bytes()[:1000])
     answer = run("a photo", "--weights", folder, "--out", tmp_path / "out", "--device", "cpu")
     assert answer.startswith("error: ") and answer.count("\n") == 1 and name in answer
+
+
+@pytest.mark.parametrize("length, words", [(0, "damaged"), (7, "damaged"), (60, "damaged"), (-1, "damaged"),
+                                           (None, "another base model")])
+def test_sample_answers_a_bad_concept_file_in_one_sentence(folder, tmp_path, length, words):
+    path = tmp_path / "it.safetensors"
+    concept = perfusion.Concept("<it>", "it", torch.zeros(1, 4), lock="none", metadata={"base": "another"})
+    concept.save(path)
+    replace(path, path.read_bytes()[:length])
+    code, _, answer = run_script("sample.py", "an <it>", "--concept", path, "--weights", folder,
+                                 "--out", tmp_path / "out", "--device", "cpu", "--size", 16)
+    assert code == 2 and answer.startswith("error: ") and answer.count("\n") == 1 and words in answer

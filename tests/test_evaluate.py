@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from perfusion import Concept
 from random_model import ROOT, run_script, write_concept, write_weights
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
@@ -53,6 +54,14 @@ def test_built_in_sets_are_dreambenchs_25_prompts_each_with_one_place_for_the_co
 def test_a_range_includes_both_ends():
     assert EVALUATE["numbers"]("0.4:0.9:0.05") == [0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
     assert EVALUATE["numbers"]("0.6,0.7") == [0.6, 0.7]
+
+
+def test_without_images_the_folder_that_a_concept_was_trained_on_is_read(tmp_path):
+    def concept(folder):
+        return Concept("<teddy>", "teddy bear", torch.zeros(2, 8), metadata={"folder": str(folder)})
+    assert EVALUATE["training_folders"]([concept(tmp_path)]) == [str(tmp_path)]
+    with pytest.raises(ValueError, match="--images"):
+        EVALUATE["training_folders"]([concept(tmp_path / "gone")])
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ import torch
 import clip_text
 import unet
 import vae
+import weight_configs
 import weights_loader
 from conftest import build_reference, write_vocabulary
 
@@ -155,14 +156,15 @@ def test_keys_for_another_number_of_layers_are_refused(model):
 
 
 def test_published_configs_are_read_and_others_refused():
-    assert unet.UNetConfig.from_public({}) == unet.SD_V1
-    assert unet.UNetConfig.from_public(unet.TINY.to_public()) == unet.TINY
+    read, tiny = weight_configs.READ["unet"], weight_configs.WRITE["unet"](unet.TINY)
+    assert read({}) == unet.SD_V1
+    assert read(tiny) == unet.TINY
     for other in ({"use_linear_projection": True}, {"attention_head_dim": [5, 10, 20]}, {"norm_eps": 1e-6},
                   {"addition_embed_type": "text_time"}, {"up_block_types": ["UpBlock2D"] * 3},
                   {"down_block_types": ["AttnDownBlock2D"] * 3}, {"block_out_channels": [48, 96]},
                   {"norm_num_groups": 0}, {"attention_head_dim": 7}):
         with pytest.raises(ValueError):
-            unet.UNetConfig.from_public(unet.TINY.to_public() | other)
+            read(tiny | other)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import vae
+import weight_configs
 
 
 def largest_difference(a, b):
@@ -101,12 +102,13 @@ def test_the_full_size_has_the_published_names_and_number_of_parameters():
 
 
 def test_published_configs_are_read_and_others_refused():
-    assert vae.VAEConfig.from_public({"norm_num_groups": 32}) == vae.SD_V1
-    assert vae.VAEConfig.from_public(vae.TINY.to_public()) == vae.TINY
+    read, tiny = weight_configs.READ["vae"], weight_configs.WRITE["vae"](vae.TINY)
+    assert read({"norm_num_groups": 32}) == vae.SD_V1
+    assert read(tiny) == vae.TINY
     for other in ({"use_quant_conv": False}, {"shift_factor": 0.1}, {"down_block_types": ["AttnDownBlock2D"]},
                   {"norm_num_groups": 0}, {"block_out_channels": []}, {"layers_per_block": "2"}):
         with pytest.raises(ValueError):
-            vae.VAEConfig.from_public(vae.TINY.to_public() | other)
+            read(tiny | other)
 
 
 def test_every_parameter_can_be_trained():

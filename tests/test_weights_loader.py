@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_model import PUBLISHED, TEXT, UNET, VAE, single_file_tensors, small_model
 
+import weight_configs
 import weight_names
 import weights_loader
 from weight_files import Entry, LoadError
@@ -65,9 +66,10 @@ def rewrite_keys(path, rename):
                                         ("diffusers_vae_old_names", "vae"), ("text_encoder", "text_encoder")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_published_folder_files_fit_strictly(name, part, dtype):
-    file, (network, config) = header(name, dtype), weights_loader.PARTS[part]
+    file, network = header(name, dtype), weights_loader.PARTS[part]
     names = weight_names.renamed(file, file.entries, weight_names.FOLDER_RENAMES[part])
-    weights_loader.connect(network, config.from_public(PUBLISHED["configs_v1-5"][part]), file, names)
+    config = weight_configs.READ[part](PUBLISHED["configs_v1-5"][part])
+    weights_loader.connect(network, config, file, names)
     for ours, key in names.items():
         new = PUBLISHED["vae_old_to_new_names"].get(key, key).removeprefix("text_model.")
         assert ours == new
@@ -168,6 +170,15 @@ def test_a_saved_model_is_loaded_as_it_was(model, tmp_path, dtype):
     e = loaded.text_encoder(loaded.text_encoder.embed(loaded.tokenizer.encode(["a bear"])[0]))
     noise = loaded.unet(z, t, loaded.unet.keys(e), loaded.unet.values(e))
     assert noise.shape == z.shape and noise.device.type == "cpu"  # nothing was left without data
+
+
+def test_convolutions_lie_channels_last_in_memory_and_as_published_in_files(folder):
+    loaded = weights_loader.load(folder)
+    weights = [p for part in weights_loader.PARTS for p in getattr(loaded, part).parameters() if p.dim() == 4]
+    assert len(weights) > 50 and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+    weights_loader.save(loaded, folder.parent / "again")
+    for path in folder.rglob("*.safetensors"):
+        assert (folder.parent / "again" / path.relative_to(folder)).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -13,13 +13,15 @@ import argparse
 import csv
 import json
 import math
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -115,6 +117,11 @@ class Study:
         if training is None:
             return []
         return perfusion.prepare([perfusion.Concept.load(self.file(training, k))], self.model)
+
+
+PAIR_ROWS = (Row("super-categories", None), Row("locked keys", "locked"), Row("trained keys", "trained"),
+             Row("textual inversion", "inversion"))
+STUDY = None  # of a measuring process
 
 
 def rows(training_betas) -> list:
@@ -445,7 +452,8 @@ def write_results(study: Study, records: dict, pairs: dict):
     table = [[title, *[written(per_concept(found, name), factor) for name, (_, factor) in MEASURES.items()]]
              for title, found in records.items()]
     parts = [f"{count} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}, guidance "
-             f"{judges.GUIDANCE}, tau {TAU} unless named; training steps x batch: {study.training_length}. "
+             f"{judges.GUIDANCE}, tau {TAU} unless named; steps and batch of a training: "
+             f"{args.steps or 'standard'}, {args.batch or 'standard'}. "
              "Mean and half width of the 95 % interval over concepts.",
              markdown(["row", *[title for title, _ in MEASURES.values()]], table),
              "A - B is paired by concept, prompt and seed.",
@@ -477,9 +485,9 @@ def estimate(study: Study, trainings: dict, drawn: list) -> str:
         model.unet(torch.randn(16, model.unet.config.in_channels, side, side), 500, keys, values)
         forward = (time.perf_counter() - start) / 16
     missing = sum(not study.file(training, k).exists() for training in trainings for k in range(count))
-    training = missing * (steps * (args.batch or 16) * 3.3 * forward + 5)
+    training = missing * (steps * (args.batch or 16) * 3.3 * forward + 5) / args.workers
     pictures = (len(drawn) * 2 + 4) * count * args.seeds
-    drawing_time = pictures * (2 * args.sampling_steps + 12) * forward
+    drawing_time = pictures * (2 * args.sampling_steps + 12) * forward / args.workers
     return (f"{missing} trainings, about {training / 60:.0f} minutes; then {pictures} pictures, about "
             f"{drawing_time / 60:.0f} minutes ({1000 * forward:.0f} ms per latent and forward pass)")
 
@@ -498,7 +506,7 @@ def arguments(argv) -> argparse.Namespace:
     add("--weights", default="tiny", help="base model (default: tiny)")
     add("--judge", type=Path, default=judges.FILE, help="file of the judge (default: tiny/weights)")
     add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")
-    add("--workers", type=int, default=2, help="trainings at a time, one thread each (default: 2)")
+    add("--workers", type=int, default=2, help="trainings or measurements at a time, one thread each (default: 2)")
     args = parser.parse_args(argv)
     if args.concepts < 2 or args.seeds < 2:
         parser.error("--concepts and --seeds must be at least 2: intervals and variety need them")
@@ -508,35 +516,51 @@ def arguments(argv) -> argparse.Namespace:
     return args
 
 
-def run(args):
+def open_study(args) -> Study:
+    """Load what the measurements share; results lie in a folder of --workdir that belongs to the base model."""
     model = weights_loader.load(args.weights)
-    folder = args.workdir / model.fingerprint  # another base model's results are never mixed in
+    folder = args.workdir / model.fingerprint
     for name in ("records", "pictures"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     clip_folder = model.folder and Path(model.folder) / "clip"
     clip = clip_image.load(clip_folder, model.text_encoder) if clip_folder and clip_folder.is_dir() else None
-    if clip is None:
+    return Study(model, judges.Judge.load(args.judge), clip, folder,
+                 [make_examples.unseen_concept(k) for k in range(args.concepts)], args)
+
+
+def start_measuring(args):
+    """Make this process one of the measuring ones."""
+    global STUDY
+    torch.set_num_threads(1)
+    STUDY = open_study(args)
+
+
+def record(measurement, row: Row, k: int) -> dict:
+    """What `measure` or `measure_pair` finds, from --workdir if it is there; runs in a measuring process."""
+    pair = "pair " if measurement is measure_pair else ""
+    return cached(STUDY, f"{pair}{row.title} c{k}", lambda: measurement(STUDY, row, k))
+
+
+def run(args):
+    study = open_study(args)
+    if study.clip is None:
         print("this model has no CLIP of its own: image and text similarity are left out")
-    study = Study(model, judges.Judge.load(args.judge), clip, folder,
-                  [make_examples.unseen_concept(k) for k in range(args.concepts)], args)
-    drawn = rows(args.training_betas)
     trainings = TRAININGS | {f"beta {beta}": (("--lock", "locked", "--masks", "auto", "--beta", beta), 5)
                              for beta in args.training_betas}
+    drawn = rows(args.training_betas)
     print(estimate(study, trainings, drawn), flush=True)
-    covariance.cached(model)  # once, before several trainings need it at the same time
+    covariance.cached(study.model)  # once, before several trainings need it at the same time
     train_all(study, trainings)
-    records, start = {}, time.time()
-    for n, row in enumerate(drawn, 1):
-        records[row.title] = [cached(study, f"{row.title} c{k}", lambda: measure(study, row, k))
-                              for k in range(args.concepts)]
-        minutes = (time.time() - start) / 60
-        print(f"measured {n} of {len(drawn)} after {minutes:.1f} minutes: {row.title}", flush=True)
-    pairs = {}
-    for row in (Row("super-categories", None), Row("locked keys", "locked"), Row("trained keys", "trained"),
-                Row("textual inversion", "inversion")):
-        pairs[row.title] = [cached(study, f"pair {row.title} c{k}", lambda: measure_pair(study, row, k))
-                            for k in range(args.concepts)]
-    write_results(study, records, pairs)
+    found, start = {measure: {}, measure_pair: {}}, time.time()
+    jobs = [(measure, row) for row in drawn] + [(measure_pair, row) for row in PAIR_ROWS]
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_measuring,
+                             (args,)) as pool:
+        for n, (measurement, row) in enumerate(jobs, 1):
+            found[measurement][row.title] = list(pool.map(partial(record, measurement, row),
+                                                          range(args.concepts)))
+            print(f"measured {n} of {len(jobs)} after {(time.time() - start) / 60:.1f} minutes: {row.title}",
+                  flush=True)
+    write_results(study, found[measure], found[measure_pair])
 
 
 def main(argv=None):

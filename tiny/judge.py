@@ -25,9 +25,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import drawing
+import make_examples
 import weights_loader
 import world
-from attention_maps import attention, record_queries, word_map
+from attention_maps import attention, record_queries, word_map, word_masks
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"subject": world.KINDS, "color": tuple(world.COLORS), "accessory": ("none", *world.ACCESSORIES),
@@ -341,6 +342,21 @@ def attention_overlap(model, renders: int = 12, seed: int = 3 * 10**9) -> dict:
 
 
 @torch.no_grad()
+def mask_overlap(model) -> dict:
+    """Example -> IoU of the masks that train.py makes for its pictures, at one half, with the true ones."""
+    overlaps = {}
+    for name, (individual, scenes) in make_examples.EXAMPLES.items():
+        drawn = [world.render(spec, masks=True)
+                 for spec in make_examples.example_specs(individual, scenes, name)]
+        images, masks = zip(*drawn)
+        soft = word_masks(model, model.vae.encode(to_images(images) * 2 - 1), individual.kind)
+        soft = F.interpolate(soft, (64, 64), mode="bilinear")[:, 0]
+        truth = torch.from_numpy(np.stack([mask["subject"] for mask in masks]))
+        overlaps[name] = intersection_over_union(soft > 0.5, truth > 0.5).mean().item()
+    return overlaps
+
+
+@torch.no_grad()
 def vae_psnr(vae, renders: int = 256, seed: int = 10**9) -> float:
     """Mean peak signal-to-noise ratio of reconstructed held-out renders, in dB."""
     images = to_images([world.picture(random.Random(seed + k)).image for k in range(renders)])
@@ -355,10 +371,11 @@ def measure_base(judge: Judge, args):
     model = weights_loader.load(args.weights)
     print(f"loaded in {time.perf_counter() - start:.2f} s", flush=True)
     print(f"VAE, 256 held-out renders: {vae_psnr(model.vae):.2f} dB", flush=True)
-    overlaps = attention_overlap(model)
-    each = ", ".join(f"{kind} {value:.3f}" for kind, value in overlaps.items())
-    mean = sum(overlaps.values()) / len(overlaps)
-    print(f"attention of the subject's word, IoU with the true mask: {mean:.3f} ({each})", flush=True)
+    for title, overlaps in (("attention of the subject's word", attention_overlap(model)),
+                            ("masks of the examples", mask_overlap(model))):
+        each = ", ".join(f"{name} {value:.3f}" for name, value in overlaps.items())
+        mean = sum(overlaps.values()) / len(overlaps)
+        print(f"{title}, IoU with the true mask: {mean:.3f} ({each})", flush=True)
     start = time.perf_counter()
     next(draw_prompts(model, ["a photo of a cat"], 30))
     seconds = time.perf_counter() - start

@@ -1,0 +1,64 @@
+"""The dress rehearsal: the scripts, one after the other, at the full size of Stable Diffusion v1."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from random_model import ROOT
+
+import clip_text
+import diffusion
+import unet
+import vae
+import weights_loader
+from perfusion import Concept
+
+LIMIT_GB = 9.0      # of each script's resident memory
+
+
+def write_weights(folder, tokenizer_folder):
+    """Random weights in the published layout, as float16 to spare the disk."""
+    torch.manual_seed(0)
+    networks = {"unet": unet.UNet(unet.SD_V1), "vae": vae.VAE(vae.SD_V1),
+                "text_encoder": clip_text.TextEncoder(clip_text.SD_V1)}
+    tokenizer = clip_text.Tokenizer.load(tokenizer_folder, clip_text.SD_V1.max_length)
+    model = weights_loader.Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(),
+                                 fingerprint="", name="random", folder=None)
+    weights_loader.save(model, folder, torch.float16)
+
+
+def script(name, *arguments):
+    """Run a script in a process of its own; prints and returns its peak resident memory in GB."""
+    start = time.time()
+    process = subprocess.Popen([sys.executable, str(ROOT / name), *map(str, arguments)])
+    _, status, usage = os.wait4(process.pid, 0)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    print(f"\n{name}: {time.time() - start:.0f} s, {usage.ru_utime + usage.ru_stime:.0f} s of the processor, "
+          f"peak {peak:.2f} GB")
+    assert status == 0
+    return peak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no wait4")
+def test_at_full_size_a_concept_is_trained_and_drawn_in_bounded_memory(tokenizer_folder, tmp_path):
+    weights, out = tmp_path / "weights", tmp_path / "out"
+    # In a process of its own: a child's peak memory counts from its parent's.
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        pool.apply(write_weights, (weights, tokenizer_folder))
+    common = "--weights", weights, "--device", "cpu"
+    script("covariance.py", *common, "--n", 64)
+    peaks = [script("train.py", *common, "--images", ROOT / "examples" / "mug", "--super", "teddy bear",
+                    "--steps", 2, "--batch", 1, "--preview", 0, "--out", out),
+             script("sample.py", "a photo of a <mug>", *common, "--steps", 2, "--out", out / "pictures",
+                    "--concept", out / "mug.safetensors")]
+    size = (out / "mug.safetensors").stat().st_size
+    print(f"the concept file has {size:,} bytes")
+    assert size <= 36_000 and Concept.load(out / "mug.safetensors").embedding.shape == (2, 768)
+    assert Image.open(out / "pictures" / "0000.png").size == (512, 512)
+    assert max(peaks) < LIMIT_GB
