@@ -53,17 +53,22 @@ def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 
 def word_map(attentions: list[Tensor], token_indices: list[int], size: tuple[int, int]) -> Tensor:
-    """One map of a word: the mean over its tokens, heads and layers, each layer enlarged to size = (H, W).
+    """One map of a word: the mean over its tokens, heads and some layers, each enlarged to size = (H, W).
 
-    attentions: per layer (B, heads, HW, T), of pictures with the shape of `size`.
+    attentions: per layer (B, heads, HW, T), of pictures with the shape of `size`. The layers are those of the
+    coarsest resolution besides the middle of the U-Net: SD v1's 16x16 maps, which prompt-to-prompt (arXiv
+    2208.01626) and attend-and-excite (2301.13826) read too. Finer layers look at edges, and in the middle one
+    word can take all of the attention everywhere.
     Returns (B, H, W): shares of a pixel's attention, so the maps of all tokens sum to 1.
     """
     H, W = size
+    resolutions = sorted({layer.shape[2] for layer in attentions})
     maps = []
     for layer in attentions:
-        flat = layer[..., token_indices].mean(-1).mean(1)      # (B, HW of the layer)
-        h = round((flat.shape[1] * H / W) ** 0.5)
-        maps.append(F.interpolate(flat.unflatten(1, (h, -1))[:, None], size, mode="bilinear")[:, 0])
+        if layer.shape[2] == resolutions[:2][-1]:
+            flat = layer[..., token_indices].mean(-1).mean(1)      # (B, HW of the layer)
+            h = round((flat.shape[1] * H / W) ** 0.5)
+            maps.append(F.interpolate(flat.unflatten(1, (h, -1))[:, None], size, mode="bilinear")[:, 0])
     return torch.stack(maps).mean(0)
 
 
@@ -77,9 +82,8 @@ def share_inside(map: Tensor, mask: Tensor) -> Tensor:
 def word_masks(model, latents: Tensor, word: str, seed: int = 0) -> Tensor:
     """The base model as its own segmenter: where a word acts on noised pictures.
 
-    latents (N, c, h, w) -> (N, 1, h, w): the word's cross-attention map, averaged over layers, MASK_TIMESTEPS
-    and MASK_DRAWS of noise, stretched to 0...1 (elsewhere the attention is a constant share, not 0: on the
-    small model the overlap with the true outline at one half rose from 0.51 to 0.59 by subtracting it).
+    latents (N, c, h, w) -> (N, 1, h, w): the word's cross-attention map, averaged over MASK_TIMESTEPS and
+    MASK_DRAWS of noise, stretched to 0...1, as attention elsewhere is small but not 0.
     ValueError when the text encoder has no room for the word.
     """
     device, heads = latents.device, model.unet.config.attention_heads

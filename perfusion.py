@@ -158,7 +158,9 @@ class Concept:
                 tensors = {name: file.get_tensor(name).float() for name in file.keys()}
         except SafetensorError as error:
             raise ValueError(f"{path} is not a concept file, or is damaged: {error}") from error
-        if not {"format", "token", "super_category", "lock"} <= header.keys() or "embedding" not in tensors:
+        needed = {"embedding"} if header.get("lock") == "none" else {"embedding", "i_star", "d_star"}
+        if not {"format", "token", "super_category", "lock", "beta", "tau"} <= header.keys() \
+                or not needed <= tensors.keys():
             raise ValueError(f"{path} is a safetensors file but not a concept made by train.py")
         if header.pop("format") != str(FORMAT):
             raise ValueError(f"{path} has a format unknown to this version: use the version that wrote it")

@@ -64,6 +64,12 @@ def test_the_maps_of_all_tokens_sum_to_one_and_sub_tokens_are_averaged(unet):
     torch.testing.assert_close(word_map(maps, [1, 3], (4, 8)), (single[1] + single[3]) / 2)
 
 
+def test_a_word_is_read_at_the_coarsest_resolution_besides_the_middle():
+    fine, coarse, middle = (torch.full((1, 1, n, 3), value) for n, value in ((64, 0.9), (16, 0.2), (4, 0.7)))
+    torch.testing.assert_close(word_map([fine, coarse, middle, coarse, fine], [1], (8, 8)),
+                               torch.full((1, 8, 8), 0.2))
+
+
 def test_layers_of_another_resolution_keep_their_aspect_and_orientation():
     coarse = torch.zeros(1, 1, 8, 3)
     coarse[0, 0, 3, 1] = 1              # the end of the first of two rows of four
