@@ -149,7 +149,7 @@ def maps_of_noised(latents, keys, values, indices, t, other_keys=None):
 
 
 def object_mask(latents, ordinary, words):
-    """Where the base model sees `words` in a picture: its map of the noised latents, above the middle of its range."""
+    """Where the base model sees `words` in a picture: above the middle of the range of their map."""
     keys, values = projections(ordinary, [], 0, 1, "local")
     indices = [token_indices(ordinary, words)]
     where = torch.stack([maps_of_noised(latents, keys, values, indices, t)[0] for t in SEGMENT_TIMES]).mean(0)

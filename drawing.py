@@ -33,7 +33,7 @@ def native_size(model):
 
 
 def native_guidance(model):
-    """The guidance weight that suits a model: SD v1's customary 7.5; 4 for the small one, measured with it."""
+    """The guidance weight that suits a model: SD v1's customary 7.5; 4 for the small one."""
     return 7.5 if model.vae.factor == 8 else 4.0
 
 

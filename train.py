@@ -538,7 +538,8 @@ def arguments(argv):
     add("--no-flip", action="store_true", help="for things whose left and right differ")
     add("--resolution", type=int, help="side of the training images, pixels (default: the model's own)")
     add("--seed", type=int, default=0)
-    add("--preview", type=int, metavar="N", help="steps between previews, 0: none (default: 60 for tiny, 100)")
+    add("--preview", type=int, metavar="N",
+        help="steps between previews, 0: none (default: 60 for tiny, 100)")
     add("--checkpoint", type=int, default=CHECKPOINT_EVERY, metavar="N",
         help="steps between checkpoints, 0: only the last (default: %(default)s)")
     add("--resume", "--resume_from_checkpoint", nargs="?", const="latest", metavar="FILE",

@@ -127,9 +127,9 @@ STUDY = None  # of a measuring process
 def rows(training_betas) -> list:
     """Every way of drawing that the table needs."""
     sweep = [Row(f"{training} keys, beta {beta}", training, beta=beta)
-             for training in ("locked", "trained") for beta in (0.5, 0.6, 0.7, 0.8)]
+             for training in ("locked", "trained") for beta in (0.5, 0.7, 0.85)]
     return [Row("super-category", None), *sweep,
-            *[Row(f"global lock, beta {beta}", "locked", "global", beta) for beta in (0.4, 0.5, 0.6)],
+            Row(GLOBAL, "locked", "global", GLOBAL_BETA),
             Row("textual inversion", "inversion"), Row("locked keys, no masks", "no masks"),
             Row("locked keys, one image", "one image"),
             *[Row(f"locked keys, tau {tau}", "locked", tau=tau) for tau in (0.1, 0.2)],
@@ -506,7 +506,8 @@ def arguments(argv) -> argparse.Namespace:
     add("--weights", default="tiny", help="base model (default: tiny)")
     add("--judge", type=Path, default=judges.FILE, help="file of the judge (default: tiny/weights)")
     add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")
-    add("--workers", type=int, default=2, help="trainings or measurements at a time, one thread each (default: 2)")
+    add("--workers", type=int, default=2,
+        help="trainings or measurements at a time, one thread each (default: 2)")
     args = parser.parse_args(argv)
     if args.concepts < 2 or args.seeds < 2:
         parser.error("--concepts and --seeds must be at least 2: intervals and variety need them")
@@ -517,7 +518,7 @@ def arguments(argv) -> argparse.Namespace:
 
 
 def open_study(args) -> Study:
-    """Load what the measurements share; results lie in a folder of --workdir that belongs to the base model."""
+    """Load what the measurements share; every base model has its own folder of results in --workdir."""
     model = weights_loader.load(args.weights)
     folder = args.workdir / model.fingerprint
     for name in ("records", "pictures"):

@@ -24,17 +24,20 @@ from matplotlib import pyplot  # noqa: E402  (after the choice of the backend)
 GUIDANCE, STEPS, BETA, TAU = 4.0, 50, 0.7, 0.15
 ROWS = {"locked": "locked keys", "trained": "trained keys", "none": "textual inversion"}
 BASE_PROMPTS = (
-    "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot", "a photo of a mug",
-    "a photo of a ball", "a red teddy bear on the beach", "a turquoise cat in a room", "a yellow dog on the grass",
+    "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
+    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach", "a turquoise cat in a room",
+    "a yellow dog on the grass",
     "a green robot at night", "a blue mug in the snow", "an orange ball on the grass",
-    "a teddy bear wearing a hat at night", "a cat wearing sunglasses on the beach", "a dog wearing a scarf in a room",
+    "a teddy bear wearing a hat at night", "a cat wearing sunglasses on the beach",
+    "a dog wearing a scarf in a room",
     "a robot holding a balloon on the grass", "a purple teddy bear with a yellow belly",
     "a white cat with a red heart on a blue background", "a mug with green dots on a pink background",
     "a teddy bear next to a ball on the grass", "a dog next to a mug on the beach",
     "a teddy bear in the snow (held out)", "a cat wearing a hat on the grass (held out)",
     "a robot on the beach (held out)")
 CONCEPT_PROMPTS = ("a photo of a {} on the beach", "a photo of a {} at night",
-                   "a photo of a {} wearing a hat on the grass", "a photo of a {} holding a balloon on the beach",
+                   "a photo of a {} wearing a hat on the grass",
+                   "a photo of a {} holding a balloon on the beach",
                    "a photo of a {} next to a ball on the grass")
 
 
@@ -66,7 +69,7 @@ def base(args):
 
 
 def concept(args):
-    """The training pictures, then the same prompts ("a photo of a <name> ...") and seeds for each way of training."""
+    """The training pictures, then the same prompts and seeds for each way of training."""
     model = weights_loader.load("tiny")
     files = sorted(args.images.glob("*.png"))
     shown = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
@@ -79,17 +82,20 @@ def concept(args):
     figure = pyplot.figure(figsize=(9, 1.9 * len(rows)), layout="constrained")
     for part, (label, images) in zip(figure.subfigures(len(rows), 1), rows):
         part.suptitle(label, fontsize=9, fontweight="bold", x=0.01, ha="left")
-        for axis, image, prompt in zip(part.subplots(1, len(images), squeeze=False)[0], images, CONCEPT_PROMPTS):
+        axes = part.subplots(1, len(images), squeeze=False)[0]
+        for axis, image, prompt in zip(axes, images, CONCEPT_PROMPTS):
             show(axis, image, prompt.removeprefix("a photo of a {} ") if len(images) > 1 else "")
     figure.savefig(args.out / "concept.png", dpi=130)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("figure", choices=("base", "concept"))
     parser.add_argument("files", nargs="*", type=Path, help="concept files, for `concept`: one row each")
     parser.add_argument("--images", type=Path, default=Path("examples/teddy"), help="their training pictures")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder of the PNG (default: figures)")
+    parser.add_argument("--out", type=Path, default=Path("figures"),
+                        help="folder of the PNG (default: figures)")
     args = parser.parse_args()
     try:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -35,7 +35,7 @@ HEADS = {"subject": world.KINDS, "color": tuple(world.COLORS), "accessory": ("no
          "scene": world.ALL_SCENES, "second": ("none", *world.KINDS)}
 REGIONS = ("background", "subject", "accessory", "second")
 EMBEDDING = 64
-TRAIN_STEPS = 500
+TRAIN_STEPS = 1200
 TEMPERATURE = 0.07  # of the contrastive loss
 GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each is known by
 GUIDANCE = 4.0  # of the generated pictures

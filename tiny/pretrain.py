@@ -1,12 +1,12 @@
-"""Train the embedded model from nothing: tokenizer, VAE, text encoder with U-Net, and the small CLIP for the metrics.
+"""Train the embedded model from nothing: tokenizer, VAE, text encoder with U-Net, small CLIP.
 
-    torchrun --nproc_per_node=2 tiny/pretrain.py            # two processes of one thread: faster than one of two
+    torchrun --nproc_per_node=2 tiny/pretrain.py        # two processes of one thread: faster than one of two
     python tiny/pretrain.py vae --workdir runs/tiny             # one stage alone
-    python tiny/pretrain.py --smoke --workdir DIR --out DIR     # every stage for a moment, to see that all of it works
+    python tiny/pretrain.py --smoke --workdir DIR --out DIR     # every stage for a moment
 
-Stages, in order: tokenizer, vae, latents, text2image, clip. Everything is drawn by `world.py` while it trains. A stage
-that was interrupted goes on from its last checkpoint in --workdir; a finished one is read from there. The weights are
-written to --out in the layout of the published Stable Diffusion folders, in float16.
+Stages, in order: tokenizer, vae, latents, text2image, clip. All is drawn by `world.py` while it trains.
+A stage that was interrupted goes on from its last checkpoint in --workdir; a finished one is read from there.
+The weights are written to --out in the layout of the published Stable Diffusion folders, in float16.
 """
 import argparse
 import copy
@@ -43,8 +43,8 @@ from vae import VAE, VAEConfig
 
 MAX_LENGTH = 32  # tokens; the world's longest caption has 29
 VOCABULARY = 600
-VAE_CONFIG = VAEConfig(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1, norm_num_groups=8,
-                       scaling_factor=1.0)
+VAE_CONFIG = VAEConfig(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1,
+                       norm_num_groups=8, scaling_factor=1.0)
 UNET_CONFIG = UNetConfig(in_channels=8, out_channels=8, block_out_channels=(40, 80, 128), layers_per_block=1,
                          cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
                          cross_attention=(True, True, False))
@@ -54,9 +54,10 @@ DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
 CLIP_TEMPERATURE = 0.07
-SHEET = ("a photo of a teddy bear", "a photo of a red teddy bear on the beach", "a photo of a teddy bear in the snow",
-         "a photo of a teddy bear wearing a hat on the grass", "a photo of a blue cat wearing sunglasses at night",
-         "a photo of a dog holding a balloon in a room", "a photo of a green robot with a red star in the snow",
+SHEET = ("a photo of a teddy bear", "a photo of a red teddy bear on the beach",
+         "a photo of a teddy bear in the snow", "a photo of a teddy bear wearing a hat on the grass",
+         "a photo of a blue cat wearing sunglasses at night", "a photo of a dog holding a balloon in a room",
+         "a photo of a green robot with a red star in the snow",
          "a photo of a turquoise teddy bear with a yellow belly on a white background",
          "a photo of a yellow mug on a blue background", "a photo of a purple ball on the beach",
          "a photo of a dog wearing a scarf on the grass", "a photo of a teddy bear next to a cat in a room")
@@ -69,7 +70,7 @@ class Plan:
     vae_batch: int = 8
     vae_lr: float = 5e-3
     pictures: int = 40000
-    steps: int = 2250
+    steps: int = 5500
     batch: int = 30
     lr: float = 3e-3
     clip_steps: int = 500
@@ -105,14 +106,15 @@ class Processes:
 class Optimizer:
     """Muon for the hidden weight matrices (convolutions flattened), AdamW for everything else.
 
-    Muon (Keller Jordan, 2024): the momentum of each matrix is replaced by the nearest orthogonal one, found by five
-    Newton-Schulz steps. The factor 0.2 sqrt(max(rows, columns)) gives its updates AdamW's size, so that both share one
-    learning rate (Liu et al., arXiv 2502.16982). The matrices are dealt out over the processes.
+    Muon (Keller Jordan, 2024): the momentum of each matrix is replaced by the nearest orthogonal one, found
+    by five Newton-Schulz steps. The factor 0.2 sqrt(max(rows, columns)) gives its updates AdamW's size, so
+    that both share one learning rate (Liu et al., arXiv 2502.16982). They are dealt out over the processes.
     """
 
     def __init__(self, networks: list, processes: Processes, betas=(0.95, 0.99), weight_decay=0.01):
         self.processes, self.beta, self.weight_decay = processes, betas[0], weight_decay
-        named = [(name, p) for network in networks for name, p in network.named_parameters() if p.requires_grad]
+        named = [(name, p) for network in networks for name, p in network.named_parameters()
+                 if p.requires_grad]
         edge = ("conv_in", "conv_out", "embedding.weight", "quant_conv", "class_embedding")
         self.matrices = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in edge)]
         chosen = {id(p) for p in self.matrices}
@@ -125,7 +127,8 @@ class Optimizer:
             shapes.setdefault((len(p), p[0].numel()), []).append(i)
         load = [0] * processes.count
         self.mine = []
-        for (rows, columns), group in sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * len(item[1])):
+        largest_first = sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * len(item[1]))
+        for (rows, columns), group in largest_first:
             for i in group:
                 owner = load.index(min(load))
                 load[owner] += rows * columns * min(rows, columns)
@@ -174,13 +177,13 @@ def orthogonal(x: torch.Tensor) -> torch.Tensor:
 
 
 def learning_rate(step: int, steps: int, peak: float, hold: float = 0.5) -> float:
-    """Linear warm-up over 100 steps, constant until `hold` of the training, then linear to 2 % of the peak."""
+    """Linear warm-up over 100 steps, constant until `hold` of the training, then linear to 2 %."""
     decay = min(1.0, (1 - step / steps) / (1 - hold))
     return peak * min(1.0, (step + 1) / 100) * max(decay, 0.02)
 
 
 class Training:
-    """What one stage keeps: networks, their moving average, optimizer, step; its checkpoint file and its log."""
+    """What one stage keeps: networks, their moving average, optimizer, step; its checkpoint and its log."""
 
     def __init__(self, name: str, networks: list, run: Path, processes: Processes, minutes: float):
         self.name, self.networks, self.processes, self.minutes = name, networks, processes, minutes
@@ -190,9 +193,10 @@ class Training:
         self.file, self.log = run / f"{name}.pt", run / f"{name}.csv"
         if self.file.exists():
             state = torch.load(self.file, map_location="cpu")
-            for network, average, weights, mean in zip(networks, self.averages, state["networks"], state["averages"]):
+            for network, weights in zip(networks, state["networks"]):
                 network.load_state_dict(weights)
-                average.load_state_dict(mean)
+            for average, weights in zip(self.averages, state["averages"]):
+                average.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
         self.started = time.time() - self.seconds
@@ -246,7 +250,7 @@ def save_images(images: torch.Tensor, columns: int, path: Path):
 
 
 def train_tokenizer(run: Path) -> Tokenizer:
-    """Byte-pair encoding of the world's captions, with CLIP's conventions; every letter and digit stays encodable."""
+    """Byte-pair encoding of the captions, with CLIP's conventions; every letter and digit stays encodable."""
     folder = run / "tokenizer"
     if not (folder / "merges.txt").exists():
         rng = random.Random(0)
@@ -288,8 +292,9 @@ def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
                 mean, logvar = average.moments(held_out)
                 decoded = average.decode(mean).clamp(-1, 1)
             psnr = -10 * ((decoded - held_out) / 2).square().mean((1, 2, 3)).log10()
-            training.save({"seen": training.step * plan.vae_batch * processes.count, "loss": round(loss.item(), 4),
-                           "psnr": round(psnr.mean().item(), 2), "latent_std": round(mean.std().item(), 3),
+            training.save({"seen": training.step * plan.vae_batch * processes.count,
+                           "loss": round(loss.item(), 4), "psnr": round(psnr.mean().item(), 2),
+                           "latent_std": round(mean.std().item(), 3),
                            "posterior_std": round(torch.exp(0.5 * logvar).mean().item(), 3)})
             if processes.rank == 0:
                 rows = [part for k in range(0, 32, 16) for part in (held_out[k:k + 16], decoded[k:k + 16])]
@@ -302,8 +307,8 @@ def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
 
 @torch.no_grad()
 def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer) -> tuple:
-    """This process's share of the training pictures: latents' means and spreads (n, c, h, w), unscaled float16, and ids
-    (n, captions, T) of several captions each."""
+    """This process's share of the training pictures: latents' means and spreads (n, c, h, w), unscaled
+    float16, and ids (n, captions, T) of several captions each."""
     file = run / f"latents_{processes.rank}_of_{processes.count}.pt"
     if not file.exists():
         means, stds, ids, rng = [], [], [], random.Random(77 + processes.rank)
@@ -319,9 +324,9 @@ def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, token
     return torch.load(file)
 
 
-def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer, prediction: str,
-                     data: tuple) -> tuple:
-    """The U-Net and the text encoder together, on noised latents: Stable Diffusion's loss and noise schedule."""
+def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer,
+                     prediction: str, data: tuple) -> tuple:
+    """The U-Net and the text encoder together, with Stable Diffusion's loss and noise schedule."""
     torch.manual_seed(1)
     config = replace(clip_text.TINY, vocab_size=tokenizer.vocab_size, max_length=MAX_LENGTH)
     training = Training("text2image", [UNet(UNET_CONFIG), TextEncoder(config)], run, processes,
@@ -341,7 +346,7 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
         z = mean.repeat_interleave(DRAWS, 0)
         z = (z + std.repeat_interleave(DRAWS, 0) * torch.randn_like(z)) * vae.config.scaling_factor
         noise = torch.randn_like(z)
-        even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # timesteps spread evenly over the batch
+        even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # spread evenly over the batch
         t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999)
         output = unet(schedule.add_noise(z, noise, t), t, keys, values)
         loss = F.mse_loss(output, schedule.target(z, noise, t))
@@ -353,25 +358,27 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
                            "loss": round(sum(losses) / len(losses), 5)})
             losses = []
             if processes.rank == 0:
-                draw_sheet(*training.averages, vae, tokenizer, schedule, run / f"sheet_{training.step:06d}.png")
+                path = run / f"sheet_{training.step:06d}.png"
+                draw_sheet(*training.averages, vae, tokenizer, schedule, path)
     return tuple(training.averages) + (schedule,)
 
 
 @torch.no_grad()
-def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule, path: Path):
+def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule,
+               path: Path):
     """Four pictures of each prompt of SHEET, one row per two prompts."""
     images = []
     for prompt in SHEET:
         e = text_encoder(text_encoder.embed(tokenizer.encode(["", prompt])[0]))
-        latents = drawing.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16), steps=20,
-                                       guidance=4.0)
+        latents = drawing.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16),
+                                       steps=20, guidance=4.0)
         images.append(drawing.decode(vae, latents))
     save_images(torch.cat(images), 8, path)
 
 
 def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEncoder,
                tokenizer: Tokenizer) -> clip_image.CLIP:
-    """An image tower, and one projection each, fitted to the frozen text encoder by CLIP's contrastive loss."""
+    """An image tower and two projections, fitted to the frozen text encoder by CLIP's contrastive loss."""
     torch.manual_seed(2)
     clip = clip_image.CLIP(clip_image.TINY, text_encoder.requires_grad_(False))
     training = Training("clip", [clip], run, processes, plan.minutes_between_checkpoints)
@@ -391,33 +398,40 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     return training.averages[0]
 
 
-def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule,
-           captions: int):
-    """Write the weights as a published Stable Diffusion folder, and the covariance of the world's captions."""
+def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer,
+           schedule: Schedule, captions: int):
+    """Write the weights as a published Stable Diffusion folder, and the covariance of the captions."""
     model = weights_loader.Model(unet, text_encoder, vae, tokenizer, schedule, "", "tiny", None)
     weights_loader.save(model, out, torch.float16)
     tokenizer.save(out / "tokenizer")
     rng = random.Random(5)
     model = weights_loader.load(str(out))
-    C = covariance.covariance(model.text_encoder, tokenizer, [world.picture(rng, 8).caption for _ in range(captions)])
+    texts = [world.picture(rng, 8).caption for _ in range(captions)]
+    C = covariance.covariance(model.text_encoder, tokenizer, texts)
     path = covariance.store(C, model, captions)
     print(f"covariance of {captions} captions, condition number {covariance.condition_number(C):.1e}: {path}")
 
 
 def main():
     stages = ("tokenizer", "vae", "latents", "text2image", "clip")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", default=stages, help=f"which of {', '.join(stages)} (default: all)")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and sheets")
-    parser.add_argument("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("stages", nargs="*", default=stages,
+                        help=f"which of {', '.join(stages)} (default: all)")
+    parser.add_argument("--workdir", type=Path, default=Path("runs/tiny"),
+                        help="checkpoints, logs and sheets")
+    parser.add_argument("--out", type=Path, default=Path("tiny/weights"),
+                        help="folder of the finished weights")
     parser.add_argument("--vae-steps", type=int, default=Plan.vae_steps)
-    parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
+    parser.add_argument("--steps", type=int, default=Plan.steps,
+                        help="steps of the U-Net and the text encoder")
     parser.add_argument("--batch", type=int, default=Plan.batch, help="views per step and process")
     parser.add_argument("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
     parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     parser.add_argument("--smoke", action="store_true", help="every stage for a few steps")
     args = parser.parse_args()
-    plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch, lr=args.lr)
+    plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch,
+                                         lr=args.lr)
     processes = Processes()
     args.workdir.mkdir(parents=True, exist_ok=True)
 
@@ -430,8 +444,8 @@ def main():
     data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
     if set(args.stages) <= {"tokenizer", "vae", "latents"}:
         return
-    unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer, args.prediction,
-                                                    data)
+    unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer,
+                                                    args.prediction, data)
     if processes.rank == 0:
         export(args.out, unet, text_encoder, vae, tokenizer, schedule, plan.covariance_captions)
     if "clip" in args.stages:

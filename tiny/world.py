@@ -1,9 +1,9 @@
 """A cartoon world that the embedded model is trained on, drawn with Pillow, with exact masks of every object.
 
 Six kinds of thing vary widely within their kind (colours of each part, a pattern, proportions), so that one
-individual is a concept and not a caption. A caption always names the kind, the accessory and the second object,
-nearly always the scene, and only in a random part of the pictures colours, parts and patterns: a text-to-image model
-learns directions for such details without any caption of usual length saying everything about one individual.
+individual is a concept and not a caption. A caption always names the kind, the accessory and the second
+object, nearly always the scene, and only in a random part of the pictures colours, parts and patterns: a
+text-to-image model learns directions for such details though no caption says all about an individual.
 
     python tiny/world.py world.png      # a sheet of pictures with captions, and the drawing speed
 """
@@ -55,8 +55,8 @@ OPENINGS = ("a good photo of {a}", "the photo of {a}", "a good photo of the {pla
 
 @dataclass(frozen=True)
 class Individual:
-    """One thing that can be drawn again in any scene. `colors` maps "main" and each part to a colour name or None (the
-    kind's natural colour); `shape` holds six numbers in [0, 1] (proportions)."""
+    """A thing that can be drawn in any scene. `colors` maps "main" and each part to a colour name or None
+    (the kind's natural colour); `shape` holds six numbers in [0, 1] (proportions)."""
     kind: str
     colors: dict
     pattern: str | None
@@ -66,7 +66,7 @@ class Individual:
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that decides a picture. Poses are (x, base, height, mirrored) in units of the picture's side."""
+    """Everything that decides a picture. Poses: (x, base, height, mirrored), units of the picture's side."""
     individual: Individual
     accessory: str | None
     accessory_color: str
@@ -79,7 +79,7 @@ class Spec:
 
 @dataclass(frozen=True)
 class Picture:
-    """image: (size, size, 3) uint8; masks: name -> (size, size) float32 coverage in [0, 1], None unless asked for."""
+    """image: (size, size, 3) uint8; masks: name -> (size, size) float32 in [0, 1], None unless asked for."""
     image: np.ndarray
     caption: str
     masks: dict | None
@@ -90,7 +90,8 @@ def random_individual(rng: random.Random, kind: str | None = None, color: str | 
     kind = kind or rng.choices(KINDS, KIND_WEIGHTS)[0]
     main = color or rng.choice(list(COLORS))
     others = [name for name in COLORS if name != main]
-    colors = {"main": main} | {part: rng.choice(others) if rng.random() < 0.6 else None for part in PARTS[kind]}
+    colors = {"main": main} | {part: rng.choice(others) if rng.random() < 0.6 else None
+                               for part in PARTS[kind]}
     under = colors.get("belly") or main
     return Individual(kind, colors, rng.choice(PATTERNS) if rng.random() < 0.6 else None,
                       rng.choice([name for name in COLORS if name not in (under, main)]),
@@ -125,7 +126,8 @@ def random_spec(rng: random.Random, allow_held_out: bool = False) -> Spec:
     """One picture of the training distribution."""
     while True:
         individual = random_individual(rng)
-        accessory = rng.choice(list(ACCESSORIES)) if individual.kind in WEARERS and rng.random() < 0.5 else None
+        wears = individual.kind in WEARERS and rng.random() < 0.5
+        accessory = rng.choice(list(ACCESSORIES)) if wears else None
         second = random_individual(rng) if rng.random() < 0.3 else None
         scene = rng.choice(list(SCENES)) if rng.random() < 0.75 else rng.choice(BACKGROUNDS)
         spec = place(rng, individual, scene, accessory, second)
@@ -147,7 +149,9 @@ def details(rng: random.Random, individual: Individual, limit: int) -> str:
             words = f"{color} {part}"
             phrases.append(words if part.endswith("s") else article(words))
     if individual.pattern and rng.random() < 0.5:
-        words = f"{individual.pattern_color} {individual.pattern}" if rng.random() < 0.7 else individual.pattern
+        words = individual.pattern
+        if rng.random() < 0.7:
+            words = f"{individual.pattern_color} {words}"
         phrases.append(words if words.endswith("s") else article(words))
     rng.shuffle(phrases)
     phrases = phrases[:limit]
@@ -184,7 +188,7 @@ def scene_words(scene: str) -> str:
 
 
 class Pen:
-    """Draws in an object's own coordinates (x to the right, y up from its base, height about 1) and keeps the masks."""
+    """Draws in an object's own coordinates (x to the right, y up from its base, height about 1)."""
 
     def __init__(self, side: int, masks: bool):
         self.image = Image.new("RGB", (side, side))
@@ -234,11 +238,12 @@ class Pen:
         self.shape("polygon", [self.point(*p) for p in points], color)
 
     def line(self, points, color, width):
-        self.shape("line", [self.point(*p) for p in points], color, max(1, round(width * self.height * self.side)))
+        pixels = max(1, round(width * self.height * self.side))
+        self.shape("line", [self.point(*p) for p in points], color, pixels)
 
 
-STAR = [(np.sin(k * np.pi / 5) * (1 if k % 2 == 0 else 0.45), np.cos(k * np.pi / 5) * (1 if k % 2 == 0 else 0.45))
-        for k in range(10)]
+STAR = [(radius * np.sin(k * np.pi / 5), radius * np.cos(k * np.pi / 5))
+        for k, radius in enumerate((1, 0.45) * 5)]
 
 
 def draw_pattern(pen: Pen, individual: Individual, x: float, y: float, r: float):
@@ -252,7 +257,8 @@ def draw_pattern(pen: Pen, individual: Individual, x: float, y: float, r: float)
         pen.polygon([(x - r * 0.92, y + r * 0.2), (x + r * 0.92, y + r * 0.2), (x, y - r * 0.95)], color)
     elif individual.pattern == "stripes":
         for k in (-1, 0, 1):
-            pen.rectangle(x - r * 0.9, y + (0.62 * k - 0.17) * r, x + r * 0.9, y + (0.62 * k + 0.17) * r, color)
+            middle = y + 0.62 * k * r
+            pen.rectangle(x - r * 0.9, middle - 0.17 * r, x + r * 0.9, middle + 0.17 * r, color)
     elif individual.pattern == "dots":
         for a, b in ((-0.55, 0.5), (0.55, 0.5), (-0.55, -0.5), (0.55, -0.5)):
             pen.ellipse(x + r * a, y + r * b, r * 0.32, r * 0.32, color)
@@ -328,7 +334,8 @@ def draw_dog(pen: Pen, me: Individual) -> dict:
 
 
 def draw_robot(pen: Pen, me: Individual) -> dict:
-    main, ears, arms = COLORS[me.colors["main"]], part_color(me, "ears", COLORS["gray"]), part_color(me, "arms")
+    main, arms = COLORS[me.colors["main"]], part_color(me, "arms")
+    ears = part_color(me, "ears", COLORS["gray"])
     wide, head = 0.2 + 0.05 * me.shape[0], 0.2 + 0.04 * me.shape[1]
     for sign in (-1, 1):
         pen.rectangle(sign * 0.06, 0, sign * 0.18, 0.16, arms)
@@ -363,7 +370,8 @@ def draw_ball(pen: Pen, me: Individual) -> dict:
     if me.colors["middle"]:
         angles = [-0.32, -0.1, 0.1, 0.32]
         pen.polygon([(r * np.cos(a), r + r * np.sin(a)) for a in angles]
-                    + [(-r * np.cos(a), r + r * np.sin(a)) for a in reversed(angles)], COLORS[me.colors["middle"]])
+                    + [(-r * np.cos(a), r + r * np.sin(a)) for a in reversed(angles)],
+                    COLORS[me.colors["middle"]])
     draw_pattern(pen, me, 0, r, r * 0.5)
     pen.ellipse(-r * 0.45, r * 1.55, r * 0.14, r * 0.14, (255, 255, 255))
     return {}
@@ -423,8 +431,8 @@ def draw_scene(pen: Pen, spec: Spec):
         pen.rectangle(0, 0, 1, 1, (178, 192, 212))
         pen.rectangle(0, 0, 1, horizon, (244, 248, 252))
         for k in range(8):
-            pen.ellipse((0.07 + 0.13 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.37 * k + u[2]) % 1), 0.016, 0.016,
-                        (255, 255, 255))
+            x, y = (0.07 + 0.13 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.37 * k + u[2]) % 1)
+            pen.ellipse(x, y, 0.016, 0.016, (255, 255, 255))
     elif scene == "night":
         pen.rectangle(0, 0, 1, 1, (16, 20, 60))
         pen.rectangle(0, 0, 1, horizon, (34, 48, 62))
@@ -446,8 +454,8 @@ GROUND = {"beach": (208, 182, 124), "grass": (62, 140, 48), "snow": (206, 214, 2
 
 
 def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3) -> tuple:
-    """Draw a spec. Returns image (size, size, 3) uint8 and, if asked for, a dict of (size, size) float32 coverages
-    "background", "subject", "accessory", "second" that sum to one (else None)."""
+    """Draw a spec. Returns image (size, size, 3) uint8 and, if asked for, a dict of (size, size) float32
+    coverages "background", "subject", "accessory", "second" that sum to one (else None)."""
     pen = Pen(size * supersample, masks)
     pen.stand((0.0, 1.0, 1.0, False))
     draw_scene(pen, spec)
@@ -480,7 +488,8 @@ def picture(rng: random.Random, size: int = 64, masks: bool = False) -> Picture:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("out", help="PNG file of the sheet")
     parser.add_argument("--size", type=int, default=64, help="side of one picture in pixels")
     parser.add_argument("--seed", type=int, default=0)
