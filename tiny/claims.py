@@ -127,9 +127,9 @@ STUDY = None  # of a measuring process
 def rows(training_betas) -> list:
     """Every way of drawing that the table needs."""
     sweep = [Row(f"{training} keys, beta {beta}", training, beta=beta)
-             for training in ("locked", "trained") for beta in (0.5, 0.7, 0.85)]
+             for training in ("locked", "trained") for beta in (0.5, 0.6, 0.7, 0.8)]
     return [Row("super-category", None), *sweep,
-            Row(GLOBAL, "locked", "global", GLOBAL_BETA),
+            *[Row(f"global lock, beta {beta}", "locked", "global", beta) for beta in (0.4, 0.5, 0.6)],
             Row("textual inversion", "inversion"), Row("locked keys, no masks", "no masks"),
             Row("locked keys, one image", "one image"),
             *[Row(f"locked keys, tau {tau}", "locked", tau=tau) for tau in (0.1, 0.2)],
