@@ -535,7 +535,7 @@ def test_bad_input_ends_with_one_sentence_and_code_2(weights, pictures, tmp_path
 def test_a_checkpoint_of_another_training_is_refused_by_name(weights, pictures, tmp_path, capsys):
     assert run(*command(weights, pictures, tmp_path, "--steps", 1)) == 0
     assert run(*command(weights, pictures, tmp_path, "--steps", 2, "--resume", "--lr", "0.3")) == 2
-    assert f"lr was {TINY.lr}, now is 0.3" in capsys.readouterr().err
+    assert f"lr was {train.TINY.lr}, now is 0.3" in capsys.readouterr().err
 
 
 def test_a_concept_made_for_another_base_model_is_refused(weights, pictures, tmp_path):
