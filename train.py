@@ -54,7 +54,7 @@ class Defaults:
 SD_V1 = Defaults(steps=400, batch=16, lr=0.03, lr_embedding=0.006, preview_every=100, sampling_steps=25,
                  guidance=6.0,  # paper
                  prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
-# Twice this embedding rate, and i* lags behind the word: sim / energy rose to 2 and the locked key broke.
+# At twice this embedding rate i* lagged behind the word on an earlier base: sim / energy 2, a broken lock.
 TINY = Defaults(steps=120, batch=16, lr=0.5, lr_embedding=0.003, preview_every=60, sampling_steps=20,
                 guidance=4.0,
                 prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
