@@ -13,6 +13,7 @@
 # `DIAGNOSTICS="--concept teddy.safetensors" jupyter execute --inplace diagnostics.ipynb`
 
 # %%
+"""Six figures that show what a concept's edit does: gates, attention maps, sweeps."""
 import argparse
 import os
 import shlex
@@ -33,7 +34,6 @@ if not IN_NOTEBOOK:
     matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of the backend)
 
-DESCRIPTION = "Six figures that show what a concept's edit does: gates, attention maps, sweeps."
 BETA = {"local": 0.7, "global": 0.5}       # METHOD 5, the middle of the recommended ranges
 TAU = 0.15
 SEGMENT_TIMES = (201, 401, 601)            # noise levels at which the base model looks for the object
@@ -43,7 +43,7 @@ TAUS = (0.05, 0.1, 0.15, 0.2, 0.3)
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
     add("--concept", metavar="FILE", required=True, help="concept with locked keys, of every figure")
     add("--trained", metavar="FILE", help="the same, trained with --lock trained (figures 2 and 3)")
@@ -280,7 +280,7 @@ lock_masks = torch.stack([object_mask(latents, ordinary, concept.words) for _, l
 lock_shares = torch.stack([shares(maps, mask) for maps, mask in zip(lock_maps, lock_masks)])
 plot_maps([picture for picture, _, _ in drawn.values()], lock_maps, lock_shares, lock_masks, list(drawn),
           [f'"{word}"' for word in (concept.words, *WORDS)],
-          f"Attention of {concept.token} and other words, mean over steps, layers and heads", "2_locks.png")
+          f"Attention of {concept.token} and other words, mean over steps and heads", "2_locks.png")
 
 # %% [markdown]
 # ## 3. The pure effect of the key

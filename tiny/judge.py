@@ -28,7 +28,7 @@ import drawing
 import make_examples
 import weights_loader
 import world
-from attention_maps import attention, record_queries, word_map, word_masks
+from attention_maps import MASK_TIMESTEPS, attention, record_queries, word_map, word_masks
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"subject": world.KINDS, "color": tuple(world.COLORS), "accessory": ("none", *world.ACCESSORIES),
@@ -40,7 +40,7 @@ TEMPERATURE = 0.07  # of the contrastive loss
 GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each is known by
 GUIDANCE = 4.0  # of the generated pictures
 BOTH = "both objects, in any order"
-OVERLAP_TIMESTEPS, OVERLAP_DRAWS = (200, 300, 400, 500, 600), 2
+OVERLAP_DRAWS = 2  # of noise, at each timestep of the masks
 
 
 class Judge(nn.Module):
@@ -316,7 +316,7 @@ def follow(found: list, pairs: list) -> dict:
 def attention_overlap(model, renders: int = 12, seed: int = 3 * 10**9) -> dict:
     """Kind -> IoU at half maximum of its word's map with the true mask, on noised renders; both at 64x64.
 
-    The map is averaged over OVERLAP_TIMESTEPS and OVERLAP_DRAWS of noise, as the masks of a training are.
+    The map is averaged over MASK_TIMESTEPS and OVERLAP_DRAWS of noise, as the masks of a training are.
     """
     rng, generator, overlaps = random.Random(seed), torch.Generator().manual_seed(0), {}
     for kind in world.KINDS:
@@ -329,7 +329,7 @@ def attention_overlap(model, renders: int = 12, seed: int = 3 * 10**9) -> dict:
         e = model.text_encoder(model.text_encoder.embed(ids))
         keys, values = model.unet.keys(e), model.unet.values(e)
         word, total = model.tokenizer.find(prompts[0], kind)[0], 0
-        for t in OVERLAP_TIMESTEPS * OVERLAP_DRAWS:
+        for t in MASK_TIMESTEPS * OVERLAP_DRAWS:
             noise = torch.randn(z.shape, generator=generator)
             with record_queries(model.unet) as queries:
                 model.unet(model.schedule.add_noise(z, noise, torch.full((renders,), t)), t, keys, values)
