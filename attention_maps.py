@@ -22,13 +22,13 @@ MASK_DRAWS = 4                              # noise draws per timestep
 def record_queries(unet):
     """Context in which every forward pass leaves its queries in the yielded list, the last pass overwriting.
 
-    The list has one entry per cross-attention layer, in order of execution: (B, HW, width), without gradient.
+    The list has one entry per cross-attention layer, in order of execution: (B, HW, width), with their graph.
     """
     queries = [None] * len(unet.cross_attentions)
 
     def keep(i):
         def hook(module, inputs, output):
-            queries[i] = output.detach()
+            queries[i] = output
         return hook
     handles = [layer.to_q.register_forward_hook(keep(i)) for i, layer in enumerate(unet.cross_attentions)]
     try:

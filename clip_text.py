@@ -171,6 +171,11 @@ class Tokenizer:
         """The number of ids."""
         return self._tokenizer.get_vocab_size()
 
+    @property
+    def vocabulary(self):
+        """Token -> id."""
+        return self._tokenizer.get_vocab()
+
     def encode(self, prompts, words={}):
         """Prompts (a list of B strings) -> ids (B, max_length) int64, and positions.
 

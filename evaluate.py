@@ -41,7 +41,6 @@ TINY = ("a photo of a {} on the beach", "a photo of a {} on the grass", "a photo
         "a photo of a {} next to a ball on the grass", "a photo of a {} next to a mug at night")
 PROMPTS = {"tiny": TINY, "objects": OBJECTS, "live": LIVE}
 PUBLIC_CLIP = "openai/clip-vit-large-patch14"
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 BATCH = 8          # pictures drawn at once
 FIELDS = ("concept", "keys", "beta", "tau", "lock", "image_similarity", "image_interval", "text_similarity",
           "text_interval", "harmonic_mean", "clip", "prompts", "number_of_prompts", "seeds")
@@ -108,18 +107,15 @@ def read_prompts(name):
 def read_images(folder):
     """The pictures of a folder as a list of (1, 3, H, W) in [0, 1], turned by EXIF, alpha over white."""
     import torch
-    from PIL import Image, ImageOps
+    from PIL import Image
+
+    import image_files
     images = []
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or path.name.startswith("."):
-            continue
-        with Image.open(path) as file:
-            picture = ImageOps.exif_transpose(file).convert("RGBA")
+    for path in image_files.list_images(Path(folder))[0]:
+        picture = image_files.open_image(path)
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         images.append(data.view(1, picture.height, picture.width, 3).movedim(-1, 1) / 255)
-    if not images:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(IMAGE_SUFFIXES)})")
     return images
 
 

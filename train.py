@@ -23,7 +23,6 @@ import torch
 import torch.distributed as distributed
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -34,6 +33,7 @@ import perfusion
 from attention_maps import attention, record_queries, word_map, word_masks
 from diffusion import TRAIN_STEPS
 from drawing import decode, draw_latents, native_size, pick_device, size_step
+from image_files import list_images, read_image, read_mask
 from perfusion import TEMPLATES, Concept
 from weights_loader import load
 
@@ -64,8 +64,6 @@ WEIGHT_DECAY = 0.01                         # AdamW's default
 CHECKPOINT_EVERY = 50
 PREVIEW_BETA, PREVIEW_TAU = 0.7, 0.15       # METHOD 5: local lock at inference
 PREVIEW_TIMESTEP = 400                      # of the attention in a preview
-IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-APPLE_TYPES = (".heic", ".heif")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -115,53 +113,6 @@ class Data:
         """Tells these pictures and masks from others."""
         content = b"".join(x.cpu().numpy().tobytes() for x in (self.images, self.masks))
         return hashlib.sha256(content).hexdigest()[:16]
-
-
-def list_images(path: Path) -> tuple[list[Path], list[str]]:
-    """The image files of a folder (or one image file), sorted by name, and the names that were skipped."""
-    if not path.exists():
-        raise ValueError(f"--images {path}: there is no such folder")
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    visible = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    for file in visible:
-        if file.suffix.lower() in APPLE_TYPES:
-            raise ValueError(f"{file} is an HEIC photo, which cannot be read here: put a JPEG in its place "
-                             "(on a Mac: Preview, File, Export)")
-    images = [file for file in visible if file.suffix.lower() in IMAGE_TYPES]
-    if not images:
-        raise ValueError(f"--images {path} holds no image: it needs at least one of {', '.join(IMAGE_TYPES)}")
-    return images, [file.name for file in files if file not in images]
-
-
-def read_image(path: Path, side: int) -> tuple[Tensor, Tensor | None]:
-    """An image file, turned as its EXIF says, cropped to the central square, resized to side pixels.
-
-    Returns RGB (3, side, side) in [-1, 1], over white where it is transparent, and the opacity
-    (1, side, side) in [0, 1], None if it is opaque everywhere. ValueError if the file is damaged.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I"):      # 16 bits: Pillow would clip them
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGBA")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from error
-    # Premultiplied, so that the colour hidden under transparent pixels does not bleed into the edges.
-    image = ImageOps.fit(image.convert("RGBa"), (side, side), Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
-    rgb, alpha = pixels[:3], pixels[3:]
-    return (rgb * alpha + 1 - alpha) * 2 - 1, None if alpha.min() == 1 else alpha
-
-
-def read_mask(folder: Path, image: Path, side: int) -> Tensor:
-    """The mask (1, side, side) in [0, 1] of an image: the file of the same name; white is concept."""
-    found = [file for file in sorted(folder.glob("*")) if file.stem == image.stem
-             and file.suffix.lower() in IMAGE_TYPES]
-    if not found:
-        raise ValueError(f"--masks {folder} has no mask for {image.name}: it needs {image.stem}.png")
-    rgb, alpha = read_image(found[0], side)
-    return alpha if alpha is not None and rgb.std() == 0 else rgb.mean(0, keepdim=True) / 2 + 0.5
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ LIBRARY = {  # file -> the project files that it may know
     "weights_loader": NETWORKS | {"weight_configs", "weight_files", "weight_names"},
     "covariance": NETWORKS | {"perfusion", "weights_loader"},
     "attention_maps": NETWORKS | {"perfusion"},
+    "image_files": set(),
     "drawing": NETWORKS | {"perfusion"},
 }
 PACKAGES = {  # file -> what it may import besides torch and the standard library

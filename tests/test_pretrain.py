@@ -1,5 +1,6 @@
 """Pretraining from nothing, every stage for a moment; the result loads and draws like any other model."""
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,9 @@ import drawing
 import weights_loader
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tiny"))
+import pretrain
+import world
 
 
 @pytest.fixture(scope="module")
@@ -39,3 +43,52 @@ def test_the_result_loads_and_draws(smoke):
     e = model.text_encoder(model.text_encoder.embed(model.tokenizer.encode(["", "a photo of a cat"])[0]))
     images = drawing.draw(model, model.unet.keys(e), model.unet.values(e), [0], (64, 64), steps=2)
     assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all()
+
+
+def attention_of(shares):
+    """Attention (1, 1 head, 16 pixels, 3 tokens) in which token 1 has these shares (4, 4) of the pixels."""
+    rest = (1 - shares.flatten()) / 2
+    return torch.stack([rest, shares.flatten(), rest], dim=1)[None, None]
+
+
+def test_the_attention_loss_is_small_where_the_noun_acts_on_its_object_alone():
+    region = torch.zeros(1, 1, 4, 4)
+    region[..., :2] = 1
+    places, floor = torch.tensor([[1]]), pretrain.ATTENTION_FLOOR
+    inside, outside, everywhere = floor * region[0, 0], floor * (1 - region[0, 0]), torch.full((4, 4), floor)
+    good, bad, leaking = (pretrain.attention_loss([attention_of(x)], places, region).item()
+                          for x in (inside, outside, everywhere))
+    assert good < 1e-5 and leaking > 0.3 and bad > 3
+    unnamed = pretrain.attention_loss([attention_of(outside)] * 2, torch.tensor([[1], [-1]])[1:], region)
+    assert unnamed == 0
+
+
+def test_the_attention_loss_teaches_the_queries_and_the_text():
+    unet = pretrain.UNet(pretrain.UNET_CONFIG)
+    e = torch.randn(2, 32, 128, requires_grad=True)
+    keys = unet.keys(e)
+    with pretrain.record_queries(unet) as queries:
+        unet(torch.randn(2, 8, 16, 16), torch.tensor([100, 900]), keys, unet.values(e))
+    places, regions = torch.tensor([[3, -1], [4, 5]]), torch.rand(2, 2, 16, 16)
+    pretrain.attention_loss(pretrain.attention(queries, keys, 2), places, regions).backward()
+    assert e.grad[0, 3].abs().sum() > 0
+    assert all(layer.to_q.weight.grad.abs().sum() > 0 for layer in unet.cross_attentions)
+
+
+def test_going_on_from_finished_weights_keeps_every_word_they_know():
+    start = weights_loader.load(str(ROOT / "tiny" / "weights"))
+    unet, text = pretrain.UNet(pretrain.UNET_CONFIG), pretrain.TextEncoder(start.text_encoder.config)
+    pretrain.go_on(start, unet, text, start.tokenizer)
+    ids = start.tokenizer.encode(["a photo of a teddy bear"])[0]
+    assert torch.equal(text(text.embed(ids)), start.text_encoder(start.text_encoder.embed(ids)))
+    assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), start.unet.parameters()))
+
+
+def test_every_region_of_a_picture_has_a_noun_that_its_caption_may_name():
+    for seed in range(40):
+        spec = world.random_spec(random.Random(seed))
+        caption, nouns = world.describe(spec, random.Random(seed)), world.nouns(spec)
+        assert len(nouns) == len(world.REGIONS)
+        for region, noun in zip(world.REGIONS[1:], nouns[1:]):
+            assert noun in caption, (region, caption)
+        assert nouns[0] in caption or world.scene_words(spec.scene) not in caption

@@ -16,6 +16,7 @@ from PIL import Image
 
 import covariance
 import diffusion
+import image_files
 import perfusion
 import train
 from perfusion import Concept
@@ -65,7 +66,7 @@ def pictures(tmp_path_factory):
 def setting(weights, pictures):
     """A function: settings -> a Training of the random model on the three pictures; they share the model."""
     model = load(weights)
-    files, _ = train.list_images(pictures)
+    files, _ = image_files.list_images(pictures)
     data = train.prepare_data(model, files, "teddy bear", side=16)
     C_inverse = covariance.inverse(covariance.cached(model))
 
@@ -85,7 +86,7 @@ def run(*arguments):
 # --------------------------------------------------------------------------------------------------- pictures
 
 def test_images_are_listed_in_order_and_everything_else_is_named(pictures):
-    files, skipped = train.list_images(pictures)
+    files, skipped = image_files.list_images(pictures)
     assert [file.name for file in files] == ["0.jpg", "1.png", "2.webp"]
     assert sorted(skipped) == [".hidden.png", "notes.txt"]
 
@@ -98,9 +99,9 @@ def test_a_photo_is_turned_as_its_exif_says_and_cropped_to_the_middle(tmp_path):
     Image.fromarray(image).rotate(90, expand=True).save(tmp_path / "x.jpg", exif=exif, quality=100)
     image[:20, 40:80] = 0
     Image.fromarray(np.rot90(image).copy()).save(tmp_path / "y.jpg", exif=exif, quality=100)
-    rgb, alpha = train.read_image(tmp_path / "x.jpg", 8)
+    rgb, alpha = image_files.read_image(tmp_path / "x.jpg", 8)
     assert alpha is None and rgb.shape == (3, 8, 8) and rgb.min() > 0.8
-    rgb, _ = train.read_image(tmp_path / "y.jpg", 8)
+    rgb, _ = image_files.read_image(tmp_path / "y.jpg", 8)
     assert rgb[:, :3].max() < -0.8 and rgb[:, 5:].min() > 0.8
 
 
@@ -108,7 +109,7 @@ def test_transparent_pixels_become_white_and_their_opacity_a_mask(tmp_path):
     image = np.zeros((16, 16, 4), np.uint8)
     image[:, :8] = (255, 0, 0, 255)             # the right half is transparent black
     Image.fromarray(image).save(tmp_path / "x.png")
-    rgb, alpha = train.read_image(tmp_path / "x.png", 16)
+    rgb, alpha = image_files.read_image(tmp_path / "x.png", 16)
     assert torch.equal(rgb[:, :, 12], torch.ones(3, 16)) and torch.equal(alpha[0, :, 12], torch.zeros(16))
     assert rgb[0, 0, 2] == 1 and rgb[1, 0, 2] == -1 and alpha[0, 0, 2] == 1
 
@@ -122,7 +123,7 @@ def test_every_colour_mode_is_read(tmp_path, mode):
         image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image.convert(mode)
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     image.save(path)
-    rgb, _ = train.read_image(path, 8)
+    rgb, _ = image_files.read_image(path, 8)
     assert rgb.min() > 0.95
 
 
@@ -457,7 +458,7 @@ def truncated_png(tmp_path):
 def black_masks(tmp_path, pictures):
     folder = tmp_path / "black"
     folder.mkdir()
-    for file in train.list_images(pictures)[0]:
+    for file in image_files.list_images(pictures)[0]:
         Image.new("L", (24, 20)).save(folder / f"{file.stem}.png")
     return folder
 

@@ -33,7 +33,6 @@ from attention_maps import MASK_TIMESTEPS, attention, record_queries, word_map, 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"subject": world.KINDS, "color": tuple(world.COLORS), "accessory": ("none", *world.ACCESSORIES),
          "scene": world.ALL_SCENES, "second": ("none", *world.KINDS)}
-REGIONS = ("background", "subject", "accessory", "second")
 EMBEDDING = 64
 TRAIN_STEPS = 1200
 TEMPERATURE = 0.07  # of the contrastive loss
@@ -56,7 +55,7 @@ class Judge(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(256, len(labels)) for name, labels in HEADS.items()})
         self.identity, self.identity_second = nn.Linear(256, EMBEDDING), nn.Linear(256, EMBEDDING)
         self.lateral = nn.ModuleList(nn.Conv2d(width, 32, 1) for width in widths[2:])
-        self.mask = nn.Conv2d(32, len(REGIONS), 3, padding=1)
+        self.mask = nn.Conv2d(32, len(world.REGIONS), 3, padding=1)
 
     def forward(self, images: Tensor) -> dict:
         x, features = images * 2 - 1, []
@@ -97,7 +96,7 @@ class Judge(nn.Module):
     def masks(self, images: Tensor) -> dict:
         """Where things are: region -> (B, 16, 16) shares between 0 and 1."""
         shares = self(images)["mask"].softmax(1)
-        return {name: shares[:, k] for k, name in enumerate(REGIONS)}
+        return {name: shares[:, k] for k, name in enumerate(world.REGIONS)}
 
 
 # ---------------------------------------------------------------------------------------------------- renders
@@ -181,7 +180,7 @@ def train(steps: int, quads: int, path: Path, seed: int = 0) -> Judge:
         specs, same, same_second = training_batch(rng, quads)
         # Exact masks cost most of the drawing time: a quarter of the pictures teaches where things are.
         images, masks = zip(*[world.render(spec, masks=n < quads) for n, spec in enumerate(specs)])
-        regions = torch.from_numpy(np.stack([[mask[name] for name in REGIONS] for mask in masks[:quads]]))
+        regions = torch.from_numpy(np.stack([[mask[name] for name in world.REGIONS] for mask in masks[:quads]]))
         out, truth = judge(soften(to_images(images))), labels(specs)
         losses = [F.cross_entropy(out[head], truth[head]) for head in HEADS]
         losses += [contrast(out["identity"], same), contrast(out["identity_second"], same_second),

@@ -6,6 +6,7 @@
 
 Stages, in order: tokenizer, vae, latents, text2image, clip. All is drawn by `world.py` while it trains.
 A stage that was interrupted goes on from its last checkpoint in --workdir; a finished one is read from there.
+With --init the VAE, the U-Net and the text encoder are not begun anew but taken from finished weights.
 The weights are written to --out in the layout of the published Stable Diffusion folders, in float16.
 """
 import argparse
@@ -36,6 +37,7 @@ import covariance
 import drawing
 import weights_loader
 import world
+from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
 from unet import UNet, UNetConfig
@@ -50,6 +52,9 @@ UNET_CONFIG = UNetConfig(in_channels=8, out_channels=8, block_out_channels=(40, 
                          cross_attention=(True, True, False))
 KL_WEIGHT = 1e-3  # per latent number; keeps some posterior noise, so that the decoder forgives small errors
 CAPTIONS_PER_PICTURE = 4
+# Big models' words act where their objects are; so small a one puts a caption into the padding if it is let.
+ATTENTION_WEIGHT = 0.1  # of `attention_loss`
+ATTENTION_FLOOR = 0.5   # share of an object's attention that its noun should have
 DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
@@ -272,8 +277,13 @@ def train_tokenizer(run: Path) -> Tokenizer:
     return Tokenizer.load(folder, MAX_LENGTH)
 
 
-def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
-    """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance."""
+def train_vae(run: Path, plan: Plan, processes: Processes, start: weights_loader.Model | None) -> VAE:
+    """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance.
+
+    With a finished model to start from, its VAE is taken as it is.
+    """
+    if start:
+        return start.vae
     torch.manual_seed(0)
     training = Training("vae", [VAE(VAE_CONFIG)], run, processes, plan.minutes_between_checkpoints)
     network, (average,) = training.networks[0], training.averages
@@ -307,39 +317,79 @@ def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
 
 @torch.no_grad()
 def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer) -> tuple:
-    """This process's share of the training pictures: latents' means and spreads (n, c, h, w), unscaled
-    float16, and ids (n, captions, T) of several captions each."""
+    """This process's share of the training pictures, five tensors with a row per picture: latents' means and
+    spreads (n, c, h, w), unscaled float16; ids (n, captions, T) of several captions; per caption the index of
+    every region's noun (n, captions, regions), -1 where it names none; regions (n, regions, h, w)."""
     file = run / f"latents_{processes.rank}_of_{processes.count}.pt"
     if not file.exists():
-        means, stds, ids, rng = [], [], [], random.Random(77 + processes.rank)
+        batches, rng = [], random.Random(77 + processes.rank)
         for _ in range(0, plan.pictures // processes.count, 16):
             specs = [world.random_spec(rng) for _ in range(16)]
-            mean, logvar = vae.moments(to_images([world.render(spec)[0] for spec in specs]))
+            images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
+            mean, logvar = vae.moments(to_images(images))
             captions = [world.describe(spec, rng) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
-            means.append(mean.half())
-            stds.append(torch.exp(0.5 * logvar).half())
-            ids.append(tokenizer.encode(captions)[0].view(16, CAPTIONS_PER_PICTURE, -1).short())
+            ids = tokenizer.encode(captions)[0].view(16, CAPTIONS_PER_PICTURE, -1)
+            places = [[noun and tokenizer.find(caption, noun) for noun in world.nouns(specs[k // CAPTIONS_PER_PICTURE])]
+                      for k, caption in enumerate(captions)]
+            places = torch.tensor([[found[0][-1] if found else -1 for found in row] for row in places])
+            regions = torch.from_numpy(np.stack([[mask[name] for name in world.REGIONS] for mask in masks]))
+            batches.append((mean.half(), torch.exp(0.5 * logvar).half(), ids.short(),
+                            places.view(16, CAPTIONS_PER_PICTURE, -1).short(),
+                            F.adaptive_avg_pool2d(regions, mean.shape[-2:]).half()))
         with weights_loader.replacing(file) as path:
-            torch.save([torch.cat(part) for part in (means, stds, ids)], path)
+            torch.save([torch.cat(part) for part in zip(*batches)], path)
     return torch.load(file)
 
 
+def attention_loss(attentions: list, places: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Every noun should have much of the attention where its object is, and none elsewhere.
+
+    A cross entropy of the noun's share of a pixel's attention with its region, without a reward beyond
+    ATTENTION_FLOOR: adjectives need a part too. attentions per layer (B, heads, HW, T), places (B, R): index
+    of each region's noun, or -1; regions (B, R, h, w), coverages.
+    """
+    named, total = (places >= 0).float()[:, None], 0
+    for layer in attentions:
+        B, _, HW, _ = layer.shape
+        share = layer.mean(1).gather(2, places.clamp(min=0)[:, None].expand(B, HW, -1)).clamp(1e-6, 1 - 1e-6)
+        covered = F.adaptive_avg_pool2d(regions, math.isqrt(HW)).flatten(2).mT      # (B, HW, R)
+        missing, leaking = F.relu(math.log(ATTENTION_FLOOR) - share.log()), -torch.log1p(-share)
+        total = total + (named * (covered * missing + (1 - covered) * leaking)).sum() / named.sum().clamp(min=1) / HW
+    return total / len(attentions)
+
+
+def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer):
+    """Copy finished networks into new ones; words that the old vocabulary lacks keep their random embedding."""
+    unet.load_state_dict(start.unet.state_dict())
+    state, vocabulary = start.text_encoder.state_dict(), start.tokenizer.vocabulary
+    name = next(key for key in state if key.endswith("token_embedding.weight"))
+    old, state[name] = state[name], text_encoder.state_dict()[name].clone()
+    for token, row in tokenizer.vocabulary.items():
+        if token in vocabulary:
+            state[name][row] = old[vocabulary[token]]
+    text_encoder.load_state_dict(state)
+
+
 def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer,
-                     prediction: str, data: tuple) -> tuple:
-    """The U-Net and the text encoder together, with Stable Diffusion's loss and noise schedule."""
+                     prediction: str, data: tuple, start: weights_loader.Model | None) -> tuple:
+    """The U-Net and the text encoder together, with Stable Diffusion's noise schedule and loss, and
+    `attention_loss`."""
     torch.manual_seed(1)
     config = replace(clip_text.TINY, vocab_size=tokenizer.vocab_size, max_length=MAX_LENGTH)
-    training = Training("text2image", [UNet(UNET_CONFIG), TextEncoder(config)], run, processes,
-                        plan.minutes_between_checkpoints)
+    networks = [UNet(UNET_CONFIG), TextEncoder(config)]
+    if start:
+        go_on(start, *networks, tokenizer)
+    training = Training("text2image", networks, run, processes, plan.minutes_between_checkpoints)
     unet, text_encoder = training.networks
     schedule, empty = Schedule.sd_v1(prediction), tokenizer.encode([""])[0][0]
-    means, stds, ids = data
+    means, stds, ids, places, regions = data
     n, losses = plan.batch // DRAWS, []
     while training.step < plan.steps:
-        chosen = torch.randint(len(means), (n,))
+        chosen, which = torch.randint(len(means), (n,)), torch.randint(CAPTIONS_PER_PICTURE, (n,))
         mean, std = means[chosen].float(), stds[chosen].float()
-        caption = ids[chosen, torch.randint(CAPTIONS_PER_PICTURE, (n,))].long()
-        caption[torch.rand(n) < EMPTY_PROMPT] = empty
+        caption, place = ids[chosen, which].long(), places[chosen, which].long()
+        dropped = torch.rand(n) < EMPTY_PROMPT
+        caption[dropped], place[dropped] = empty, -1
         e = text_encoder(text_encoder.embed(caption))
         keys = [k.repeat_interleave(DRAWS, 0) for k in unet.keys(e)]
         values = [v.repeat_interleave(DRAWS, 0) for v in unet.values(e)]
@@ -348,14 +398,19 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
         noise = torch.randn_like(z)
         even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # spread evenly over the batch
         t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999)
-        output = unet(schedule.add_noise(z, noise, t), t, keys, values)
+        with record_queries(unet) as queries:
+            output = unet(schedule.add_noise(z, noise, t), t, keys, values)
         loss = F.mse_loss(output, schedule.target(z, noise, t))
-        loss.backward()
+        focus = attention_loss(attention(queries, keys, UNET_CONFIG.attention_heads),
+                               place.repeat_interleave(DRAWS, 0),
+                               regions[chosen].float().repeat_interleave(DRAWS, 0))
+        (loss + ATTENTION_WEIGHT * focus).backward()
         training.update(learning_rate(training.step, plan.steps, plan.lr))
-        losses.append(loss.item())
+        losses.append((loss.item(), focus.item()))
         if training.checkpoint_due(plan.steps):
+            mean_loss, mean_focus = np.mean(losses, 0)
             training.save({"seen": training.step * plan.batch * processes.count,
-                           "loss": round(sum(losses) / len(losses), 5)})
+                           "loss": round(mean_loss, 5), "attention_loss": round(mean_focus, 4)})
             losses = []
             if processes.rank == 0:
                 path = run / f"sheet_{training.step:06d}.png"
@@ -428,24 +483,26 @@ def main():
     parser.add_argument("--batch", type=int, default=Plan.batch, help="views per step and process")
     parser.add_argument("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
     parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
+    parser.add_argument("--init", metavar="FOLDER", help="finished weights to go on from")
     parser.add_argument("--smoke", action="store_true", help="every stage for a few steps")
     args = parser.parse_args()
     plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch,
                                          lr=args.lr)
     processes = Processes()
     args.workdir.mkdir(parents=True, exist_ok=True)
+    start = weights_loader.load(args.init) if args.init else None
 
     tokenizer = train_tokenizer(args.workdir)
     if set(args.stages) <= {"tokenizer"}:
         return
-    vae = train_vae(args.workdir, plan, processes)
+    vae = train_vae(args.workdir, plan, processes, start)
     if set(args.stages) <= {"tokenizer", "vae"}:
         return
     data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
     if set(args.stages) <= {"tokenizer", "vae", "latents"}:
         return
     unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer,
-                                                    args.prediction, data)
+                                                    args.prediction, data, start)
     if processes.rank == 0:
         export(args.out, unet, text_encoder, vae, tokenizer, schedule, plan.covariance_captions)
     if "clip" in args.stages:

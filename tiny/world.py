@@ -23,7 +23,7 @@ COLORS = {
 }
 DARK, CREAM = (32, 28, 34), (240, 220, 185)
 
-# The parts of each kind that have a colour of their own, beside the main colour.
+# The parts of each kind that may have a colour of their own, beside the main colour.
 PARTS = {
     "teddy bear": ("belly", "ears", "paws", "muzzle"),
     "cat": ("belly", "ears", "paws", "tail"),
@@ -32,6 +32,14 @@ PARTS = {
     "mug": ("handle", "rim"),
     "ball": ("middle",),
 }
+# What a part is coloured by nature; every other part is then of the main colour.
+NATURAL = {("teddy bear", "belly"): "cream", ("teddy bear", "muzzle"): "cream", ("cat", "belly"): "cream",
+           ("dog", "belly"): "cream", ("dog", "muzzle"): "cream", ("robot", "belly"): "cream",
+           ("robot", "ears"): "gray", ("mug", "rim"): "cream"}
+# How a part and a pattern are called in front of the thing: "a yellow bellied red starred teddy bear".
+ADJECTIVES = {"belly": "bellied", "ears": "eared", "paws": "pawed", "muzzle": "muzzled", "tail": "tailed",
+              "arms": "armed", "face": "faced", "handle": "handled", "rim": "rimmed", "middle": "middled",
+              "star": "starred", "heart": "hearted", "stripes": "striped", "dots": "dotted"}
 KINDS = tuple(PARTS)
 KIND_WEIGHTS = (0.28, 0.18, 0.16, 0.16, 0.11, 0.11)
 WEARERS = ("teddy bear", "cat", "dog", "robot")
@@ -42,6 +50,7 @@ SCENES = {"beach": "on the beach", "grass": "on the grass", "snow": "in the snow
           "room": "in a room"}
 BACKGROUNDS = ("red", "yellow", "green", "blue", "pink", "white", "gray")
 ALL_SCENES = tuple(SCENES) + BACKGROUNDS
+REGIONS = ("background", "subject", "accessory", "second")  # of a picture's masks
 
 # Combinations that never occur in training, to see whether the model composes.
 HELD_OUT_SCENE = {("teddy bear", "snow"), ("robot", "beach"), ("dog", "night")}
@@ -158,6 +167,20 @@ def details(rng: random.Random, individual: Individual, limit: int) -> str:
     return " with " + " and ".join(phrases) if phrases else ""
 
 
+def adjectives(rng: random.Random, individual: Individual, limit: int) -> str:
+    """Up to `limit` random details in front of the thing: "yellow bellied red starred "."""
+    phrases = [f"{color_name(individual, part)} {ADJECTIVES[part]} " for part in PARTS[individual.kind]]
+    phrases += [f"{individual.pattern_color} {ADJECTIVES[individual.pattern]} " if individual.pattern
+                else "plain "]
+    return "".join(rng.sample(phrases, rng.randint(1, min(limit, len(phrases)))))
+
+
+def color_name(individual: Individual, part: str) -> str:
+    """The name of a part's colour: its own, else the kind's natural one, else the main colour."""
+    return (individual.colors[part] or NATURAL.get((individual.kind, part))
+            or individual.colors["main"])
+
+
 def describe(spec: Spec, rng: random.Random, name: str | None = None) -> str:
     """A caption as a person would write it. `name` replaces the kind and then no colour or part is named."""
     subject = name or spec.individual.kind
@@ -165,8 +188,11 @@ def describe(spec: Spec, rng: random.Random, name: str | None = None) -> str:
     if name is None:
         if rng.random() < 0.5:
             subject = f"{spec.individual.colors['main']} {subject}"
-        if rng.random() < 0.6:
+        chance = rng.random()
+        if chance < 0.3:
             extra = details(rng, spec.individual, 1 if spec.second else 2)
+        elif chance < 0.7:
+            subject = adjectives(rng, spec.individual, 2 if spec.second else 5) + subject
     chance = rng.random()
     opening = "a photo of {a}" if chance < 0.6 else "{a}" if chance < 0.8 else rng.choice(OPENINGS)
     text = opening.format(a=article(subject + extra), plain=subject + extra)
@@ -185,6 +211,12 @@ def describe(spec: Spec, rng: random.Random, name: str | None = None) -> str:
 def scene_words(scene: str) -> str:
     """The phrase that names a scene in a caption."""
     return SCENES.get(scene) or f"on {article(scene)} background"
+
+
+def nouns(spec: Spec) -> tuple:
+    """The words for the REGIONS of a picture, as captions name them; "" where there is nothing."""
+    return (spec.scene if spec.scene in SCENES else "background", spec.individual.kind, spec.accessory or "",
+            spec.second.kind if spec.second else "")
 
 
 class Pen:
@@ -264,10 +296,10 @@ def draw_pattern(pen: Pen, individual: Individual, x: float, y: float, r: float)
             pen.ellipse(x + r * a, y + r * b, r * 0.32, r * 0.32, color)
 
 
-def part_color(individual: Individual, part: str, natural: tuple | None = None) -> tuple:
-    """RGB of a part: its own colour, else the kind's natural one, else the main colour."""
-    name = individual.colors[part]
-    return COLORS[name] if name else natural or COLORS[individual.colors["main"]]
+def part_color(individual: Individual, part: str) -> tuple:
+    """RGB of a part."""
+    name = color_name(individual, part)
+    return CREAM if name == "cream" else COLORS[name]
 
 
 def eyes(pen: Pen, x: float, y: float, r: float):
@@ -283,12 +315,12 @@ def draw_teddy_bear(pen: Pen, me: Individual) -> dict:
         pen.ellipse(sign * 0.2, 0.09, 0.13, 0.1, paws)
         pen.ellipse(sign * (wide + 0.04), 0.41, 0.12, 0.09, paws)
     pen.ellipse(0, 0.32, wide, 0.27, main)
-    pen.ellipse(0, 0.3, wide - 0.07, 0.19, part_color(me, "belly", CREAM))
+    pen.ellipse(0, 0.3, wide - 0.07, 0.19, part_color(me, "belly"))
     draw_pattern(pen, me, 0, 0.31, 0.12)
     for sign in (-1, 1):
         pen.ellipse(sign * 0.22, 0.88, ear, ear, ears)
     pen.ellipse(0, 0.71, 0.27, 0.22, main)
-    pen.ellipse(0, 0.625, 0.13, 0.1, part_color(me, "muzzle", CREAM))
+    pen.ellipse(0, 0.625, 0.13, 0.1, part_color(me, "muzzle"))
     pen.ellipse(0, 0.665, 0.05, 0.035, DARK)
     pen.rectangle(-0.045, 0.575, 0.045, 0.598, DARK)
     eyes(pen, 0.12, 0.77, 0.045)
@@ -300,7 +332,7 @@ def draw_cat(pen: Pen, me: Individual) -> dict:
     wide, tall = 0.18 + 0.05 * me.shape[0], 0.1 + 0.05 * me.shape[1]
     pen.line([(0.12, 0.08), (0.34, 0.1), (0.4, 0.28), (0.36, 0.46)], part_color(me, "tail"), 0.085)
     pen.ellipse(0, 0.28, wide, 0.28, main)
-    pen.ellipse(0, 0.27, wide - 0.06, 0.18, part_color(me, "belly", CREAM))
+    pen.ellipse(0, 0.27, wide - 0.06, 0.18, part_color(me, "belly"))
     draw_pattern(pen, me, 0, 0.29, 0.11)
     for sign in (-1, 1):
         pen.ellipse(sign * 0.13, 0.06, 0.1, 0.065, paws)
@@ -319,14 +351,14 @@ def draw_dog(pen: Pen, me: Individual) -> dict:
     wide, drop = 0.2 + 0.05 * me.shape[0], 0.14 + 0.06 * me.shape[1]
     pen.line([(0.15, 0.2), (0.3, 0.26), (0.37, 0.4)], main, 0.07)
     pen.ellipse(0, 0.3, wide, 0.27, main)
-    pen.ellipse(0, 0.3, wide - 0.07, 0.18, part_color(me, "belly", CREAM))
+    pen.ellipse(0, 0.3, wide - 0.07, 0.18, part_color(me, "belly"))
     draw_pattern(pen, me, 0, 0.3, 0.12)
     for sign in (-1, 1):
         pen.rectangle(sign * 0.09, 0, sign * 0.23, 0.16, paws)
     pen.ellipse(0, 0.74, 0.24, 0.22, main)
     for sign in (-1, 1):
         pen.ellipse(sign * 0.27, 0.74, 0.085, drop, ears)
-    pen.ellipse(0, 0.62, 0.15, 0.11, part_color(me, "muzzle", CREAM))
+    pen.ellipse(0, 0.62, 0.15, 0.11, part_color(me, "muzzle"))
     pen.ellipse(0, 0.69, 0.068, 0.045, DARK)
     pen.rectangle(-0.04, 0.52, 0.04, 0.605, (232, 84, 98))
     eyes(pen, 0.11, 0.82, 0.042)
@@ -335,14 +367,14 @@ def draw_dog(pen: Pen, me: Individual) -> dict:
 
 def draw_robot(pen: Pen, me: Individual) -> dict:
     main, arms = COLORS[me.colors["main"]], part_color(me, "arms")
-    ears = part_color(me, "ears", COLORS["gray"])
+    ears = part_color(me, "ears")
     wide, head = 0.2 + 0.05 * me.shape[0], 0.2 + 0.04 * me.shape[1]
     for sign in (-1, 1):
         pen.rectangle(sign * 0.06, 0, sign * 0.18, 0.16, arms)
         pen.rectangle(sign * wide, 0.24, sign * (wide + 0.1), 0.5, arms)
         pen.rectangle(sign * (head - 0.01), 0.68, sign * (head + 0.07), 0.82, ears)
     pen.rectangle(-wide, 0.13, wide, 0.54, main)
-    pen.rectangle(-wide + 0.05, 0.18, wide - 0.05, 0.49, part_color(me, "belly", CREAM))
+    pen.rectangle(-wide + 0.05, 0.18, wide - 0.05, 0.49, part_color(me, "belly"))
     draw_pattern(pen, me, 0, 0.335, 0.12)
     pen.rectangle(-0.02, 0.9, 0.02, 0.99, DARK)
     pen.ellipse(0, 0.99, 0.045, 0.045, ears)
@@ -358,7 +390,7 @@ def draw_mug(pen: Pen, me: Individual) -> dict:
     pen.ring(wide + 0.03, tall * 0.53, 0.17, 0.2, part_color(me, "handle"), 0.075)
     pen.ellipse(0, 0.06, wide, 0.06, main)
     pen.rectangle(-wide, 0.06, wide, tall, main)
-    pen.ellipse(0, tall, wide, 0.085, part_color(me, "rim", CREAM))
+    pen.ellipse(0, tall, wide, 0.085, part_color(me, "rim"))
     pen.ellipse(0, tall, wide - 0.05, 0.055, DARK)
     draw_pattern(pen, me, 0, tall * 0.45, 0.17)
     return {}
@@ -455,7 +487,7 @@ GROUND = {"beach": (208, 182, 124), "grass": (62, 140, 48), "snow": (206, 214, 2
 
 def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3) -> tuple:
     """Draw a spec. Returns image (size, size, 3) uint8 and, if asked for, a dict of (size, size) float32
-    coverages "background", "subject", "accessory", "second" that sum to one (else None)."""
+    coverages of the REGIONS, which sum to one (else None)."""
     pen = Pen(size * supersample, masks)
     pen.stand((0.0, 1.0, 1.0, False))
     draw_scene(pen, spec)
@@ -476,8 +508,7 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
     if not masks:
         return image, None
     ids = np.asarray(pen.ids).reshape(size, supersample, size, supersample)
-    names = ("background", "subject", "accessory", "second")
-    return image, {name: (ids == k).mean((1, 3), dtype=np.float32) for k, name in enumerate(names)}
+    return image, {name: (ids == k).mean((1, 3), dtype=np.float32) for k, name in enumerate(REGIONS)}
 
 
 def picture(rng: random.Random, size: int = 64, masks: bool = False) -> Picture:
