@@ -53,22 +53,17 @@ def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
 
 
 def word_map(attentions: list[Tensor], token_indices: list[int], size: tuple[int, int]) -> Tensor:
-    """One map of a word: the mean over its tokens, heads and some layers, each enlarged to size = (H, W).
+    """One map of a word: the mean over its tokens, heads and all layers, each enlarged to size = (H, W).
 
-    attentions: per layer (B, heads, HW, T), of pictures with the shape of `size`. The layers are those of the
-    coarsest resolution besides the middle of the U-Net: SD v1's 16x16 maps, which prompt-to-prompt (arXiv
-    2208.01626) and attend-and-excite (2301.13826) read too. Finer layers look at edges, and in the middle one
-    word can take all of the attention everywhere.
+    attentions: per layer (B, heads, HW, T), of pictures with the shape of `size`.
     Returns (B, H, W): shares of a pixel's attention, so the maps of all tokens sum to 1.
     """
     H, W = size
-    resolutions = sorted({layer.shape[2] for layer in attentions})
     maps = []
     for layer in attentions:
-        if layer.shape[2] == resolutions[:2][-1]:
-            flat = layer[..., token_indices].mean(-1).mean(1)      # (B, HW of the layer)
-            h = round((flat.shape[1] * H / W) ** 0.5)
-            maps.append(F.interpolate(flat.unflatten(1, (h, -1))[:, None], size, mode="bilinear")[:, 0])
+        flat = layer[..., token_indices].mean(-1).mean(1)           # (B, HW of the layer)
+        h = round((flat.shape[1] * H / W) ** 0.5)
+        maps.append(F.interpolate(flat.unflatten(1, (h, -1))[:, None], size, mode="bilinear")[:, 0])
     return torch.stack(maps).mean(0)
 
 

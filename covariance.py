@@ -26,8 +26,7 @@ from weights_loader import load
 
 CAPTIONS = 10_000
 FILE = "covariance.safetensors"
-# On a small model sim / energy of a concept's own word was above 0.53 in 95 % of 150 captions, that of other
-# words below 0.22 in 95 %; with real tokens only, 0.30 and 0.20.
+# On the embedded model "real" gives the same gates to 0.01, for whatever prompt: the simpler one stays.
 POSITIONS = "all"
 BATCH = 64
 MAX_CONDITION = 1e10    # six digits are left in float64; a direction with less than that is empty

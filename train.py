@@ -54,8 +54,7 @@ class Defaults:
 SD_V1 = Defaults(steps=400, batch=16, lr=0.03, lr_embedding=0.006, preview_every=100, sampling_steps=25,
                  guidance=6.0,  # paper
                  prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
-# At twice this embedding rate i* lagged behind the word on an earlier base: sim / energy 2, a broken lock.
-TINY = Defaults(steps=120, batch=16, lr=0.5, lr_embedding=0.003, preview_every=60, sampling_steps=20,
+TINY = Defaults(steps=160, batch=16, lr=0.2, lr_embedding=0.003, preview_every=80, sampling_steps=20,
                 guidance=4.0,
                 prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
                          "a photo of a {} wearing a hat at night"))
@@ -490,7 +489,7 @@ def arguments(argv):
     add("--resolution", type=int, help="side of the training images, pixels (default: the model's own)")
     add("--seed", type=int, default=0)
     add("--preview", type=int, metavar="N",
-        help="steps between previews, 0: none (default: 60 for tiny, 100)")
+        help=f"steps between previews, 0: none (default: {TINY.preview_every} for tiny, {SD_V1.preview_every})")
     add("--checkpoint", type=int, default=CHECKPOINT_EVERY, metavar="N",
         help="steps between checkpoints, 0: only the last (default: %(default)s)")
     add("--resume", "--resume_from_checkpoint", nargs="?", const="latest", metavar="FILE",

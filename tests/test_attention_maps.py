@@ -64,10 +64,9 @@ def test_the_maps_of_all_tokens_sum_to_one_and_sub_tokens_are_averaged(unet):
     torch.testing.assert_close(word_map(maps, [1, 3], (4, 8)), (single[1] + single[3]) / 2)
 
 
-def test_a_word_is_read_at_the_coarsest_resolution_besides_the_middle():
+def test_a_map_is_the_mean_over_layers_of_every_resolution():
     fine, coarse, middle = (torch.full((1, 1, n, 3), value) for n, value in ((64, 0.9), (16, 0.2), (4, 0.7)))
-    torch.testing.assert_close(word_map([fine, coarse, middle, coarse, fine], [1], (8, 8)),
-                               torch.full((1, 8, 8), 0.2))
+    torch.testing.assert_close(word_map([fine, coarse, middle], [1], (8, 8)), torch.full((1, 8, 8), 0.6))
 
 
 def test_layers_of_another_resolution_keep_their_aspect_and_orientation():

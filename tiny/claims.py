@@ -58,6 +58,8 @@ MEASURES = {  # key of a record: (its title, factor)
     "share_pictures": ("attention inside the judge's mask, pictures", 1),
     "pose": ("pose variety: 1 - IoU of silhouettes", 1), "pixels": ("pixel variety", 1),
 }
+PAIR_MEASURES = {"kinds": "both kinds", "one": "and at least one individual first among 50",
+                 "both": "and both individuals, each first among 50"}
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,7 @@ def measure_pair(study: Study, row: Row, k: int) -> dict:
     images = drawing.decode(study.model.vae, latents)
     keep_pictures(study, images, f"pair {row.title}", names[0])
     found, kinds = study.judge.classify(images), [person.kind for person in people]
-    record = {"kinds": [], "both": []}
+    record = {name: [] for name in PAIR_MEASURES}
     embeddings = [study.judge.embed(images, second) for second in (False, True)]
     known = [[study.lineup(j, second) for j in pair] for second in (False, True)]
     for b, judged in enumerate(found):
@@ -309,6 +311,7 @@ def measure_pair(study: Study, row: Row, k: int) -> dict:
         order = (0, 1) if seen == kinds else (1, 0)  # which of the two is the bigger object
         first = [(embeddings[place][b] @ known[place][who].T).argmax().item() == 0
                  for place, who in enumerate(order)]
+        record["one"].append(record["kinds"][-1] and any(first))
         record["both"].append(record["kinds"][-1] and all(first))
     return record
 
@@ -434,7 +437,7 @@ def pair_lines(pairs: dict) -> list:
     lines = []
     for title, records in pairs.items():
         cells = [title]
-        for name in ("kinds", "both"):
+        for name in PAIR_MEASURES:
             hits = [hit for record in records for hit in record[name]]
             cells.append(f"{sum(hits)} of {len(hits)} ({written(per_concept(records, name), 100)} %)")
         lines.append(cells)
@@ -460,7 +463,7 @@ def write_results(study: Study, records: dict, pairs: dict):
              markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B"],
                       comparison_lines(records)),
              f"Two concepts in one picture (\"... next to ... {PAIR_SCENE}\"), trained apart:",
-             markdown(["row", "both kinds", "both individuals, each first among 50"], pair_lines(pairs)),
+             markdown(["row", *PAIR_MEASURES.values()], pair_lines(pairs)),
              f"Bytes of a concept file: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}."]
     text = "\n\n".join(parts) + "\n"
     (study.folder / "claims.md").write_text(text, encoding="utf-8")

@@ -180,7 +180,8 @@ def train(steps: int, quads: int, path: Path, seed: int = 0) -> Judge:
         specs, same, same_second = training_batch(rng, quads)
         # Exact masks cost most of the drawing time: a quarter of the pictures teaches where things are.
         images, masks = zip(*[world.render(spec, masks=n < quads) for n, spec in enumerate(specs)])
-        regions = torch.from_numpy(np.stack([[mask[name] for name in world.REGIONS] for mask in masks[:quads]]))
+        regions = torch.from_numpy(np.stack([[mask[name] for name in world.REGIONS]
+                                             for mask in masks[:quads]]))
         out, truth = judge(soften(to_images(images))), labels(specs)
         losses = [F.cross_entropy(out[head], truth[head]) for head in HEADS]
         losses += [contrast(out["identity"], same), contrast(out["identity_second"], same_second),
@@ -311,6 +312,19 @@ def follow(found: list, pairs: list) -> dict:
     return kept
 
 
+def identity_of_captions(judge: Judge, model, steps: int, people: int = 8, seeds: int = 8) -> list:
+    """How well words alone can say who it is: a caption with every detail of an individual that no training
+    showed, drawn from several seeds. [one bool per picture: the right individual is first of GALLERY]."""
+    hits = []
+    for k in range(people):
+        me = make_examples.unseen_concept(k)[1]
+        prompt = f"a photo of a {' '.join(world.adjectives(me))} {me.colors['main']} {me.kind} on the grass"
+        known = lineup(judge, me, k)
+        for images in draw_prompts(model, [prompt] * seeds, steps):
+            hits += ((judge.embed(images) @ known.T).argmax(1) == 0).tolist()
+    return hits
+
+
 @torch.no_grad()
 def attention_overlap(model, renders: int = 12, seed: int = 3 * 10**9) -> dict:
     """Kind -> IoU at half maximum of its word's map with the true mask, on noised renders; both at 64x64.
@@ -379,6 +393,9 @@ def measure_base(judge: Judge, args):
     next(draw_prompts(model, ["a photo of a cat"], 30))
     seconds = time.perf_counter() - start
     print(f"one guided picture of 30 steps: {seconds:.2f} s, {torch.get_num_threads()} threads", flush=True)
+    hits = identity_of_captions(judge, model, args.steps)
+    print(f"individuals from captions with all details, first among {GALLERY}: "
+          f"{interval(sum(hits), len(hits))}", flush=True)
     for title, n, held_out in (("combinations seen in training", args.pictures, False),
                                ("held-out combinations", args.held_out, True)):
         pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)

@@ -54,7 +54,7 @@ KL_WEIGHT = 1e-3  # per latent number; keeps some posterior noise, so that the d
 CAPTIONS_PER_PICTURE = 4
 # Big models' words act where their objects are; so small a one puts a caption into the padding if it is let.
 ATTENTION_WEIGHT = 0.1  # of `attention_loss`
-ATTENTION_FLOOR = 0.5   # share of an object's attention that its noun should have
+ATTENTION_FLOOR = 0.8   # share of an object's attention that its noun should have
 DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
@@ -329,8 +329,9 @@ def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, token
             mean, logvar = vae.moments(to_images(images))
             captions = [world.describe(spec, rng) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
             ids = tokenizer.encode(captions)[0].view(16, CAPTIONS_PER_PICTURE, -1)
-            places = [[noun and tokenizer.find(caption, noun) for noun in world.nouns(specs[k // CAPTIONS_PER_PICTURE])]
-                      for k, caption in enumerate(captions)]
+            nouns = [world.nouns(spec) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
+            places = [[noun and tokenizer.find(caption, noun) for noun in row]
+                      for caption, row in zip(captions, nouns)]
             places = torch.tensor([[found[0][-1] if found else -1 for found in row] for row in places])
             regions = torch.from_numpy(np.stack([[mask[name] for name in world.REGIONS] for mask in masks]))
             batches.append((mean.half(), torch.exp(0.5 * logvar).half(), ids.short(),
@@ -351,15 +352,16 @@ def attention_loss(attentions: list, places: torch.Tensor, regions: torch.Tensor
     named, total = (places >= 0).float()[:, None], 0
     for layer in attentions:
         B, _, HW, _ = layer.shape
-        share = layer.mean(1).gather(2, places.clamp(min=0)[:, None].expand(B, HW, -1)).clamp(1e-6, 1 - 1e-6)
+        share = layer.mean(1).gather(2, places.clamp(min=0)[:, None].expand(B, HW, -1))
+        share = share.clamp(1e-6, 1 - 1e-6)                                         # (B, HW, R)
         covered = F.adaptive_avg_pool2d(regions, math.isqrt(HW)).flatten(2).mT      # (B, HW, R)
         missing, leaking = F.relu(math.log(ATTENTION_FLOOR) - share.log()), -torch.log1p(-share)
-        total = total + (named * (covered * missing + (1 - covered) * leaking)).sum() / named.sum().clamp(min=1) / HW
-    return total / len(attentions)
+        total = total + (named * (covered * missing + (1 - covered) * leaking)).sum() / HW
+    return total / named.sum().clamp(min=1) / len(attentions)
 
 
 def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer):
-    """Copy finished networks into new ones; words that the old vocabulary lacks keep their random embedding."""
+    """Copy finished networks into new ones; words new to the vocabulary keep their random embedding."""
     unet.load_state_dict(start.unet.state_dict())
     state, vocabulary = start.text_encoder.state_dict(), start.tokenizer.vocabulary
     name = next(key for key in state if key.endswith("token_embedding.weight"))

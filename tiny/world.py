@@ -167,12 +167,11 @@ def details(rng: random.Random, individual: Individual, limit: int) -> str:
     return " with " + " and ".join(phrases) if phrases else ""
 
 
-def adjectives(rng: random.Random, individual: Individual, limit: int) -> str:
-    """Up to `limit` random details in front of the thing: "yellow bellied red starred "."""
-    phrases = [f"{color_name(individual, part)} {ADJECTIVES[part]} " for part in PARTS[individual.kind]]
-    phrases += [f"{individual.pattern_color} {ADJECTIVES[individual.pattern]} " if individual.pattern
-                else "plain "]
-    return "".join(rng.sample(phrases, rng.randint(1, min(limit, len(phrases)))))
+def adjectives(individual: Individual) -> list:
+    """All details of an individual, as they stand in front of the thing: ["yellow bellied", ...]."""
+    phrases = [f"{color_name(individual, part)} {ADJECTIVES[part]}" for part in PARTS[individual.kind]]
+    pattern = individual.pattern
+    return phrases + [f"{individual.pattern_color} {ADJECTIVES[pattern]}" if pattern else "plain"]
 
 
 def color_name(individual: Individual, part: str) -> str:
@@ -192,7 +191,9 @@ def describe(spec: Spec, rng: random.Random, name: str | None = None) -> str:
         if chance < 0.3:
             extra = details(rng, spec.individual, 1 if spec.second else 2)
         elif chance < 0.7:
-            subject = adjectives(rng, spec.individual, 2 if spec.second else 5) + subject
+            phrases = adjectives(spec.individual)
+            count = rng.randint(1, min(2 if spec.second else 5, len(phrases)))
+            subject = " ".join([*rng.sample(phrases, count), subject])
     chance = rng.random()
     opening = "a photo of {a}" if chance < 0.6 else "{a}" if chance < 0.8 else rng.choice(OPENINGS)
     text = opening.format(a=article(subject + extra), plain=subject + extra)
