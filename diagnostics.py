@@ -34,7 +34,7 @@ if not IN_NOTEBOOK:
     matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402  (after the choice of the backend)
 
-BETA = {"local": 0.7, "global": 0.5}       # METHOD 5, the middle of the recommended ranges
+BETA = {"local": 0.7, "global": 0.5}       # the middle of the paper's ranges
 TAU = 0.15
 SEGMENT_TIMES = (201, 401, 601)            # noise levels at which the base model looks for the object
 MAP_TIMES = (1, 201, 401, 601, 801)        # rows of figure 4

@@ -4,8 +4,8 @@
 
 Image similarity is the mean cosine between the CLIP embeddings of generated and of training pictures; text
 similarity the cosine between a generated picture and its prompt, with the concept's word replaced by its
-super-category (METHOD 6). One concept swept over beta draws a curve between the two. Every concept and every
-beta is drawn from the same seeds; intervals are 95 % over seeds.
+super-category, as the paper does. One concept swept over beta draws a curve between the two. Every concept
+and every beta is drawn from the same seeds; intervals are 95 % over seeds.
 """
 
 import argparse

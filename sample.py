@@ -15,7 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
-# Inference settings of METHOD 5: the middle of the range recommended for each lock, and the sharper gate.
+# The paper's settings for drawing: the middle of its range of beta for each lock, and its softer gate.
 BETA = {"local": 0.7, "global": 0.5}
 TAU = 0.15
 MAX_SIDE = 4096

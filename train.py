@@ -61,7 +61,7 @@ TINY = Defaults(steps=160, batch=16, lr=0.2, lr_embedding=0.003, preview_every=8
 
 WEIGHT_DECAY = 0.01                         # AdamW's default
 CHECKPOINT_EVERY = 50
-PREVIEW_BETA, PREVIEW_TAU = 0.7, 0.15       # METHOD 5: local lock at inference
+PREVIEW_BETA, PREVIEW_TAU = 0.7, 0.15       # the paper, for drawing with the local lock
 PREVIEW_TIMESTEP = 400                      # of the attention in a preview
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -237,7 +237,7 @@ class Training:
         return *perfusion.keys_and_values(self.model.unet, e, None, [self.concept], [s.beta], [s.tau]), row
 
     def step(self) -> float:
-        """One optimizer step of METHOD 4; returns the loss. FloatingPointError when that is not a number."""
+        """One optimizer step; returns the loss. FloatingPointError when that is not a number."""
         picture, flip, template, t, noise = self.draw()
         keys, values, row = self.project(template)
         # The text side is differentiated once, from the sums of its gradients over the parts of the batch.
@@ -489,7 +489,7 @@ def arguments(argv):
     add("--resolution", type=int, help="side of the training images, pixels (default: the model's own)")
     add("--seed", type=int, default=0)
     add("--preview", type=int, metavar="N",
-        help=f"steps between previews, 0: none (default: {TINY.preview_every} for tiny, {SD_V1.preview_every})")
+        help=f"steps between previews, 0: none (default: {TINY.preview_every}; SD v1: {SD_V1.preview_every})")
     add("--checkpoint", type=int, default=CHECKPOINT_EVERY, metavar="N",
         help="steps between checkpoints, 0: only the last (default: %(default)s)")
     add("--resume", "--resume_from_checkpoint", nargs="?", const="latest", metavar="FILE",

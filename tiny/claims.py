@@ -46,7 +46,8 @@ TRAININGS = {  # name: (arguments of train.py, number of pictures)
     "no masks": (("--lock", "locked", "--masks", "none"), 5),
     "one image": (("--lock", "locked", "--masks", "auto"), 1),
 }
-BETA, TAU, GLOBAL_BETA = 0.7, 0.15, 0.5  # METHOD 5
+BETA, TAU, GLOBAL_BETA = 0.7, 0.15, 0.5  # the middle of the paper's ranges
+SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)  # beyond 0.8 the gate of the concept itself closes
 RENDERS = 8  # noised renders of a concept whose attention is measured
 RENDER_TIMESTEPS, PICTURE_TIMESTEPS = (200, 400, 600, 800), (200, 400, 600)
 PAIR_SCENE = "on the grass"
@@ -129,7 +130,7 @@ STUDY = None  # of a measuring process
 def rows(training_betas) -> list:
     """Every way of drawing that the table needs."""
     sweep = [Row(f"{training} keys, beta {beta}", training, beta=beta)
-             for training in ("locked", "trained") for beta in (0.5, 0.6, 0.7, 0.8)]
+             for training in ("locked", "trained") for beta in SWEEP]
     return [Row("super-category", None), *sweep,
             *[Row(f"global lock, beta {beta}", "locked", "global", beta) for beta in (0.4, 0.5, 0.6)],
             Row("textual inversion", "inversion"), Row("locked keys, no masks", "no masks"),
