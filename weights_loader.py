@@ -178,10 +178,12 @@ def fill(network, file, names, device, dtype):
             raise LoadError(f"{file.path}: {key} holds a NaN or an infinite number")
         if FINGERPRINT.fullmatch(name):  # rounded to float16, the fp32 and the fp16 file of a model are equal
             digests.append(name + hashlib.sha256(tensor.half().numpy()).hexdigest())
-        state[name] = tensor.to(device, dtype)
+        # As the activations lie, else the processor rearranges the weights of a convolution at every call; and
+        # one by one: the whole network at the end would hold them twice.
+        order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        state[name] = tensor.to(device, dtype).to(memory_format=order)
     network.load_state_dict(state, assign=True)
-    # as the activations lie; else the processor rearranges the weights of a convolution at every call
-    network.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    network.eval().requires_grad_(False)
     return digests
 
 
