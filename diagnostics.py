@@ -38,7 +38,7 @@ BETA = {"local": 0.7, "global": 0.5}       # the middle of the paper's ranges
 TAU = 0.15
 SEGMENT_TIMES = (201, 401, 601)            # noise levels at which the base model looks for the object
 MAP_TIMES = (1, 201, 401, 601, 801)        # rows of figure 4
-BETAS = (0.5, 0.6, 0.65, 0.7, 0.75, 0.85)  # figure 5
+BETAS = (0.5, 0.7, 0.9, 1.1, 1.3, 1.5)    # figure 5: until the gate of the word itself is shut
 TAUS = (0.05, 0.1, 0.15, 0.2, 0.3)
 
 
