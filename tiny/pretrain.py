@@ -75,7 +75,7 @@ class Plan:
     vae_batch: int = 8
     vae_lr: float = 5e-3
     pictures: int = 40000
-    steps: int = 5500
+    steps: int = 9300
     batch: int = 30
     lr: float = 3e-3
     clip_steps: int = 500
