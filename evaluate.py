@@ -346,7 +346,8 @@ def run(args):
     device = drawing.pick_device(args.device)
     prompts = read_prompts(args.prompts)
     concepts = [perfusion.Concept.load(path) for path in args.concept]
-    pictures = [read_images(folder) for folder in args.images or training_folders(concepts)]
+    folders = [str(folder) for folder in args.images or training_folders(concepts)]
+    pictures = {folder: read_images(folder) for folder in folders}
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = weights_loader.load(args.weights, device=device,
@@ -356,8 +357,9 @@ def run(args):
     # One at a time: two files may hold the same name, trained with different keys.
     concepts = [perfusion.prepare([concept], model)[0] for concept in concepts]
     clip, tokenizer, clip_name = load_clip(args.clip, model, device)
-    trainings = [torch.cat([clip.image_embedding(image.to(device)).cpu() for image in images])
-                 for images in pictures]
+    embedded = {folder: torch.cat([clip.image_embedding(image.to(device)).cpu() for image in images])
+                for folder, images in pictures.items()}
+    trainings = [embedded[folder] for folder in folders]
     trainings = trainings * len(concepts) if len(trainings) == 1 else trainings
 
     kinds = {(concept.super_category, id(training)) for concept, training in zip(concepts, trainings)}
