@@ -26,7 +26,7 @@ from weights_loader import load
 
 CAPTIONS = 10_000
 FILE = "covariance.safetensors"
-# On the embedded model "real" gives the same gates to 0.01, for whatever prompt: the simpler one stays.
+# On the embedded model both give the same gates to 0.01 (README, one prompt): the simpler one stays.
 POSITIONS = "all"
 BATCH = 64
 MAX_CONDITION = 1e10    # six digits are left in float64; a direction with less than that is empty
