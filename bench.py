@@ -47,6 +47,7 @@ def build(config, dtype, reference=True):
     ours = unet.UNet(config).to(dtype).eval().requires_grad_(False)
     state = ours.state_dict()  # keeps the contiguous tensors
     ours.to(memory_format=torch.channels_last)
+    weights_loader.keep_freed_memory()  # as load() does; both libraries have the benefit
     if not reference:
         return ours, None
     from diffusers import UNet2DConditionModel

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from convolution import Conv3x3
+
 RESNET_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6  # CompVis attention.Normalize; the resnets use the default of GroupNorm
 MAX_PERIOD = 10000.0  # of the sinusoids that encode the timestep
@@ -82,10 +84,10 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, time_width, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=RESNET_EPS)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv3x3(c_in, c_out)
         self.time_emb_proj = nn.Linear(time_width, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=RESNET_EPS)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = Conv3x3(c_out, c_out)
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
@@ -141,8 +143,9 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x):
-        value, gate = self.proj(x).chunk(2, dim=-1)
-        return value * F.gelu(gate)
+        # two products of half the size: their one result would be too large for the C library to keep and reuse
+        (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
+        return F.linear(x, w_value, b_value) * F.gelu(F.linear(x, w_gate, b_gate))
 
 
 class TransformerBlock(nn.Module):
@@ -189,7 +192,7 @@ class Resample(nn.Module):
     def __init__(self, c, up):
         super().__init__()
         self.up = up
-        self.conv = nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1)
+        self.conv = Conv3x3(c, c, stride=1 if up else 2)
 
     def forward(self, x):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)

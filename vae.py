@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from convolution import Conv3x3
+
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # CompVis DiagonalGaussianDistribution: keeps exp(logvar) finite
 
@@ -44,9 +46,9 @@ class ResnetBlock(nn.Module):
     def __init__(self, c_in, c_out, groups):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=NORM_EPS)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv1 = Conv3x3(c_in, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=NORM_EPS)
-        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv2 = Conv3x3(c_out, c_out)
         if c_in != c_out:
             self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
 
@@ -81,7 +83,7 @@ class Resample(nn.Module):
     def __init__(self, channels, up):
         super().__init__()
         self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
+        self.conv = Conv3x3(channels, channels) if up else nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x):
         x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))

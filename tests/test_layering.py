@@ -10,10 +10,11 @@ ROOT = Path(__file__).parents[1]
 NETWORKS = {"unet", "clip_text", "vae", "diffusion"}
 LIBRARY = {  # file -> the project files that it may know
     "perfusion": set(),
-    "unet": set(),
+    "convolution": set(),
+    "unet": {"convolution"},
     "clip_text": set(),
     "clip_image": set(),
-    "vae": set(),
+    "vae": {"convolution"},
     "diffusion": set(),
     "weight_files": set(),
     "weight_names": {"weight_files"},
@@ -26,6 +27,7 @@ LIBRARY = {  # file -> the project files that it may know
 }
 PACKAGES = {  # file -> what it may import besides torch and the standard library
     "perfusion": {"safetensors"},
+    "convolution": {"numpy"},
     "unet": set(),
     "vae": set(),
     "diffusion": set(),
