@@ -1,14 +1,14 @@
 """Time and memory against diffusers, in one run, at full Stable Diffusion v1 size with random weights.
 
-    python bench.py                       # everything: about half an hour on two quiet cores, 9 GB of memory
+    python bench.py                       # everything: about ten minutes on two quiet cores, 9 GB of memory
     python bench.py step --precision bf16 --profile
     python bench.py step train --threads 1 --latent 32        # on a busy machine
 
 Both libraries hold the same weights and take turns, so that a slow moment of the machine meets both; the
 number that counts is the ratio of the medians. With one thread, seconds of the processor are counted instead
 of the clock's, which other programs disturb little. Parts:
-    step      one guided step (batch 2 of 64x64 latents), in fp32 and bf16
     memory    peak resident memory of loading from files plus one guided step, against the size of the weights
+    step      one guided step (batch 2 of 64x64 latents), in fp32 and bf16
     train     one training step of a concept (batch 1), against our forward pass and against diffusers
     personal  one guided step with a concept's edit, against the base model's
 """
@@ -232,7 +232,7 @@ def load_and_step(args):
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    names = ("step", "memory", "train", "personal")
+    names = ("memory", "step", "train", "personal")  # memory first: a child's peak counts from its parent's
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(names)} (default all)")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), help="of the part step (default both)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default 5)")
@@ -255,7 +255,7 @@ def main():
     bf16 = "with" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "without"
     print(f"torch {torch.__version__}, {args.threads} threads, {capability} {bf16} bf16 instructions, "
           f"{args.side}x{args.side} latents; seconds are medians (least to most)", flush=True)
-    for part in args.parts or names:
+    for part in sorted(args.parts or names, key=names.index):
         if part == "step":
             for precision in [args.precision] if args.precision else PRECISIONS:
                 bench_step(args, precision)
