@@ -143,7 +143,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(width, 2 * inner)
 
     def forward(self, x):
-        # two products of half the size: their one result would be too large for the C library to keep and reuse
+        # two products, not the halves of one: each result lies together in memory, which is faster
         (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
         return F.linear(x, w_value, b_value) * F.gelu(F.linear(x, w_gate, b_gate))
 

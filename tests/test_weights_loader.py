@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -407,3 +408,19 @@ def test_loading_a_small_model_takes_less_than_a_second(folder):
     start = time.process_time()
     weights_loader.load(folder)
     assert time.process_time() - start < 1
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_after_loading_large_blocks_are_reused_without_fetching_their_pages_anew():
+    code = ("import resource, torch, weights_loader\n"
+            "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "def cost():\n"
+            "    before = faults()\n"
+            "    torch.ones(2 ** 24)  # 64 MB\n"
+            "    return faults() - before\n"
+            "before = [cost() for _ in range(5)][-1]\n"
+            "weights_loader.load()\n"
+            "print(before, [cost() for _ in range(5)][-1])")
+    before, after = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                                            cwd=Path(__file__).parents[1]).stdout.split())
+    assert after < 0.1 * before
