@@ -73,6 +73,8 @@ def load(weights="tiny", device="cpu", dtype=torch.float32, tokenizer=None, vari
     id "owner/name" of such a folder. tokenizer: a folder with vocab.json and merges.txt, or tokenizer.json,
     instead of the model's own. variant: "fp16" for the half-precision files of a folder or hub id; by default
     the full ones, or in a folder without them those in half precision.
+
+    From then on the process keeps the memory that it frees, see keep_freed_memory.
     """
     path = Path(weights)
     if weights == "tiny":
@@ -101,7 +103,7 @@ def keep_freed_memory():
     """Let this process keep what it frees from now on, if its C library is glibc.
 
     By default, glibc gives large blocks back to the system at once. To get them anew, page by page, takes about
-    5 % of the time of a step of Stable Diffusion on a CPU.
+    5 % of the time of a step of Stable Diffusion on a CPU. The price is a somewhat higher peak (README).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
