@@ -255,6 +255,12 @@ class UNet(nn.Module):
                                  for level in (*self.down_blocks, self.mid_block, *self.up_blocks)
                                  for transformer in level.attentions]
 
+    def layer_names(self):
+        """A name for each cross-attention layer, in order of execution: down.0.0, ..., mid.0, up.1.0, ..."""
+        stages = [(f"down.{i}", level) for i, level in enumerate(self.down_blocks)]
+        stages += [("mid", self.mid_block)] + [(f"up.{i}", level) for i, level in enumerate(self.up_blocks)]
+        return [f"{stage}.{i}" for stage, level in stages for i in range(len(level.attentions))]
+
     def keys(self, e):
         """Text encodings e (..., d) -> the keys of each cross-attention layer, a list of (..., width)."""
         return [layer.to_k(e) for layer in self.cross_attentions]

@@ -65,6 +65,30 @@ class Model:
     name: str
     folder: Path | None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the U-Net is."""
+        return next(self.unet.parameters()).device
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels at which the model was trained."""
+        config = self.folder and Path(self.folder) / "vae" / "config.json"
+        side = 512 if self.vae.factor == 8 else 64
+        if config and config.exists():
+            side = json.loads(config.read_text(encoding="utf-8")).get("sample_size", side)
+        return side, side
+
+    @property
+    def size_step(self) -> int:
+        """The sides of a picture must be multiples of this many pixels (64 for SD v1)."""
+        return self.vae.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+
+    @property
+    def guidance(self) -> float:
+        """The guidance weight that suits the model: SD v1's customary 7.5; 4 for the small one."""
+        return 7.5 if self.vae.factor == 8 else 4.0
+
 
 def load(weights="tiny", device="cpu", dtype=torch.float32, tokenizer=None, variant=None):
     """The Model in `weights`. LoadError, in one sentence, where there is none.
@@ -94,7 +118,7 @@ def load(weights="tiny", device="cpu", dtype=torch.float32, tokenizer=None, vari
     fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
     name, folder = (path.stem, path.parent) if path.is_file() else (str(weights), path)
     networks = {part: network for part, (network, _, _) in parts.items()}
-    keep_freed_memory()  # not before: what was freed while loading would lie between the weights
+
     return Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint=fingerprint, name=name,
                  folder=folder)
 
