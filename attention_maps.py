@@ -5,6 +5,8 @@
     maps = attention(queries, keys, heads)              # or with the keys of another lock: its pure effect
     where = word_map(maps, [4, 5], size=(64, 64))       # "teddy bear" at tokens 4 and 5
 
+    where = noised_map(model, latents, 400, keys, values, [4, 5])       # all of it, for a finished picture
+
 The keys are explicit in this code, so only the queries need a hook, and the U-Net's forward stays untouched.
 """
 
@@ -67,10 +69,26 @@ def word_map(attentions: list[Tensor], token_indices: list[int], size: tuple[int
     return torch.stack(maps).mean(0)
 
 
-def share_inside(map: Tensor, mask: Tensor) -> Tensor:
+def share_inside(where: Tensor, mask: Tensor) -> Tensor:
     """The share (B,) of maps (B, H, W) that lies inside a mask (B or 1, any height and width) of 0 to 1."""
-    mask = F.interpolate(mask[:, None].to(map), map.shape[-2:], mode="area")[:, 0]
-    return (map * mask).sum((1, 2)) / map.sum((1, 2))
+    mask = F.interpolate(mask[:, None].to(where), where.shape[-2:], mode="area")[:, 0]
+    return (where * mask).sum((1, 2)) / where.sum((1, 2))
+
+
+@torch.no_grad()
+def noised_map(model, latents: Tensor, timestep: int, keys: list[Tensor], values: list[Tensor],
+               words: list[int], seed: int = 0, map_keys: list[Tensor] | None = None) -> Tensor:
+    """Where a word acts on pictures that are noised to a timestep: maps (B, h, w), as `word_map`.
+
+    latents (B, c, h, w); keys, values per layer (B or 1, T, width); words: the word's token indices.
+    map_keys: the keys whose attention is shown, if not the ones that the U-Net sees.
+    """
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
+    times = torch.full((len(latents),), timestep, device=latents.device)
+    with record_queries(model.unet) as queries:
+        model.unet(model.schedule.add_noise(latents, noise, times).to(keys[0].dtype), times, keys, values)
+    maps = attention(queries, map_keys or keys, model.unet.config.attention_heads)
+    return word_map(maps, words, tuple(latents.shape[-2:]))
 
 
 @torch.no_grad()
@@ -81,22 +99,15 @@ def word_masks(model, latents: Tensor, word: str, seed: int = 0) -> Tensor:
     MASK_DRAWS of noise, stretched to 0...1, as attention elsewhere is small but not 0.
     ValueError when the text encoder has no room for the word.
     """
-    device, heads = latents.device, model.unet.config.attention_heads
     ids, (found,) = model.tokenizer.encode(["a photo of a <word>"], {"<word>": word})
     if not found["<word>"]:
         raise ValueError(f'"{word}" has too many tokens for the text encoder')
-    e = model.text_encoder(model.text_encoder.embed(ids.to(device)))
+    e = model.text_encoder(model.text_encoder.embed(ids.to(latents.device)))
     keys, values = model.unet.keys(e), model.unet.values(e)
-    generator = torch.Generator().manual_seed(seed)
     masks = []
     for z in latents.split(1):
-        draws = []
-        for t in MASK_TIMESTEPS:
-            noise = torch.randn(MASK_DRAWS, *z.shape[1:], generator=generator).to(z)
-            times = torch.full((MASK_DRAWS,), t, device=device)
-            with record_queries(model.unet) as queries:
-                model.unet(model.schedule.add_noise(z.expand_as(noise), noise, times), times, keys, values)
-            draws.append(word_map(attention(queries, keys, heads), found["<word>"][0], z.shape[-2:]))
+        draws = [noised_map(model, z.expand(MASK_DRAWS, -1, -1, -1), t, keys, values, found["<word>"][0],
+                            seed + t) for t in MASK_TIMESTEPS]
         mean = torch.cat(draws).mean(0, keepdim=True)
         masks.append((mean - mean.min()) / (mean.max() - mean.min()))
     return torch.stack(masks)

@@ -88,8 +88,8 @@ except (ValueError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
 concept = concepts["concept"]
-SIZE = drawing.native_size(model)
-GUIDANCE = drawing.native_guidance(model) if args.guidance is None else args.guidance
+SIZE = model.size
+GUIDANCE = model.guidance if args.guidance is None else args.guidance
 LATENT = tuple(side // model.vae.factor for side in SIZE)
 WORDS = [word for word in args.words.split(",") if word]
 
@@ -325,7 +325,7 @@ picture, latents, _ = drawn["locked keys"]
 over_layers = layer_maps(latents, *projections(prompt, [concept], BETA["local"], TAU, "local"), indices[0])
 over_layers_inside = shares(over_layers, object_mask(latents, ordinary, concept.words))
 plot_maps(None, over_layers, over_layers_inside, None, [f"t = {t}" for t in MAP_TIMES],
-          perfusion.layer_names(model.unet), f"Attention of {concept.token} in every layer", "4_layers.png",
+          model.unet.layer_names(), f"Attention of {concept.token} in every layer", "4_layers.png",
           "all")
 
 # %% [markdown]

@@ -7,15 +7,16 @@ The text enters only as the keys and values of the cross-attention layers, so th
 model and any personal concept, and costs the same for both.
 """
 
-import json
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from diffusion import SAMPLERS, guided, seeded_noise
 
 
-def pick_device(name=None):
+def pick_device(name: str | None = None) -> str:
     """A device name that is present: the one asked for (ValueError if it is missing), or the best one."""
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name is not None and not present[name]:
@@ -23,33 +24,15 @@ def pick_device(name=None):
     return name or next(device for device in present if present[device])
 
 
-def native_size(model):
-    """(height, width) in pixels at which the model was trained: from its VAE's config, else as SD v1."""
-    config = model.folder and Path(model.folder) / "vae" / "config.json"
-    side = 512 if model.vae.factor == 8 else 64
-    if config and config.exists():
-        side = json.loads(config.read_text(encoding="utf-8")).get("sample_size", side)
-    return side, side
-
-
-def native_guidance(model):
-    """The guidance weight that suits a model: SD v1's customary 7.5; 4 for the small one."""
-    return 7.5 if model.vae.factor == 8 else 4.0
-
-
-def size_step(model):
-    """The side of a picture must be a multiple of this many pixels (64 for SD v1)."""
-    return model.vae.factor * 2 ** (len(model.unet.config.block_out_channels) - 1)
-
-
-def paired(tensors, n):
+def paired(tensors: list[Tensor], n: int) -> list[Tensor]:
     """Keys or values of (empty prompt, prompt), each layer (2, T, w) -> (2n, T, w) for n pictures."""
     return [t if len(t) == 2 * n else t.repeat_interleave(n, dim=0) for t in tensors]
 
 
 @torch.no_grad()
-def draw_latents(unet, schedule, keys, values, seeds, size, steps=30, guidance=7.5, sampler="ddim",
-                 on_step=None):
+def draw_latents(unet, schedule, keys: list[Tensor], values: list[Tensor], seeds: Sequence[int],
+                 size: tuple[int, int], steps: int = 30, guidance: float = 7.5, sampler: str = "ddim",
+                 on_step: Callable | None = None) -> Tensor:
     """Sample one latent per seed.
 
     keys, values: per layer (2, T, w) = [empty or negative prompt, prompt], or (2n, T, w) = [n of the first,
@@ -69,7 +52,7 @@ def draw_latents(unet, schedule, keys, values, seeds, size, steps=30, guidance=7
 
 
 @torch.no_grad()
-def decode(vae, latents):
+def decode(vae, latents: Tensor) -> Tensor:
     """Scaled latents (n, c, h, w) -> images (n, 3, H, W) in [0, 1], float32 on the CPU.
 
     One at a time, to save memory. A decoder in fp16 can overflow (SD v1's does, on some pictures): it is then
@@ -86,20 +69,22 @@ def decode(vae, latents):
     return torch.cat(images)
 
 
-def draw(model, keys, values, seeds, size, steps=30, guidance=7.5, sampler="ddim", on_step=None):
+def draw(model, keys: list[Tensor], values: list[Tensor], seeds: Sequence[int], size: tuple[int, int],
+         steps: int = 30, guidance: float = 7.5, sampler: str = "ddim",
+         on_step: Callable | None = None) -> Tensor:
     """draw_latents, then decode, with the networks of a loaded model; size is (height, width) in pixels."""
-    latent_size = [side // model.vae.factor for side in size]
+    latent_size = size[0] // model.vae.factor, size[1] // model.vae.factor
     latents = draw_latents(model.unet, model.schedule, keys, values, seeds, latent_size, steps, guidance,
                            sampler, on_step)
     return decode(model.vae, latents)
 
 
-def to_bytes(images):
+def to_bytes(images: Tensor) -> np.ndarray:
     """Images (..., 3, H, W) in [0, 1] -> uint8 array (..., H, W, 3), as PIL.Image.fromarray takes one."""
     return (images * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
 
 
-def grid(images, columns):
+def grid(images: Tensor, columns: int) -> Tensor:
     """Images (n, 3, H, W) -> one image (3, rows * H, columns * W), row by row; missing places are white."""
     n, c, H, W = images.shape
     rows = -(-n // columns)

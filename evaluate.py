@@ -109,10 +109,10 @@ def read_images(folder):
     import torch
     from PIL import Image
 
-    import image_files
+    import pictures
     images = []
-    for path in image_files.list_images(Path(folder))[0]:
-        picture = image_files.open_image(path)
+    for path in pictures.list_images(Path(folder))[0]:
+        picture, _ = pictures.open_image(path)
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
         data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
         images.append(data.view(1, picture.height, picture.width, 3).movedim(-1, 1) / 255)
@@ -176,7 +176,7 @@ def draw_embeddings(study, concepts, word, beta):
     import drawing
     import perfusion
     model, args, n = study.model, study.args, len(concepts)
-    size = drawing.native_size(model)
+    size = model.size
     rows = []
     for prompt in study.prompts:
         with torch.no_grad():
@@ -353,7 +353,7 @@ def run(args):
     model = weights_loader.load(args.weights, device=device,
                                 dtype=torch.float32 if device == "cpu" else torch.float16)
     if args.guidance is None:
-        args.guidance = drawing.native_guidance(model)
+        args.guidance = model.guidance
     # One at a time: two files may hold the same name, trained with different keys.
     concepts = [perfusion.prepare([concept], model)[0] for concept in concepts]
     clip, tokenizer, clip_name = load_clip(args.clip, model, device)

@@ -136,7 +136,7 @@ def run(args):
 
     import perfusion
     import weights_loader
-    from drawing import decode, draw_latents, grid, native_guidance, native_size, pick_device, size_step
+    from drawing import decode, draw_latents, grid, pick_device
 
     device = pick_device(args.device)
     precision = args.precision or ("fp32" if device == "cpu" else "fp16")
@@ -151,11 +151,11 @@ def run(args):
 
     model = weights_loader.load(args.weights, device="cpu" if args.low_vram else device, dtype=dtype,
                                 tokenizer=args.tokenizer, variant=variant)
-    height, width = args.size or native_size(model)
-    if height % size_step(model) or width % size_step(model):
+    height, width = args.size or model.size
+    if height % model.size_step or width % model.size_step:
         raise ValueError(f"--size {height}x{width} is not possible: both sides must be multiples of "
-                         f"{size_step(model)} for this model")
-    guidance = native_guidance(model) if args.guidance is None else args.guidance
+                         f"{model.size_step} for this model")
+    guidance = model.guidance if args.guidance is None else args.guidance
     concepts = perfusion.prepare(concepts, model)
     keys, values = text_projections(model, args, concepts, beta, tau, device)
 

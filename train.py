@@ -11,7 +11,6 @@ On several processors: torchrun --nproc_per_node=2 train.py ...
 
 import argparse
 import dataclasses
-import hashlib
 import os
 import re
 import sys
@@ -30,11 +29,11 @@ from tqdm import tqdm
 
 import covariance
 import perfusion
-from attention_maps import attention, record_queries, word_map, word_masks
+from attention_maps import noised_map
 from diffusion import TRAIN_STEPS
-from drawing import decode, draw_latents, native_size, pick_device, size_step
-from image_files import list_images, read_image, read_mask
+from drawing import decode, draw_latents, pick_device
 from perfusion import TEMPLATES, Concept
+from pictures import Data, list_images, prepare_data
 from weights_loader import load
 
 
@@ -93,59 +92,6 @@ class Settings:
     one_token: bool = False
 
 
-# --------------------------------------------------------------------------------------------------- pictures
-
-@dataclass
-class Data:
-    """The training pictures of one concept.
-
-    images (N, 3, S, S) in [-1, 1]; latents (N, 2, c, h, w), as they are and flipped; masks (N, 2, 1, h, w),
-    the largest value of each 1. folder: where they came from, a note for evaluate.py.
-    """
-    images: Tensor
-    latents: Tensor
-    masks: Tensor
-    folder: str = ""
-
-    @property
-    def digest(self) -> str:
-        """Tells these pictures and masks from others."""
-        content = b"".join(x.cpu().numpy().tobytes() for x in (self.images, self.masks))
-        return hashlib.sha256(content).hexdigest()[:16]
-
-
-@torch.no_grad()
-def prepare_data(model, files: list[Path], super_category: str, masks: str = "auto", side: int = 0) -> Data:
-    """Read, encode and mask the training pictures; afterwards the VAE is off the device.
-
-    masks: "auto" (a picture's transparency, else `word_masks`), "none", or a folder with a mask per picture.
-    side: pixels, a multiple of the model's step; 0 for the side that the model was trained at.
-    """
-    device = next(model.unet.parameters()).device
-    side = side or native_size(model)[0]
-    images, alphas = zip(*[read_image(file, side) for file in files])
-    images = torch.stack(images)
-    pairs = torch.stack([images, images.flip(-1)], dim=1).to(device)
-    latents = torch.stack([torch.cat([model.vae.encode(x[None]) for x in pair]) for pair in pairs])
-    model.vae.cpu()
-    if masks == "none":
-        soft = latents.new_ones(len(images), 1, *latents.shape[-2:])
-    elif masks == "auto":
-        soft = word_masks(model, latents[:, 0], super_category)
-        for i, alpha in enumerate(alphas):
-            if alpha is not None:
-                soft[i] = F.interpolate(alpha[None], soft.shape[-2:], mode="area")[0]
-    else:
-        soft = torch.stack([read_mask(Path(masks), file, side) for file in files]).to(device)
-        soft = F.interpolate(soft, latents.shape[-2:], mode="area")
-    largest = soft.amax((1, 2, 3), keepdim=True)
-    for file, value in zip(files, largest):
-        if value <= 0:
-            raise ValueError(f"the mask of {file.name} is empty: it must show where the concept is")
-    soft = soft / largest
-    return Data(images, latents, torch.stack([soft, soft.flip(-1)], dim=1), files[0].parent.as_posix())
-
-
 # --------------------------------------------------------------------------------------------------- training
 
 class Training:
@@ -190,7 +136,7 @@ class Training:
                              f'of "{s.super_category}" need {tuple(words.shape)}')
         start = words.clone() if embedding is None else embedding.to(words)
         concept = Concept(s.token, s.super_category, start, beta=s.beta, tau=s.tau, lock=s.lock,
-                          layers=perfusion.layer_names(model.unet))
+                          layers=model.unet.layer_names())
         if s.lock == "none":
             return concept
         i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, s.super_category)
@@ -229,7 +175,7 @@ class Training:
         e = self.model.text_encoder(perfusion.insert(self.ordinary[distinct], found, [self.concept]))
         if self.i_star is not None:
             e_concept = e.detach()[torch.arange(len(e)), self.last[distinct]][row]
-            self.i_star = perfusion.running_mean(self.i_star, e_concept.cpu())
+            self.i_star = perfusion.running_mean(self.i_star, e_concept.cpu(), 0.99)
             d_star = self.C_inverse @ self.i_star
             self.concept = dataclasses.replace(self.concept, i_star=self.i_star.float().to(self.device),
                                                d_star=d_star.float().to(self.device))
@@ -298,7 +244,7 @@ class Training:
         """Write the concept, loss.csv and checkpoint.pt, each atomically; none if a number is not finite."""
         s = self.settings
         metadata = {"base": self.model.fingerprint, "steps": len(self.losses), "seed": s.seed, "lr": s.lr,
-                    "images": len(self.data.images), "folder": self.data.folder}
+                    "images": len(self.data.images), **self.data.origin}
         self.result(metadata).save(out / f"{s.token.strip('<>')}.safetensors")
         rows = "".join(f"{step},{loss:.6g}\n" for step, loss in enumerate(self.losses, 1))
         replace_file(out / "loss.csv", lambda path: path.write_text("step,loss\n" + rows, encoding="utf-8"))
@@ -381,12 +327,8 @@ def preview(training: Training, out: Path) -> None:
             K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
             z = draw_latents(model.unet, model.schedule, K, V, [training.settings.seed], size,
                              family.sampling_steps, family.guidance)
-            t = torch.tensor([PREVIEW_TIMESTEP], device=z.device)
-            noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
-            with record_queries(model.unet) as queries:
-                model.unet(model.schedule.add_noise(z, noise, t), t, [k[1:] for k in K], [v[1:] for v in V])
-            maps.append(word_map(attention(queries, [k[1:] for k in K], model.unet.config.attention_heads),
-                                 found[concept.token][0], size)[0].cpu())
+            maps.append(noised_map(model, z, PREVIEW_TIMESTEP, [k[1:] for k in K], [v[1:] for v in V],
+                                   found[concept.token][0])[0].cpu())
             latents.append(z)
     model.vae.to(training.device)
     images = decode(model.vae, torch.cat(latents))
@@ -562,8 +504,8 @@ def execute(args) -> None:
     model = load(args.weights, device=device, tokenizer=args.tokenizer)
     model.unet.checkpointing = args.checkpointing
     family = defaults(model)
-    if args.resolution and args.resolution % size_step(model):
-        raise ValueError(f"--resolution {args.resolution} must be a multiple of {size_step(model)}")
+    if args.resolution and args.resolution % model.size_step:
+        raise ValueError(f"--resolution {args.resolution} must be a multiple of {model.size_step}")
     precision = args.precision or ("fp32" if device == "cpu" else "bf16")
     settings = Settings(args.super_category.strip(), f"<{name}>", args.batch or family.batch,
                         args.lr or family.lr, args.lr_embedding or family.lr_embedding, args.seed, args.lock,
@@ -571,7 +513,8 @@ def execute(args) -> None:
     steps = args.steps or family.steps
     preview_every = family.preview_every if args.preview is None else args.preview
     C_inverse = covariance.inverse(covariance.cached(model, report))
-    data = prepare_data(model, files, settings.super_category, args.masks, args.resolution or 0)
+    data = prepare_data(model, files, settings.super_category, args.masks, args.resolution or 0, report)
+    data.origin = {"folder": args.images.as_posix()}
     training = Training(model, data, settings, C_inverse, embedding)
     report(summary(training, steps))
     if checkpoint and checkpoint.is_file():

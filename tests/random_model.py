@@ -78,7 +78,7 @@ def write_concept(weights, path, words="teddy bear", lock="locked", seed=0):
                                 metadata={"base": model.fingerprint})
     if lock != "none":
         concept.i_star, concept.d_star = i_super, i_super.clone()
-        concept.layers = perfusion.layer_names(model.unet)
+        concept.layers = model.unet.layer_names()
         concept.values = [v + 3 for v in model.unet.values(i_super)]
     if lock == "trained":
         concept.keys = [k + 2 for k in model.unet.keys(i_super)]

@@ -1,9 +1,12 @@
 """Maps from recorded queries agree with the attention that the U-Net itself computes."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from attention_maps import attention, record_queries, share_inside, word_map
+from attention_maps import attention, noised_map, record_queries, share_inside, word_map
+from diffusion import Schedule
 from unet import UNet, UNetConfig
 
 CONFIG = UNetConfig(block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=6, attention_heads=2,
@@ -81,3 +84,15 @@ def test_the_share_inside_is_a_weighted_mean_and_resizes_the_mask():
     where[0, :2], where[1] = 1, 1
     mask[:, :4] = 1
     torch.testing.assert_close(share_inside(where, mask), torch.tensor([1.0, 0.5]))
+
+
+def test_a_noised_map_is_the_word_map_of_one_forward_pass(unet):
+    model = SimpleNamespace(unet=unet, schedule=Schedule.sd_v1())
+    z, e, other = torch.randn(2, 4, 4, 8), torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+    keys, values = unet.keys(e), unet.values(e)
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
+    with record_queries(unet) as queries:
+        unet(model.schedule.add_noise(z, noise, torch.tensor([400, 400])), 400, keys, values)
+    for shown in (keys, unet.keys(other)):
+        found = noised_map(model, z, 400, keys, values, [1, 2], seed=3, map_keys=shown)
+        torch.testing.assert_close(found, word_map(attention(queries, shown, 2), [1, 2], (4, 8)))

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NETWORKS = {"unet", "clip_text", "vae", "diffusion"}
 LIBRARY = {  # file -> the project files that it may know
-    "perfusion": set(),
+    "files": set(),
+    "perfusion": {"files"},
     "convolution": set(),
     "unet": {"convolution"},
     "clip_text": set(),
@@ -22,7 +23,7 @@ LIBRARY = {  # file -> the project files that it may know
     "weights_loader": NETWORKS | {"weight_configs", "weight_files", "weight_names"},
     "covariance": NETWORKS | {"perfusion", "weights_loader"},
     "attention_maps": NETWORKS | {"perfusion"},
-    "image_files": set(),
+    "pictures": NETWORKS | {"attention_maps", "perfusion"},
     "drawing": NETWORKS | {"perfusion"},
 }
 PACKAGES = {  # file -> what it may import besides torch and the standard library

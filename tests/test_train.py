@@ -16,10 +16,10 @@ from PIL import Image
 
 import covariance
 import diffusion
-import image_files
 import perfusion
 import train
 from perfusion import Concept
+from pictures import list_images, prepare_data
 from random_model import ROOT, write_weights
 from train import Data, Settings, Training
 from weights_loader import load
@@ -66,8 +66,8 @@ def pictures(tmp_path_factory):
 def setting(weights, pictures):
     """A function: settings -> a Training of the random model on the three pictures; they share the model."""
     model = load(weights)
-    files, _ = image_files.list_images(pictures)
-    data = train.prepare_data(model, files, "teddy bear", side=16)
+    files, _ = list_images(pictures)
+    data = prepare_data(model, files, "teddy bear", side=16)
     C_inverse = covariance.inverse(covariance.cached(model))
 
     def build(data=data, **fields):
@@ -81,71 +81,6 @@ def command(weights, pictures, out, *more):
 
 def run(*arguments):
     return train.main([str(x) for x in arguments])
-
-
-# --------------------------------------------------------------------------------------------------- pictures
-
-def test_images_are_listed_in_order_and_everything_else_is_named(pictures):
-    files, skipped = image_files.list_images(pictures)
-    assert [file.name for file in files] == ["0.jpg", "1.png", "2.webp"]
-    assert sorted(skipped) == [".hidden.png", "notes.txt"]
-
-
-def test_a_photo_is_turned_as_its_exif_says_and_cropped_to_the_middle(tmp_path):
-    image = np.zeros((40, 120, 3), np.uint8)
-    image[:, 40:80] = 255                       # the central square is white
-    exif = Image.Exif()
-    exif[0x0112] = 6                            # lying on its side
-    Image.fromarray(image).rotate(90, expand=True).save(tmp_path / "x.jpg", exif=exif, quality=100)
-    image[:20, 40:80] = 0
-    Image.fromarray(np.rot90(image).copy()).save(tmp_path / "y.jpg", exif=exif, quality=100)
-    rgb, alpha = image_files.read_image(tmp_path / "x.jpg", 8)
-    assert alpha is None and rgb.shape == (3, 8, 8) and rgb.min() > 0.8
-    rgb, _ = image_files.read_image(tmp_path / "y.jpg", 8)
-    assert rgb[:, :3].max() < -0.8 and rgb[:, 5:].min() > 0.8
-
-
-def test_transparent_pixels_become_white_and_their_opacity_a_mask(tmp_path):
-    image = np.zeros((16, 16, 4), np.uint8)
-    image[:, :8] = (255, 0, 0, 255)             # the right half is transparent black
-    Image.fromarray(image).save(tmp_path / "x.png")
-    rgb, alpha = image_files.read_image(tmp_path / "x.png", 16)
-    assert torch.equal(rgb[:, :, 12], torch.ones(3, 16)) and torch.equal(alpha[0, :, 12], torch.zeros(16))
-    assert rgb[0, 0, 2] == 1 and rgb[1, 0, 2] == -1 and alpha[0, 0, 2] == 1
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "LA", "CMYK", "1", "I;16"])
-def test_every_colour_mode_is_read(tmp_path, mode):
-    image = Image.new("L", (10, 10), 255)
-    if mode == "I;16":
-        image = Image.fromarray(np.full((10, 10), 65535, np.uint16))
-    else:
-        image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image.convert(mode)
-    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
-    image.save(path)
-    rgb, _ = image_files.read_image(path, 8)
-    assert rgb.min() > 0.95
-
-
-def test_masks_come_from_the_model_from_transparency_from_a_folder_or_not_at_all(weights, tmp_path):
-    model, folder = load(weights), tmp_path / "masks"
-    folder.mkdir()
-    image = np.array(noise(16, 16).convert("RGBA"))
-    Image.fromarray(image).save(tmp_path / "a.png")
-    image[:, :8, 3] = 0
-    Image.fromarray(image).save(tmp_path / "b.png")
-    mask = np.zeros((16, 16), np.uint8)
-    mask[:8] = 128
-    for name in "ab":
-        Image.fromarray(mask).save(folder / f"{name}.bmp")
-    files = [tmp_path / "a.png", tmp_path / "b.png"]
-    auto = train.prepare_data(model, files, "teddy bear", side=16).masks
-    assert auto.shape == (2, 2, 1, 8, 8) and auto[0, 0].max() == 1 and auto[0, 0].min() == 0
-    assert torch.equal(auto[1, 0, 0], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
-    torch.testing.assert_close(auto[:, 1], auto[:, 0].flip(-1))
-    given = train.prepare_data(model, files, "teddy bear", str(folder), side=16).masks
-    assert torch.equal(given[0, 0, 0], torch.tensor([1.0] * 4 + [0.0] * 4)[:, None].expand(8, 8))
-    assert train.prepare_data(model, files, "teddy bear", "none", side=16).masks.eq(1).all()
 
 
 # --------------------------------------------------------------------------------------------------- the step
@@ -458,7 +393,7 @@ def truncated_png(tmp_path):
 def black_masks(tmp_path, pictures):
     folder = tmp_path / "black"
     folder.mkdir()
-    for file in image_files.list_images(pictures)[0]:
+    for file in list_images(pictures)[0]:
         Image.new("L", (24, 20)).save(folder / f"{file.stem}.png")
     return folder
 

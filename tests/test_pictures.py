@@ -1,0 +1,180 @@
+"""Pictures and masks from files: what people's folders hold becomes what they see on their screens."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageCms
+
+import weights_loader
+from pictures import CUT_OUT, digest, list_images, prepare_data, read_image, read_mask
+from random_model import ROOT, tiny_model
+
+
+# CIE XYZ of red, green and blue as published, adapted to D50
+SRGB = (.4361, .2225, .0139), (.3851, .7169, .0971), (.1431, .0606, .7141)
+DISPLAY_P3 = (.5151, .2412, -.0011), (.2920, .6922, .0419), (.1571, .0666, .7841)
+ADOBE_RGB = (.6097, .3111, .0195), (.2053, .6257, .0609), (.1492, .0632, .7446)     # with sRGB's curve here
+
+
+def noise(height, width, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+def profile(primaries):
+    """A colour profile with these primaries, else that of sRGB."""
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries):
+        offset, = struct.unpack_from(">I", data, data.index(name) + 4)      # the first is in the table of tags
+        struct.pack_into(">3i", data, offset + 8, *(round(x * 65536) for x in xyz))
+    return bytes(data).replace("sRGB".encode("utf-16-be"), "Wide".encode("utf-16-be"))
+
+
+def test_images_are_listed_in_order_and_everything_else_is_named(tmp_path):
+    for name in ("2.webp", "0.jpg", "1.PNG", "notes.txt", ".hidden.png"):
+        (tmp_path / name).write_bytes(b"")
+    files, skipped = list_images(tmp_path)
+    assert [file.name for file in files] == ["0.jpg", "1.PNG", "2.webp"]
+    assert sorted(skipped) == [".hidden.png", "notes.txt"]
+    assert list_images(tmp_path / "0.jpg") == ([tmp_path / "0.jpg"], [])    # a picture alone is that picture
+
+
+def test_a_photo_is_turned_as_its_exif_says_and_cropped_to_the_middle(tmp_path):
+    image = np.zeros((40, 120, 3), np.uint8)
+    image[:, 40:80] = 255                       # the central square is white
+    exif = Image.Exif()
+    exif[0x0112] = 6                            # lying on its side
+    Image.fromarray(image).rotate(90, expand=True).save(tmp_path / "x.jpg", exif=exif, quality=100)
+    image[:20, 40:80] = 0
+    Image.fromarray(np.rot90(image).copy()).save(tmp_path / "y.jpg", exif=exif, quality=100)
+    rgb, alpha, changes = read_image(tmp_path / "x.jpg", 8)
+    assert alpha is None and rgb.shape == (3, 8, 8) and rgb.min() > 0.8 and changes == {
+        "cropped to the central square"}
+    rgb, *_ = read_image(tmp_path / "y.jpg", 8)
+    assert rgb[:, :3].max() < -0.8 and rgb[:, 5:].min() > 0.8
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "LA", "CMYK", "1", "I;16"])
+def test_every_colour_mode_is_read(tmp_path, mode):
+    image = Image.new("L", (10, 10), 255)
+    if mode == "I;16":
+        image = Image.fromarray(np.full((10, 10), 65535, np.uint16))
+    else:
+        image = image.convert("RGB").convert(mode) if mode in ("P", "CMYK") else image.convert(mode)
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    image.save(path)
+    assert read_image(path, 8)[0].min() > 0.95
+
+
+def as_srgb(colour, primaries):
+    """A colour of 0 to 255 by the textbook: linear light, the primaries' XYZ, sRGB's own light, sRGB's curve."""
+    x = np.array(colour) / 255
+    light = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
+    x = np.linalg.solve(np.array(SRGB).T, np.array(primaries).T @ light).clip(0, 1)
+    return np.where(x <= 0.0031308, x * 12.92, 1.055 * x ** (1 / 2.4) - 0.055) * 255
+
+
+@pytest.mark.parametrize("primaries", [DISPLAY_P3, ADOBE_RGB])
+@pytest.mark.parametrize("mode, options", [
+    ("RGB", {"format": "PNG"}), ("RGBA", {"format": "PNG"}), ("P", {"format": "PNG"}),
+    ("RGB", {"format": "WEBP", "lossless": True}), ("RGB", {"format": "JPEG", "quality": 100})])
+def test_the_colours_of_a_profile_become_those_of_srgb(tmp_path, primaries, mode, options):
+    for colour in ((182, 53, 46), (90, 130, 100), (128, 128, 128)):
+        image = Image.new("RGB", (16, 16), colour).convert(mode)
+        image.save(tmp_path / "x.png", icc_profile=profile(primaries), **options)
+        rgb, _, changes = read_image(tmp_path / "x.png", 8)
+        found = (rgb[:, 4, 4].numpy() + 1) * 127.5
+        assert np.abs(found - as_srgb(colour, primaries)).max() < 3     # of 255: JPEG and the profile round
+        assert any("colours converted from the profile" in change for change in changes)
+
+
+@pytest.mark.parametrize("given", [ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"x" * 200])
+def test_a_profile_of_srgb_or_a_damaged_one_changes_no_colour(tmp_path, given):
+    noise(16, 16).save(tmp_path / "x.png")
+    noise(16, 16).save(tmp_path / "y.png", icc_profile=given)
+    plain, profiled = read_image(tmp_path / "x.png", 16), read_image(tmp_path / "y.png", 16)
+    assert torch.equal(plain[0], profiled[0]) and bool(profiled[2]) == (given[0] == ord("x"))
+
+
+def test_transparent_pixels_become_white_and_the_opacity_of_a_cut_out_its_mask(tmp_path):
+    image = np.zeros((16, 16, 4), np.uint8)
+    image[:, :8] = (255, 0, 0, 255)             # the right half is transparent black
+    Image.fromarray(image).save(tmp_path / "x.png")
+    rgb, alpha, _ = read_image(tmp_path / "x.png", 16)
+    assert torch.equal(rgb[:, :, 12], torch.ones(3, 16)) and torch.equal(alpha[0, :, 12], torch.zeros(16))
+    assert rgb[0, 0, 2] == 1 and rgb[1, 0, 2] == -1 and alpha[0, 0, 2] == 1
+
+
+@pytest.mark.parametrize("transparent, cut_out", [(0, False), (1, False), (40, False), (400, True)])
+def test_a_picture_with_a_few_transparent_pixels_is_no_cut_out(tmp_path, transparent, cut_out):
+    image = np.full((40, 40, 4), 255, np.uint8)
+    image.reshape(-1, 4)[:transparent, 3] = 0
+    Image.fromarray(image).save(tmp_path / "x.png")
+    assert cut_out == (transparent / 1600 > CUT_OUT)
+    assert (read_image(tmp_path / "x.png", 40)[1] is not None) == cut_out
+
+
+def test_a_mask_is_white_on_black_or_a_cut_out(tmp_path):
+    inside = np.zeros((16, 16), bool)
+    inside[4:12, 4:12] = True
+    (tmp_path / "masks").mkdir()
+    pixels = np.array(noise(16, 16).convert("RGBA"))
+    pixels[..., 3] = inside * 255               # the thing cut out of its photo
+    Image.fromarray(pixels).save(tmp_path / "masks" / "a.png")
+    Image.fromarray(inside.astype(np.uint8) * 255).save(tmp_path / "masks" / "b.png")
+    white = np.where(inside, 255, 0).astype(np.uint8)[..., None].repeat(4, 2)
+    Image.fromarray(white).save(tmp_path / "masks" / "c.png")               # white on transparent
+    for name, by_opacity in (("a", True), ("b", False), ("c", True)):
+        mask, said = read_mask(tmp_path / "masks", Path(f"{name}.jpg"), 16)
+        assert torch.equal(mask[0], torch.from_numpy(inside).float()) and said == by_opacity
+
+
+def test_masks_come_from_the_model_from_cut_outs_from_a_folder_or_not_at_all(tmp_path):
+    model, folder, said = tiny_model(), tmp_path / "masks", []
+    folder.mkdir()
+    image = np.array(noise(16, 16).convert("RGBA"))
+    Image.fromarray(image).save(tmp_path / "a.png")
+    image[:, :8, 3] = 0
+    Image.fromarray(image).save(tmp_path / "b.png")
+    mask = np.zeros((16, 16), np.uint8)
+    mask[:8] = 128
+    for name in "ab":
+        Image.fromarray(mask).save(folder / f"{name}.bmp")
+
+    def masks(which):
+        return prepare_data(model, [tmp_path / "a.png", tmp_path / "b.png"], "teddy bear", which, 16,
+                            said.append).masks
+    auto = masks("auto")
+    assert auto.shape == (2, 2, 1, 8, 8) and auto[0, 0].max() == 1 and auto[0, 0].min() == 0
+    assert torch.equal(auto[1, 0, 0], torch.tensor([0.0] * 4 + [1.0] * 4).expand(8, 8))
+    torch.testing.assert_close(auto[:, 1], auto[:, 0].flip(-1))
+    given = masks(str(folder))
+    assert torch.equal(given[0, 0, 0], torch.tensor([1.0] * 4 + [0.0] * 4)[:, None].expand(8, 8))
+    assert masks("none").eq(1).all()
+    assert said == ['masks: the model\'s attention to "teddy bear"; the opacity of b.png',
+                    f"masks: {folder}, white is the thing", "masks: none, the whole picture counts"]
+
+
+@pytest.mark.parametrize("folder, words", [("teddy", "teddy bear"), ("mug", "mug")])
+def test_the_embedded_models_own_masks_cover_the_thing_in_the_examples(folder, words):
+    files, _ = list_images(ROOT / "examples" / folder)
+    masks = prepare_data(weights_loader.load("tiny"), files, words, report=lambda line: None).masks[:, 0, 0]
+    true = torch.stack([read_mask(ROOT / "examples" / "masks" / folder, file, len(masks[0]))[0][0]
+                        for file in files]) > 0.5
+    overlap = ((masks > 0.5) & true).sum((1, 2)) / ((masks > 0.5) | true).sum((1, 2))
+    assert overlap.mean() > 0.6         # intersection over union; all of the picture would have 0.3
+
+
+def test_a_digest_belongs_to_the_content_of_the_files_and_not_to_their_names(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        noise(8, 8, seed).save(tmp_path / f"{name}.png")
+    a, b, c = (digest([tmp_path / f"{name}.png"]) for name in "abc")
+    assert a == b != c
+
+
+def test_a_picture_of_200_megapixels_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (16000, 12500)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="large.png cannot be read as an image: "):
+        read_image(tmp_path / "large.png", 64)
