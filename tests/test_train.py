@@ -215,7 +215,7 @@ def test_the_script_leaves_a_usable_concept_and_the_promised_files(weights, pict
         "checkpoint.pt", "learned_embeds.safetensors", "loss.csv", "teddy.safetensors"]
     model = load(weights)
     concept, = perfusion.prepare([Concept.load(out / "teddy.safetensors")], model)
-    assert concept.token == "<teddy>" and concept.metadata | {"steps": "3", "images": "3"} == concept.metadata
+    assert concept.token == "<teddy>" and concept.metadata | {"steps": 3, "images": 3} == concept.metadata
     assert len(list(csv.DictReader(open(out / "loss.csv")))) == 3
     exported = train.read_embedding(out / "learned_embeds.safetensors")
     torch.testing.assert_close(exported, concept.embedding, rtol=1e-2, atol=1e-3)     # the concept is float16
@@ -364,7 +364,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_file(weights,
     assert run(*command(weights, pictures, tmp_path, "--steps", 5, "--checkpoint", 1)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert "not a number" in error and "last good" in error
-    assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == "2"
+    assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == 2
 
 
 def test_ctrl_c_says_how_to_continue(weights, pictures, tmp_path, capsys, monkeypatch):
