@@ -5,8 +5,8 @@ Notation: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, with abar_t the cumul
 
 A sampler is a generator that yields the latents after each step; the last are the result. Its steps are those
 of diffusers' scheduler of that name, made from the scheduler_config.json published with SD v1: DDIM begins at
-981 (50 steps) and ends at abar_0, DPM-Solver++ begins at 999 and ends at abar = 1. predict_noise takes latents z
-(B, c, h, w) and an int t, and returns the noise in z.
+981 (50 steps) and ends at abar_0, DPM-Solver++ begins at 999 and ends at abar = 1. predict_noise takes
+latents z (B, c, h, w) and an int t, and returns the noise in z.
 """
 
 import math
