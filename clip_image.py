@@ -9,13 +9,16 @@ from the same file; the embedded model's CLIP was fitted to the frozen text enco
 """
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clip_text import Layer, TextEncoder
+from files import replacing
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,68 +38,18 @@ class ImageConfig:
     text_width: int = 768
 
 
-VIT_L_14 = ImageConfig()
-VIT_B_32 = ImageConfig(224, 32, 768, 12, 12, 3072, 512, 512)
-TINY = ImageConfig(64, 8, 128, 4, 4, 512, 64, 128)
-
-
-def quick_gelu(x):
-    """OpenAI's approximation of GELU, x * sigmoid(1.702 x), with which the public weights were trained."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over (B, N, width), all four projections with a bias."""
-
-    def __init__(self, width, heads):
-        super().__init__()
-        self.heads = heads
-        self.q_proj, self.k_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.v_proj, self.out_proj = nn.Linear(width, width), nn.Linear(width, width)
-
-    def forward(self, x):
-        B, N, width = x.shape
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q, k, v = (p(x).view(B, N, self.heads, -1).transpose(1, 2) for p in projections)
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, width))
-
-
-class MLP(nn.Module):
-    """Two linear layers around quick_gelu."""
-
-    def __init__(self, width, intermediate):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, intermediate), nn.Linear(intermediate, width)
-
-    def forward(self, x):
-        return self.fc2(quick_gelu(self.fc1(x)))
-
-
-class Layer(nn.Module):
-    """A pre-norm transformer layer."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.layer_norm1, self.layer_norm2 = nn.LayerNorm(config.width), nn.LayerNorm(config.width)
-        self.self_attn = Attention(config.width, config.heads)
-        self.mlp = MLP(config.width, config.intermediate)
-
-    def forward(self, x):
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
 
 class Embeddings(nn.Module):
     """Pixels -> patch tokens behind one class token, with learned positions."""
 
-    def __init__(self, config):
+    def __init__(self, config: ImageConfig):
         super().__init__()
         tokens = (config.image_size // config.patch_size) ** 2 + 1
         self.class_embedding = nn.Parameter(torch.randn(config.width) * config.width ** -0.5)
         self.patch_embedding = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.position_embedding = nn.Embedding(tokens, config.width)
 
-    def forward(self, pixels):
+    def forward(self, pixels: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)      # (B, N, width)
         first = self.class_embedding.expand(len(pixels), 1, -1)
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
@@ -105,14 +58,16 @@ class Embeddings(nn.Module):
 class VisionTransformer(nn.Module):
     """Normalised pixels (B, 3, S, S) -> the class token (B, width) after the last norm."""
 
-    def __init__(self, config):
+    def __init__(self, config: ImageConfig):
         super().__init__()
         self.embeddings = Embeddings(config)
         self.pre_layrnorm = nn.LayerNorm(config.width)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(Layer(config) for _ in range(config.layers))})
+        sizes = config.width, config.heads, config.intermediate
+        layers = [Layer(*sizes, causal=False) for _ in range(config.layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.post_layernorm = nn.LayerNorm(config.width)
 
-    def forward(self, pixels):
+    def forward(self, pixels: Tensor) -> Tensor:
         x = self.pre_layrnorm(self.embeddings(pixels))
         for layer in self.encoder["layers"]:
             x = layer(x)
@@ -120,9 +75,9 @@ class VisionTransformer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Images and texts as unit vectors of one space; text_encoder has embed(ids) and forward(embeddings)."""
+    """Images and texts as unit vectors of one space."""
 
-    def __init__(self, config, text_encoder):
+    def __init__(self, config: ImageConfig, text_encoder: TextEncoder):
         super().__init__()
         self.config = config
         self.vision_model = VisionTransformer(config)
@@ -130,7 +85,7 @@ class CLIP(nn.Module):
         self.text_projection = nn.Linear(config.text_width, config.projection, bias=False)
         self.text_model = text_encoder
 
-    def pixels(self, images):
+    def pixels(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] as the public preprocessor leaves them."""
         S, (H, W) = self.config.image_size, images.shape[-2:]
         if (H, W) != (S, S):
@@ -140,11 +95,11 @@ class CLIP(nn.Module):
             images = images[..., top:top + S, left:left + S]
         return (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
 
-    def image_embedding(self, images):
+    def image_embedding(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> unit vectors (B, projection)."""
         return F.normalize(self.visual_projection(self.vision_model(self.pixels(images))), dim=-1)
 
-    def text_embedding(self, ids):
+    def text_embedding(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> unit vectors (B, projection), read at the end mark.
 
         The end mark has the highest id of CLIP's vocabularies and also pads: its first occurrence counts.
@@ -153,11 +108,13 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(e[torch.arange(len(ids)), ids.argmax(dim=-1)]), dim=-1)
 
 
-def read_config(folder):
+def read_config(folder: str | Path) -> tuple[ImageConfig, dict[str, int] | None]:
     """config.json of a CLIP folder -> (ImageConfig, sizes of its text tower or None)."""
     try:
         data = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         vision, text = data["vision_config"], data["text_config"]
+        if {part.get("hidden_act", "quick_gelu") for part in (vision, text)} != {"quick_gelu"}:
+            raise ValueError("its activation is not quick_gelu")
         config = ImageConfig(image_size=vision["image_size"], patch_size=vision["patch_size"],
                              width=vision["hidden_size"], layers=vision["num_hidden_layers"],
                              heads=vision["num_attention_heads"], intermediate=vision["intermediate_size"],
@@ -169,11 +126,11 @@ def read_config(folder):
                         "intermediate": text["intermediate_size"],
                         "max_length": text["max_position_embeddings"]}
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is not a CLIP folder: its config.json is missing or incomplete "
+        raise ValueError(f"{folder} is not a CLIP folder: its config.json is missing or is not OpenAI's "
                          f"({type(error).__name__}: {error})") from None
 
 
-def load(folder, text_encoder):
+def load(folder: str | Path, text_encoder: TextEncoder) -> CLIP:
     """A folder with config.json and model.safetensors (or pytorch_model.bin) -> CLIP, frozen.
 
     text_encoder is filled from the file if the file has a text tower, else used as it is. Strict: every other
@@ -184,7 +141,6 @@ def load(folder, text_encoder):
     path = folder / "model.safetensors"
     try:
         if path.exists():
-            from safetensors.torch import load_file
             state = load_file(path)
         else:
             path = folder / "pytorch_model.bin"
@@ -205,9 +161,8 @@ def load(folder, text_encoder):
     return clip.eval().requires_grad_(False)
 
 
-def save(clip, folder, with_text=False):
+def save(clip: CLIP, folder: str | Path, with_text: bool = False) -> None:
     """Write a CLIP as the public folders have it, in float16; without the text tower unless with_text."""
-    from safetensors.torch import save_file
     folder, c = Path(folder), clip.config
     folder.mkdir(parents=True, exist_ok=True)
     text = {"hidden_size": c.text_width}
@@ -221,6 +176,7 @@ def save(clip, folder, with_text=False):
                               "intermediate_size": c.intermediate}}
     state = {name: value.half().contiguous() for name, value in clip.state_dict().items()
              if with_text or not name.startswith("text_model.")}
-    (folder / "config.json").write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-    save_file(state, folder / "model.tmp", metadata={"format": "pt"})
-    os.replace(folder / "model.tmp", folder / "model.safetensors")
+    with replacing(folder / "config.json") as path:
+        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    with replacing(folder / "model.safetensors") as path:
+        save_file(state, path, metadata={"format": "pt"})

@@ -15,7 +15,7 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
-from torch import nn
+from torch import Tensor, nn
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
@@ -42,36 +42,35 @@ class TextConfig:
 
 
 SD_V1 = TextConfig()
-TINY = TextConfig(vocab_size=512, width=128, layers=4, heads=4, intermediate=512, max_length=32)
 
 
 class SelfAttention(nn.Module):
-    """Causal multi-head self-attention over x (B, T, width). Padding is attended to like any other token."""
+    """Multi-head self-attention over x (B, T, width); causal in the text tower. Padding is attended to."""
 
-    def __init__(self, width, heads):
+    def __init__(self, width: int, heads: int, causal: bool):
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         q, k, v = (project(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
                    for project in (self.q_proj, self.k_proj, self.v_proj))
-        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, heads, T, width / heads)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)  # (B, heads, T, width / heads)
         return self.out_proj(h.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     """Two linear maps around CLIP's approximation of GELU, x * sigmoid(1.702 x)."""
 
-    def __init__(self, width, intermediate):
+    def __init__(self, width: int, intermediate: int):
         super().__init__()
         self.fc1 = nn.Linear(width, intermediate)
         self.fc2 = nn.Linear(intermediate, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = self.fc1(x)
         return self.fc2(h * torch.sigmoid(1.702 * h))
 
@@ -79,14 +78,14 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Self-attention and MLP, each on a normalised input and added to x (B, T, width)."""
 
-    def __init__(self, config):
+    def __init__(self, width: int, heads: int, intermediate: int, causal: bool):
         super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width)
-        self.self_attn = SelfAttention(config.width, config.heads)
-        self.layer_norm2 = nn.LayerNorm(config.width)
-        self.mlp = MLP(config.width, config.intermediate)
+        self.layer_norm1 = nn.LayerNorm(width)
+        self.self_attn = SelfAttention(width, heads, causal)
+        self.layer_norm2 = nn.LayerNorm(width)
+        self.mlp = MLP(width, intermediate)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
         return x + self.mlp(self.layer_norm2(x))
 
@@ -94,23 +93,25 @@ class Layer(nn.Module):
 class TextEncoder(nn.Module):
     """The text transformer: e = encoder(encoder.embed(ids))."""
 
-    def __init__(self, config=SD_V1):
+    def __init__(self, config: TextConfig = SD_V1):
         super().__init__()
         self.config = config
         self.embeddings = nn.ModuleDict({
             "token_embedding": nn.Embedding(config.vocab_size, config.width),
             "position_embedding": nn.Embedding(config.max_length, config.width)})
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList([Layer(config) for _ in range(config.layers)])})
+        sizes = config.width, config.heads, config.intermediate
+        layers = [Layer(*sizes, causal=True) for _ in range(config.layers)]
+        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
         self.final_layer_norm = nn.LayerNorm(config.width)
         # as CLIP starts: PyTorch's unit variance would drown what the layers add
         nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
         nn.init.normal_(self.embeddings["position_embedding"].weight, std=0.01)
 
-    def embed(self, ids):
+    def embed(self, ids: Tensor) -> Tensor:
         """Token ids (B, T) -> token embeddings (B, T, d), without positions."""
         return self.embeddings["token_embedding"](ids)
 
-    def forward(self, embeddings):
+    def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, d) -> encodings e (B, T, d), after the last layer norm; T <= max_length."""
         T = embeddings.shape[1]
         if T > self.config.max_length:
@@ -124,7 +125,7 @@ class TextEncoder(nn.Module):
 class Tokenizer:
     """CLIP's byte-pair encoding: lower case, `max_length` ids per prompt, start and end included."""
 
-    def __init__(self, tokenizer, max_length=77):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int = 77):
         """tokenizer: a tokenizers.Tokenizer; its own truncation and padding are switched off."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -135,7 +136,7 @@ class Tokenizer:
         self.start, self.end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
 
     @classmethod
-    def load(cls, folder, max_length=77):
+    def load(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
         """The tokenizer of a folder with vocab.json and merges.txt, or else with tokenizer.json.
 
         ValueError when the folder has neither, or when a file cannot be read.
@@ -159,7 +160,7 @@ class Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False)])
         return cls(tokenizer, max_length)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""
         self._tokenizer.model.save(str(folder))
         config = {"model_max_length": self.max_length, "bos_token": START, "eos_token": END, "unk_token": END,
@@ -167,16 +168,16 @@ class Tokenizer:
         (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @property
-    def vocab_size(self):
+    def vocab_size(self) -> int:
         """The number of ids."""
         return self._tokenizer.get_vocab_size()
 
     @property
-    def vocabulary(self):
+    def vocabulary(self) -> dict[str, int]:
         """Token -> id."""
         return self._tokenizer.get_vocab()
 
-    def encode(self, prompts, words={}):
+    def encode(self, prompts: list[str], words: dict[str, str] = {}) -> tuple[Tensor, list[dict]]:
         """Prompts (a list of B strings) -> ids (B, max_length) int64, and positions.
 
         words: what stands in a placeholder's place, as {"<teddy>": "teddy bear"}. positions: per prompt a
@@ -196,19 +197,19 @@ class Tokenizer:
             positions.append(occurrences)
         return torch.tensor(ids, dtype=torch.long).reshape(len(ids), self.max_length), positions
 
-    def find(self, prompt, word):
+    def find(self, prompt: str, word: str) -> list[list[int]]:
         """Where an ordinary word or phrase stands in a prompt: occurrences as in the positions of encode."""
         _, offsets = self._encode(prompt)
         matches = _pattern([word], re.IGNORECASE).finditer(prompt)
         return [indices for match in matches if (indices := self._inside(offsets, match.span()))]
 
-    def tokens(self, ids):
+    def tokens(self, ids: Tensor) -> list[str]:
         """Ids (T,) -> their text, a list of T strings, for labels of plots."""
         names = [self._tokenizer.id_to_token(int(i)) for i in ids]
         return [name if name in (START, END) else decoders.ByteLevel().decode([name.removesuffix(WORD_END)])
                 for name in names]
 
-    def _encode(self, text):
+    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Text -> max_length ids, and the characters (start, stop) of all its tokens, the cut ones too."""
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         room = self.max_length - 2
@@ -220,13 +221,13 @@ class Tokenizer:
         ids = [self.start, *encoding.ids[:room], self.end]
         return ids + [self.end] * (self.max_length - len(ids)), encoding.offsets
 
-    def _inside(self, offsets, span):
+    def _inside(self, offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:
         """Indices of the tokens with characters in the span; none when truncation cut one of them off."""
         indices = [i + 1 for i, (start, stop) in enumerate(offsets) if start < span[1] and stop > span[0]]
         return indices if not indices or indices[-1] < self.max_length - 1 else []
 
 
-def _pattern(words, flags=0):
+def _pattern(words: list[str] | dict[str, str], flags: int = 0) -> re.Pattern:
     """Regular expression for any of the words, the longest first, never as a part of a longer word."""
     alternatives = []
     for word in sorted(words, key=len, reverse=True):
@@ -236,7 +237,7 @@ def _pattern(words, flags=0):
     return re.compile("|".join(alternatives), flags)
 
 
-def _substitute(prompt, words):
+def _substitute(prompt: str, words: dict[str, str]) -> tuple[str, list]:
     """Replace the placeholders; returns the text and a list of (placeholder, (start, stop) of its words)."""
     if not words:
         return prompt, []

@@ -3,19 +3,22 @@
 Notation: z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) noise, with abar_t the cumulative product of Ho et al.,
 "Denoising Diffusion Probabilistic Models", arXiv 2006.11239. Timesteps are whole numbers from 0 to 999.
 
-A sampler is a generator that yields the latents after each step; the last are the result. Both follow the
-`leading` spacing of SD v1 with an offset of 1 and end at abar_0, not at 1. predict_noise takes latents z
-(B, c, h, w) and an int t, and returns the noise in z.
+A sampler is a generator that yields the latents after each step; the last are the result. Its steps are those
+of diffusers' scheduler of that name, made from the scheduler_config.json published with SD v1: DDIM begins at
+981 (50 steps) and ends at abar_0, DPM-Solver++ begins at 999 and ends at abar = 1. predict_noise takes
+latents z (B, c, h, w) and an int t, and returns the noise in z.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 TRAIN_STEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012  # CompVis v1-inference.yaml
-FIRST_ORDER_END_BELOW = 15  # steps; the DPM-Solver authors' code then makes the last step of first order
+PredictNoise = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +28,7 @@ class Schedule:
     alphas_cumprod: abar (1000,) float32. prediction_type: "epsilon" (the noise) or "v_prediction" (Salimans
     and Ho, arXiv 2202.00512: v = sqrt(abar) noise - sqrt(1 - abar) z_0).
     """
-    alphas_cumprod: torch.Tensor
+    alphas_cumprod: Tensor
     prediction_type: str = "epsilon"
 
     def __post_init__(self):
@@ -33,88 +36,78 @@ class Schedule:
             raise ValueError(f"the prediction type is epsilon or v_prediction, not {self.prediction_type!r}")
 
     @classmethod
-    def sd_v1(cls, prediction_type="epsilon"):
+    def sd_v1(cls, prediction_type: str = "epsilon") -> "Schedule":
         """The schedule of SD v1: betas whose square roots are evenly spaced."""
         betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
         return cls((1 - betas).cumprod(0).float(), prediction_type)
 
-    def add_noise(self, z, noise, t):
+    def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """Clean latents z and noise (B, c, h, w), timesteps t (B,) -> z_t (B, c, h, w)."""
         signal, sigma = self._coefficients(z, t)
         return signal * z + sigma * noise
 
-    def target(self, z, noise, t):
+    def target(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network should output for add_noise(z, noise, t): (B, c, h, w)."""
         if self.prediction_type == "epsilon":
             return noise
         signal, sigma = self._coefficients(z, t)
         return signal * noise - sigma * z
 
-    def to_noise(self, output, z_t, t):
+    def to_noise(self, output: Tensor, z_t: Tensor, t: Tensor | int) -> Tensor:
         """The network's output at z_t (B, c, h, w), t (B,) or an int -> the noise that it predicts."""
         if self.prediction_type == "epsilon":
             return output
         signal, sigma = self._coefficients(z_t, t)
         return signal * output + sigma * z_t
 
-    def _coefficients(self, z, t):
+    def _coefficients(self, z: Tensor, t: Tensor | int) -> tuple[Tensor, Tensor]:
         """sqrt(abar_t) and sqrt(1 - abar_t), shaped to multiply z."""
         abar = self.alphas_cumprod.to(z.device)[torch.as_tensor(t, device=z.device)].reshape(-1, 1, 1, 1)
         return abar.sqrt().to(z.dtype), (1 - abar).sqrt().to(z.dtype)
 
 
-def ddim_timesteps(steps):
+def ddim_timesteps(steps: int) -> list[int]:
     """Leading spacing: `steps` timesteps, 1000 // steps apart, the last one 1; 50 give 981, 961, ..., 1."""
     _check_steps(steps)
     return [i * (TRAIN_STEPS // steps) + 1 for i in reversed(range(steps))]
 
 
-def dpm_timesteps(steps):
-    """Leading spacing for a solver that ends at 0: 20 steps give 941, 894, ..., 48, 1000 // 21 apart."""
+def dpm_timesteps(steps: int) -> list[int]:
+    """Even spacing from 999 to 0, without the 0: 20 steps give 999, 949, 899, ..., 50."""
     _check_steps(steps)
-    return [i * (TRAIN_STEPS // (steps + 1)) + 1 for i in reversed(range(1, steps + 1))]
+    stride = (TRAIN_STEPS - 1) / steps  # divided first, as numpy's linspace does: so halves are rounded alike
+    return [round(i * stride) for i in range(steps, 0, -1)]
 
 
-def ddim_step(z, eps, a, a_next, sigma=0.0):
-    """DDIM's eq. 12 (arXiv 2010.02502) without its random term: z at abar = a -> z at abar = a_next."""
+def ddim_step(z: Tensor, eps: Tensor, a: float, a_next: float) -> Tensor:
+    """DDIM's eq. 12 (arXiv 2010.02502) without random noise: z at abar = a -> z at abar = a_next."""
     z_0 = (z - math.sqrt(1 - a) * eps) / math.sqrt(a)
-    return math.sqrt(a_next) * z_0 + math.sqrt(1 - a_next - sigma**2) * eps
+    return math.sqrt(a_next) * z_0 + math.sqrt(1 - a_next) * eps
 
 
-def ddim(predict_noise, z, schedule, steps, eta=0.0, generator=None):
-    """DDIM (Song et al., arXiv 2010.02502) from noise z (B, c, h, w); yields z after each of the steps.
-
-    eta: 0 is deterministic, 1 adds as much noise as DDPM, drawn from `generator` (on the CPU) in every step.
-    """
+def ddim(predict_noise: PredictNoise, z: Tensor, schedule: Schedule, steps: int) -> Iterator[Tensor]:
+    """DDIM (Song et al., arXiv 2010.02502) from noise z (B, c, h, w); yields z after each of the steps."""
     abar = schedule.alphas_cumprod.double().tolist()
-    stride = TRAIN_STEPS // steps if steps > 0 else 0
     for t in ddim_timesteps(steps):
-        a, a_next = abar[t], abar[max(t - stride, 0)]
-        sigma = eta * math.sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
-        z = ddim_step(z, predict_noise(z, t), a, a_next, sigma)
-        if sigma > 0:
-            z = z + sigma * torch.randn(z.shape, generator=generator).to(z)
+        z = ddim_step(z, predict_noise(z, t), abar[t], abar[max(t - TRAIN_STEPS // steps, 0)])
         yield z
 
 
-def dpm_solver_pp(predict_noise, z, schedule, steps, eta=0.0, generator=None):
+def dpm_solver_pp(predict_noise: PredictNoise, z: Tensor, schedule: Schedule, steps: int) -> Iterator[Tensor]:
     """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2) from noise z (B, c, h, w); yields as ddim.
 
-    The first step is of first order, and the last one too when there are fewer than 15. It ends at abar_0, as
-    the authors' code does. The solver is deterministic: eta must be 0, and the generator is not used.
+    The first and the last step are of first order; the last one leaves no noise, it yields z_0 itself.
     """
-    if eta != 0:
-        raise ValueError("DPM-Solver++ is deterministic: eta must be 0")
     abar = schedule.alphas_cumprod.double().tolist()
-    times = [*dpm_timesteps(steps), 0]
-    alpha = [math.sqrt(abar[t]) for t in times]
-    sigma = [math.sqrt(1 - abar[t]) for t in times]
-    lam = [math.log(a / s) for a, s in zip(alpha, sigma)]  # half the log signal-to-noise ratio
+    times = dpm_timesteps(steps)
+    alpha = [*(math.sqrt(abar[t]) for t in times), 1.0]
+    sigma = [*(math.sqrt(1 - abar[t]) for t in times), 0.0]
+    lam = [math.log(a / s) if s else math.inf for a, s in zip(alpha, sigma)]  # half the log signal-to-noise
     z_0_before = None
-    for i, t in enumerate(times[:-1]):
+    for i, t in enumerate(times):
         z_0 = (z - sigma[i] * predict_noise(z, t)) / alpha[i]
         h, D = lam[i + 1] - lam[i], z_0
-        if i > 0 and (i < steps - 1 or steps >= FIRST_ORDER_END_BELOW):
+        if 0 < i < steps - 1:
             r = (lam[i] - lam[i - 1]) / h
             D = z_0 + (z_0 - z_0_before) / (2 * r)
         z = sigma[i + 1] / sigma[i] * z - alpha[i + 1] * math.expm1(-h) * D
@@ -125,13 +118,14 @@ def dpm_solver_pp(predict_noise, z, schedule, steps, eta=0.0, generator=None):
 SAMPLERS = {"ddim": ddim, "dpm++": dpm_solver_pp}
 
 
-def guided(unet, schedule, keys, values, guidance):
+def guided(unet: nn.Module, schedule: Schedule, keys: list[Tensor], values: list[Tensor],
+           guidance: float) -> PredictNoise:
     """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598): a predict_noise for the samplers.
 
     keys, values: per layer (2n, T, width), the n empty (or negative) prompts first; every step calls the
     U-Net once with the n latents twice. The arithmetic keeps the latents' dtype; the U-Net runs in the keys'.
     """
-    def predict_noise(z, t):
+    def predict_noise(z: Tensor, t: int) -> Tensor:
         if len(keys[0]) != 2 * len(z):
             raise ValueError(f"guidance of {len(z)} latents takes keys of {2 * len(z)} prompts, "
                              f"not {len(keys[0])}")
@@ -142,11 +136,11 @@ def guided(unet, schedule, keys, values, guidance):
     return predict_noise
 
 
-def seeded_noise(seed, shape):
+def seeded_noise(seed: int, shape: tuple[int, int, int]) -> Tensor:
     """Standard normal noise (1, c, h, w) for a shape (c, h, w), drawn on the CPU: equal on every device."""
     return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
 
 
-def _check_steps(steps):
+def _check_steps(steps: int) -> None:
     if not 1 <= steps < TRAIN_STEPS:
         raise ValueError(f"the number of sampling steps must be 1 to {TRAIN_STEPS - 1}, not {steps}")

@@ -9,21 +9,17 @@ values of all cross-attention layers are arguments of the forward pass, so that 
 Parameters are named as in the published diffusers-layout files.
 """
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-from convolution import Conv3x3
 
 RESNET_EPS = 1e-5
 TRANSFORMER_NORM_EPS = 1e-6  # CompVis attention.Normalize; the resnets use the default of GroupNorm
 MAX_PERIOD = 10000.0  # of the sinusoids that encode the timestep
-LONG, ROWS = 1024, 512  # of a sequence that `attend` works through in parts, and of a part
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,9 @@ class UNetConfig:
 
 
 SD_V1 = UNetConfig()
-TINY = UNetConfig(block_out_channels=(48, 96, 144), layers_per_block=1, cross_attention_dim=128,
-                  attention_heads=2, norm_num_groups=16, cross_attention=(True, True, False))
 
 
-def timestep_encoding(t, width):
+def timestep_encoding(t: Tensor, width: int) -> Tensor:
     """Timesteps t (B,) -> (B, width) float32: cosines, then sines, of geometrically falling frequencies."""
     half = width // 2
     k = torch.arange(half, device=t.device, dtype=torch.float32)
@@ -69,57 +63,38 @@ def timestep_encoding(t, width):
 class TimeEmbedding(nn.Module):
     """Sinusoids (B, c) -> the embedding of the timestep (B, width) that every resnet reads."""
 
-    def __init__(self, c, width):
+    def __init__(self, c: int, width: int):
         super().__init__()
         self.linear_1 = nn.Linear(c, width)
         self.linear_2 = nn.Linear(width, width)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
 class ResnetBlock(nn.Module):
     """Two 3x3 convolutions with the timestep added between: (B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    def __init__(self, c_in, c_out, time_width, groups):
+    def __init__(self, c_in: int, c_out: int, time_width: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=RESNET_EPS)
-        self.conv1 = Conv3x3(c_in, c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_width, c_out)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=RESNET_EPS)
-        self.conv2 = Conv3x3(c_out, c_out)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x, t_emb):
+    def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(t_emb))[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
-
-
-def attend(q, k, v):
-    """softmax(q k^T / sqrt(c)) v for q (B, heads, N, c), k and v (B, heads, T, c) -> (B, heads, N, c).
-
-    This is torch's kernel, except for long sequences in bfloat16 on a CPU without gradients: there plain
-    products of ROWS rows of a head at a time take two thirds of its time. Their scores are bfloat16, too.
-    """
-    plain = q.dtype == torch.bfloat16 and q.device.type == "cpu" and min(q.shape[2], k.shape[2]) >= LONG
-    if not plain or torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v)
-    out, nothing = torch.empty_like(q), q.new_zeros(1)
-    for b, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        for start in range(0, q.shape[2], ROWS):
-            rows = slice(start, start + ROWS)
-            scores = torch.addmm(nothing, q[b, head, rows], k[b, head].T, beta=0, alpha=q.shape[3] ** -0.5)
-            out[b, head, rows] = torch.softmax(scores, dim=-1) @ v[b, head]
-    return out
+        return h + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
     """Multi-head attention of x (B, N, width) over given keys and values (B or 1, T, width)."""
 
-    def __init__(self, width, d, heads):
+    def __init__(self, width: int, d: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_q = nn.Linear(width, width, bias=False)
@@ -127,31 +102,30 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(d, width, bias=False)
         self.to_out = nn.Sequential(nn.Linear(width, width))
 
-    def forward(self, x, k, v):
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         B, N, width = x.shape
         q, k, v = (y.expand(B, -1, -1).unflatten(2, (self.heads, -1)).transpose(1, 2)
                    for y in (self.to_q(x), k, v))
-        h = attend(q, k, v)  # (B, heads, N, width / heads)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, width / heads)
         return self.to_out(h.transpose(1, 2).reshape(B, N, width))
 
 
 class GEGLU(nn.Module):
     """x (B, N, width) -> value * gelu(gate) (B, N, inner); value is the first half of the projection."""
 
-    def __init__(self, width, inner):
+    def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(width, 2 * inner)
 
-    def forward(self, x):
-        # two products, not the halves of one: each result lies together in memory, which is faster
-        (w_value, w_gate), (b_value, b_gate) = self.proj.weight.chunk(2), self.proj.bias.chunk(2)
-        return F.linear(x, w_value, b_value) * F.gelu(F.linear(x, w_gate, b_gate))
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        return value * F.gelu(gate)
 
 
 class TransformerBlock(nn.Module):
     """Self-attention, cross-attention to the text, feed-forward, each added to x (B, N, width)."""
 
-    def __init__(self, width, d, heads):
+    def __init__(self, width: int, d: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
         self.attn1 = Attention(width, width, heads)
@@ -161,7 +135,7 @@ class TransformerBlock(nn.Module):
         self.ff = nn.ModuleDict({"net": nn.Sequential(
             GEGLU(width, 4 * width), nn.Identity(), nn.Linear(4 * width, width))})  # net.1 was a dropout
 
-    def forward(self, x, k, v):
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         h = self.norm1(x)
         x = x + self.attn1(h, self.attn1.to_k(h), self.attn1.to_v(h))
         x = x + self.attn2(self.norm2(x), k, v)
@@ -171,14 +145,14 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """A TransformerBlock over all positions of x (B, c, H, W), between two 1x1 convolutions, added to x."""
 
-    def __init__(self, c, d, heads, groups):
+    def __init__(self, c: int, d: int, heads: int, groups: int):
         super().__init__()
         self.norm = nn.GroupNorm(groups, c, eps=TRANSFORMER_NORM_EPS)
         self.proj_in = nn.Conv2d(c, c, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(c, d, heads)])
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x, k, v):
+    def forward(self, x: Tensor, k: Tensor, v: Tensor) -> Tensor:
         H, W = x.shape[-2:]
         h = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).flatten(1, 2)  # (B, HW, c)
         h = self.transformer_blocks[0](h, k, v)
@@ -189,12 +163,12 @@ class Resample(nn.Module):
     """A 3x3 convolution that halves height and width, padded on all sides unlike in the VAE; or that follows
     their doubling by nearest neighbour."""
 
-    def __init__(self, c, up):
+    def __init__(self, c: int, up: bool):
         super().__init__()
         self.up = up
-        self.conv = Conv3x3(c, c, stride=1 if up else 2)
+        self.conv = nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else x)
 
 
@@ -202,7 +176,8 @@ class Level(nn.Module):
     """The parts of one resolution: resnets with these input channels and c output channels, transformers, a
     resampling. UNet.forward says how they are run; what is absent is an empty list."""
 
-    def __init__(self, config, inputs, c, transformers, downsample=False, upsample=False):
+    def __init__(self, config: UNetConfig, inputs: list[int], c: int, transformers: int,
+                 downsample: bool = False, upsample: bool = False):
         super().__init__()
         d, heads, groups = config.cross_attention_dim, config.attention_heads, config.norm_num_groups
         time_width = 4 * config.block_out_channels[0]
@@ -227,7 +202,7 @@ class UNet(nn.Module):
     the same gradients for less memory and more time.
     """
 
-    def __init__(self, config=SD_V1, checkpointing=False):
+    def __init__(self, config: UNetConfig = SD_V1, checkpointing: bool = False):
         super().__init__()
         self.config, self.checkpointing = config, checkpointing
         widths, layers = config.block_out_channels, config.layers_per_block
@@ -255,21 +230,21 @@ class UNet(nn.Module):
                                  for level in (*self.down_blocks, self.mid_block, *self.up_blocks)
                                  for transformer in level.attentions]
 
-    def layer_names(self):
+    def layer_names(self) -> list[str]:
         """A name for each cross-attention layer, in order of execution: down.0.0, ..., mid.0, up.1.0, ..."""
         stages = [(f"down.{i}", level) for i, level in enumerate(self.down_blocks)]
         stages += [("mid", self.mid_block)] + [(f"up.{i}", level) for i, level in enumerate(self.up_blocks)]
         return [f"{stage}.{i}" for stage, level in stages for i in range(len(level.attentions))]
 
-    def keys(self, e):
+    def keys(self, e: Tensor) -> list[Tensor]:
         """Text encodings e (..., d) -> the keys of each cross-attention layer, a list of (..., width)."""
         return [layer.to_k(e) for layer in self.cross_attentions]
 
-    def values(self, e):
+    def values(self, e: Tensor) -> list[Tensor]:
         """Text encodings e (..., d) -> the values of each cross-attention layer, a list of (..., width)."""
         return [layer.to_v(e) for layer in self.cross_attentions]
 
-    def forward(self, z, t, keys, values):
+    def forward(self, z: Tensor, t: Tensor | int, keys: list[Tensor], values: list[Tensor]) -> Tensor:
         """Noisy latents z (B, c, H, W), timesteps t (B,) or one number, 0 to 999 -> output (B, c, H, W).
 
         keys and values: one (B, T, width) per cross-attention layer; those of batch 1 serve the whole batch.
@@ -285,8 +260,7 @@ class UNet(nn.Module):
         pairs = zip(keys, values)
         t = torch.as_tensor(t, device=z.device).expand(B)
         t_emb = self.time_embedding(timestep_encoding(t, self.conv_in.out_channels).to(z.dtype))
-        # channels last in memory: the transformers' (B, HW, c) is then a view, not a copy
-        x = self.conv_in(z.contiguous(memory_format=torch.channels_last))
+        x = self.conv_in(z)
 
         skips = [x]
         for level in self.down_blocks:
@@ -312,7 +286,7 @@ class UNet(nn.Module):
                 x = upsample(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
-    def _run(self, module, x, *args):
+    def _run(self, module: nn.Module, x: Tensor, *args: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(module, x, *args, use_reentrant=False, preserve_rng_state=False)
         return module(x, *args)

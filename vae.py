@@ -8,9 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-
-from convolution import Conv3x3
+from torch import Tensor, nn
 
 NORM_EPS = 1e-6
 LOGVAR_RANGE = (-30.0, 20.0)  # CompVis DiagonalGaussianDistribution: keeps exp(logvar) finite
@@ -37,31 +35,29 @@ class VAEConfig:
 
 
 SD_V1 = VAEConfig()
-TINY = VAEConfig(block_out_channels=(32, 64, 64), layers_per_block=1, norm_num_groups=8)
 
 
 class ResnetBlock(nn.Module):
     """GroupNorm, SiLU, 3x3 convolution, twice, added to the input: (B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    def __init__(self, c_in, c_out, groups):
+    def __init__(self, c_in: int, c_out: int, groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, c_in, eps=NORM_EPS)
-        self.conv1 = Conv3x3(c_in, c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = nn.GroupNorm(groups, c_out, eps=NORM_EPS)
-        self.conv2 = Conv3x3(c_out, c_out)
-        if c_in != c_out:
-            self.conv_shortcut = nn.Conv2d(c_in, c_out, 1)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.conv_shortcut = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class Attention(nn.Module):
     """Self-attention with one head over all positions, added to the input: (B, c, H, W) -> the same shape."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
         self.group_norm = nn.GroupNorm(groups, channels, eps=NORM_EPS)
         self.to_q = nn.Linear(channels, channels)
@@ -69,7 +65,7 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         B, c, H, W = x.shape
         h = self.group_norm(x).permute(0, 2, 3, 1).reshape(B, 1, H * W, c)  # one head
         h = self.to_out(F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h)))
@@ -80,12 +76,12 @@ class Resample(nn.Module):
     """A 3x3 convolution that halves height and width, with zeros at the right and bottom only, unlike in the
     U-Net; or that follows their doubling by nearest neighbour."""
 
-    def __init__(self, channels, up):
+    def __init__(self, channels: int, up: bool):
         super().__init__()
         self.up = up
-        self.conv = Conv3x3(channels, channels) if up else nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))
         return self.conv(x)
 
@@ -93,26 +89,26 @@ class Resample(nn.Module):
 class Middle(nn.Module):
     """resnet, attention, resnet at the lowest resolution."""
 
-    def __init__(self, channels, groups):
+    def __init__(self, channels: int, groups: int):
         super().__init__()
         self.resnets = nn.ModuleList([ResnetBlock(channels, channels, groups) for _ in range(2)])
         self.attentions = nn.ModuleList([Attention(channels, groups)])
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Level(nn.Module):
     """`layers` resnets at one resolution, then at most one resampling; name: downsamplers or upsamplers."""
 
-    def __init__(self, c_in, c_out, layers, groups, name=None):
+    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, name: str | None = None):
         super().__init__()
         inputs = [c_in] + [c_out] * (layers - 1)
         self.resnets = nn.ModuleList([ResnetBlock(c, c_out, groups) for c in inputs])
         if name:
             self.add_module(name, nn.ModuleList([Resample(c_out, up=name == "upsamplers")]))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         for group in self.children():
             for module in group:
                 x = module(x)
@@ -122,7 +118,7 @@ class Level(nn.Module):
 class Encoder(nn.Module):
     """Images (B, 3, H, W) -> (B, 2 * latent channels, H / factor, W / factor)."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         resample = ["downsamplers"] * (len(widths) - 1) + [None]
@@ -134,7 +130,7 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down_blocks:
             x = level(x)
@@ -144,7 +140,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, c, h, w) -> images (B, 3, h * factor, w * factor); every level has one resnet more."""
 
-    def __init__(self, config):
+    def __init__(self, config: VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         resample = ["upsamplers"] * (len(widths) - 1) + [None]
@@ -156,7 +152,7 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         x = self.mid_block(self.conv_in(z))
         for level in self.up_blocks:
             x = level(x)
@@ -166,7 +162,7 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """The autoencoder. Latents that leave encode() and enter decode() carry the scaling factor."""
 
-    def __init__(self, config=SD_V1):
+    def __init__(self, config: VAEConfig = SD_V1):
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -175,11 +171,11 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     @property
-    def factor(self):
+    def factor(self) -> int:
         """Pixels per latent position along one side: 8 for SD v1."""
         return 2 ** (len(self.config.block_out_channels) - 1)
 
-    def moments(self, images):
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> mean and log-variance (B, c, H/f, W/f) of unscaled latents."""
         H, W = images.shape[-2:]
         if H % self.factor or W % self.factor or not H or not W:
@@ -187,7 +183,7 @@ class VAE(nn.Module):
         mean, logvar = self.quant_conv(self.encoder(images)).chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
-    def encode(self, images, noise=None):
+    def encode(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> scaled latents (B, c, H/f, W/f).
 
         A sample of the posterior for standard normal `noise` of the latents' shape, its mean without.
@@ -196,6 +192,6 @@ class VAE(nn.Module):
         z = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         return z * self.config.scaling_factor
 
-    def decode(self, z):
+    def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) -> images (B, 3, h*f, w*f), about [-1, 1] and not clamped."""
         return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))

@@ -82,7 +82,8 @@ def test_pixels_equal_the_public_preprocessor(pair):
         assert difference < 2 / 255 / min(clip_image.STD), (height, width)
 
 
-@pytest.mark.parametrize("config", [clip_image.VIT_L_14, clip_image.VIT_B_32])
+@pytest.mark.parametrize("config", [clip_image.ImageConfig(),  # ViT-L/14 and ViT-B/32
+                                    clip_image.ImageConfig(224, 32, 768, 12, 12, 3072, 512, 512)])
 def test_public_sizes_have_the_keys_and_shapes_of_transformers(config):
     vision = transformers.CLIPVisionConfig(hidden_size=config.width, intermediate_size=config.intermediate,
                                            num_hidden_layers=config.layers, num_attention_heads=config.heads,
@@ -113,7 +114,7 @@ def test_saved_with_its_text_tower_it_needs_nothing_else(pair, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "no config", "empty config", "no weights", "wrong shape",
-                                    "missing"])
+                                    "missing", "gelu"])
 def test_bad_folders_are_one_sentence(pair, tmp_path, damage):
     from safetensors.torch import load_file, save_file
     _, clip, folder = pair
@@ -126,6 +127,9 @@ def test_bad_folders_are_one_sentence(pair, tmp_path, damage):
         (tmp_path / "config.json").unlink()
     elif damage == "empty config":
         (tmp_path / "config.json").write_text("{}")
+    elif damage == "gelu":
+        text = (folder / "config.json").read_text().replace('"quick_gelu"', '"gelu"')
+        (tmp_path / "config.json").write_text(text)
     elif damage == "no weights":
         weights.unlink()
     else:

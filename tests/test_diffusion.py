@@ -1,18 +1,17 @@
-"""Schedule and samplers equal diffusers' DDIMScheduler and DPMSolverMultistepScheduler, and published values.
+"""Schedule and samplers equal diffusers', made from the scheduler's file that is published with SD v1-5."""
 
-The reference is set to SD v1's leading spacing with an offset of 1. Its DDIM ends at abar_0, which is
-set_alpha_to_one=False; its DPM-Solver++ ends there too, which is final_sigmas_type="sigma_min". The last step
-is then of first order below 15 steps only, as in the authors' code; with "zero" it would always be.
-"""
-
+import diffusers
 import pytest
 import torch
 
-from diffusion import (SAMPLERS, Schedule, ddim, ddim_step, ddim_timesteps, dpm_solver_pp, dpm_timesteps,
-                       guided, seeded_noise)
+from diffusion import SAMPLERS, Schedule, ddim_step, ddim_timesteps, dpm_timesteps, guided, seeded_noise
 
-PUBLIC = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1,
-          "timestep_spacing": "leading"}
+PUBLISHED = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
+             "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000,
+             "set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None,
+             "clip_sample": False}
+pytestmark = pytest.mark.filterwarnings("ignore:__array__")  # the reference's use of numpy
+TIMESTEPS = {"ddim": ddim_timesteps, "dpm++": dpm_timesteps}
 MIXING = torch.randn(4, 4, generator=torch.Generator().manual_seed(7)) * 0.3
 
 
@@ -21,16 +20,15 @@ def schedule():
     return Schedule.sd_v1()
 
 
-def predict_noise(z, t):
+def network(z, t):
     """The best guess for standard normal images, and something that mixes the channels and grows with t."""
     sigma = (1 - Schedule.sd_v1().alphas_cumprod[t]).sqrt()
     return sigma * z + 0.1 * torch.tanh(torch.einsum("ij,bjhw->bihw", MIXING, z)) * (1 + t / 1000)
 
 
-def reference_ddim():
-    from diffusers import DDIMScheduler
-
-    return DDIMScheduler.from_config(PUBLIC | {"set_alpha_to_one": False, "clip_sample": False})
+def reference(name="ddim", **changes):
+    scheduler = {"ddim": diffusers.DDIMScheduler, "dpm++": diffusers.DPMSolverMultistepScheduler}[name]
+    return scheduler.from_config(PUBLISHED | changes)
 
 
 def test_the_schedule_has_the_published_values(schedule):
@@ -38,43 +36,31 @@ def test_the_schedule_has_the_published_values(schedule):
     values = schedule.alphas_cumprod[[0, 500, 981, 999]]
     published = torch.tensor([0.99915, 0.2763327, 0.0057755, 0.0046601])
     torch.testing.assert_close(values, published, rtol=1e-5, atol=0)
-    torch.testing.assert_close(schedule.alphas_cumprod, reference_ddim().alphas_cumprod, rtol=1e-5, atol=0)
+    torch.testing.assert_close(schedule.alphas_cumprod, reference().alphas_cumprod, rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
-@pytest.mark.parametrize("steps", [1, 7, 30, 50])
-def test_every_ddim_step_equals_the_reference(schedule, steps, eta):
-    reference = reference_ddim()
-    reference.set_timesteps(steps)
-    assert ddim_timesteps(steps) == reference.timesteps.tolist()
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_number_of_steps_takes_the_timesteps_of_the_reference(name):
+    scheduler = reference(name)
+    for steps in (*range(1, 101), 333, 999):
+        scheduler.set_timesteps(steps)
+        assert TIMESTEPS[name](steps) == scheduler.timesteps.tolist(), steps
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("steps", [1, 2, 10, 20, 30, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_every_step_equals_the_reference(name, steps, prediction_type):
+    scheduler, schedule = reference(name, prediction_type=prediction_type), Schedule.sd_v1(prediction_type)
+    scheduler.set_timesteps(steps)
     z = expected = torch.randn(2, 4, 8, 8)
-    generator = torch.Generator().manual_seed(1)
-    ours = ddim(predict_noise, z, schedule, steps, eta, torch.Generator().manual_seed(1))
-    for t, z in zip(reference.timesteps, ours, strict=True):
-        eps = predict_noise(expected, int(t))
-        expected = reference.step(eps, t, expected, eta=eta, generator=generator).prev_sample
-        assert (z - expected).abs().max() < 1e-5
-
-
-@pytest.mark.filterwarnings("ignore:__array__")  # the reference's use of numpy
-@pytest.mark.parametrize("steps", [1, 2, 14, 15, 20])
-def test_every_dpm_solver_step_equals_the_reference(schedule, steps):
-    from diffusers import DPMSolverMultistepScheduler
-
-    reference = DPMSolverMultistepScheduler.from_config(PUBLIC | {
-        "algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-        "lower_order_final": True, "final_sigmas_type": "sigma_min"})
-    reference.set_timesteps(steps)
-    assert dpm_timesteps(steps) == reference.timesteps.tolist()
-    z = expected = torch.randn(2, 4, 8, 8)
-    for t, z in zip(reference.timesteps, dpm_solver_pp(predict_noise, z, schedule, steps), strict=True):
-        expected = reference.step(predict_noise(expected, int(t)), t, expected).prev_sample
+    ours = SAMPLERS[name](lambda z, t: schedule.to_noise(network(z, t), z, t), z, schedule, steps)
+    for t, z in zip(scheduler.timesteps, ours, strict=True):
+        expected = scheduler.step(network(expected, int(t)), t, expected).prev_sample
         assert (z - expected).abs().max() < 1e-5
 
 
 def test_ddim_steps_have_the_published_values(schedule):
-    assert ddim_timesteps(50)[:2] == [981, 961] and ddim_timesteps(50)[-1] == 1
-    assert ddim_timesteps(30)[0] == 958
     golden = {981: (1.0920388, -0.6538650), 21: (0.9840796, -0.5795957), 1: (0.9973921, -0.5093201)}
     x, eps = torch.tensor([1, -0.5]), torch.tensor([0.25, 0.75])
     abar = schedule.alphas_cumprod.tolist()
@@ -87,10 +73,9 @@ def test_ddim_steps_have_the_published_values(schedule):
 def test_with_the_true_noise_every_sampler_returns_the_image(schedule, name):
     image, noise = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4)
     for steps in (5, 20):
-        first = (ddim_timesteps if name == "ddim" else dpm_timesteps)(steps)[0]
-        z = schedule.add_noise(image, noise, torch.tensor([first]))
+        z = schedule.add_noise(image, noise, torch.tensor([TIMESTEPS[name](steps)[0]]))
         *_, z = SAMPLERS[name](lambda z, t: noise, z, schedule, steps)
-        expected = schedule.add_noise(image, noise, torch.tensor([0]))
+        expected = image if name == "dpm++" else schedule.add_noise(image, noise, torch.tensor([0]))
         torch.testing.assert_close(z, expected, rtol=0, atol=1e-4)
 
 
@@ -99,20 +84,18 @@ def test_impossible_settings_are_refused(schedule):
     for sampler in SAMPLERS.values():
         for steps in (0, -1, 1000):
             with pytest.raises(ValueError, match="sampling steps must be 1 to 999"):
-                next(sampler(predict_noise, z, schedule, steps))
-    with pytest.raises(ValueError, match="eta must be 0"):
-        next(dpm_solver_pp(predict_noise, z, schedule, 20, eta=0.5))
+                next(sampler(network, z, schedule, steps))
     with pytest.raises(ValueError, match="epsilon or v_prediction"):
         Schedule.sd_v1("sample")
 
 
 def test_noise_and_velocity_equal_the_reference(schedule):
-    reference = reference_ddim()
+    scheduler = reference()
     z, noise, t = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])
-    torch.testing.assert_close(schedule.add_noise(z, noise, t), reference.add_noise(z, noise, t))
+    torch.testing.assert_close(schedule.add_noise(z, noise, t), scheduler.add_noise(z, noise, t))
     assert schedule.target(z, noise, t) is noise
     velocity = Schedule.sd_v1("v_prediction").target(z, noise, t)
-    torch.testing.assert_close(velocity, reference.get_velocity(z, noise, t))
+    torch.testing.assert_close(velocity, scheduler.get_velocity(z, noise, t))
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -136,10 +119,7 @@ def test_guidance_leads_away_from_the_prediction_without_text(model, prediction_
         guided(unet, schedule, unet.keys(e), unet.values(e), 7.5)(torch.randn(3, 4, 8, 8), 500)
 
 
-def test_the_same_seed_is_the_same_noise(schedule):
+def test_the_same_seed_is_the_same_noise():
     noise = seeded_noise(3, (4, 8, 8))
     assert noise.shape == (1, 4, 8, 8)
     assert noise.equal(seeded_noise(3, (4, 8, 8))) and not noise.equal(seeded_noise(4, (4, 8, 8)))
-    one, two = [list(ddim(predict_noise, noise, schedule, 5, 1.0, torch.Generator().manual_seed(0)))
-                for _ in range(2)]
-    assert one[-1].equal(two[-1])

@@ -1,4 +1,4 @@
-"""The layering holds: library files can be read alone, and scripts are never imported."""
+"""Imports point downwards: a library file needs only the files below it, and no script is imported."""
 
 import ast
 import sys
@@ -7,66 +7,64 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-NETWORKS = {"unet", "clip_text", "vae", "diffusion"}
-LIBRARY = {  # file -> the project files that it may know
-    "files": set(),
-    "perfusion": {"files"},
-    "convolution": set(),
-    "unet": {"convolution"},
-    "clip_text": set(),
-    "clip_image": set(),
-    "vae": {"convolution"},
-    "diffusion": set(),
-    "weight_files": set(),
-    "weight_names": {"weight_files"},
-    "weight_configs": {"unet", "clip_text", "vae"},
-    "weights_loader": NETWORKS | {"weight_configs", "weight_files", "weight_names"},
-    "covariance": NETWORKS | {"perfusion", "weights_loader"},
-    "attention_maps": NETWORKS | {"perfusion"},
-    "pictures": NETWORKS | {"attention_maps", "perfusion"},
-    "drawing": NETWORKS | {"perfusion"},
-}
-PACKAGES = {  # file -> what it may import besides torch and the standard library
-    "perfusion": {"safetensors"},
-    "convolution": {"numpy"},
-    "unet": set(),
-    "vae": set(),
-    "diffusion": set(),
-    "clip_text": {"tokenizers"},
-}
-PROJECT = {path.stem for path in ROOT.glob("*.py")}
+ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
+    "files",
+    "unet vae clip_text diffusion perfusion weight_files",
+    "weight_configs weight_names weight_formats attention_maps clip_image image_files",
+    "weights_loader drawing pictures diffusers_hook",
+    "covariance fast_cpu explorer command_line",
+    "tiny.world",
+    "tiny.make_examples",
+    "tiny.judge")]
+LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}  # all other files are scripts
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
+         for folder in (ROOT, ROOT / "tiny") for path in folder.glob("*.py")}
+PACKAGES = {  # what a file may import besides torch, the standard library and the project
+    "perfusion": {"safetensors"}, "attention_maps": set(), "unet": set(), "vae": set(), "diffusion": set(),
+    "clip_text": {"tokenizers"}, "clip_image": {"safetensors"}, "fast_cpu": {"numpy"}, "files": {"safetensors"}}
 
 
-def imports(path):
-    """Names of all modules that a file imports, wherever in the file."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imports(source):
+    """Names of all modules that a source imports, wherever in it."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name} has a relative import"
-            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return found
+            assert node.level == 0, "a relative import"
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "import_module":
+            yield node.args[0].value
 
 
-def roots(path):
-    return {name.split(".")[0] for name in imports(path)}
+def project_imports(name, files):
+    """The project files that a file imports; those in tiny/ import one another by their bare names."""
+    beside = {f"tiny.{module}" for module in imports(files[name])} if name.startswith("tiny.") else set()
+    return (set(imports(files[name])) | beside) & set(files) - {name}
 
 
-@pytest.mark.parametrize("name", sorted(set(LIBRARY) & PROJECT))
-def test_a_library_file_knows_no_other_file_than_it_must(name):
-    path = ROOT / f"{name}.py"
-    assert roots(path) & (PROJECT | {"tiny", "tests"}) <= LIBRARY[name]
+def violations(files=FILES):
+    """Imports that do not point downwards, or point into tiny/ from outside, as "importing -> imported"."""
+    level = {name: LEVEL.get(name, len(ROWS)) for name in files}
+    return [f"{name} -> {other}" for name in files for other in sorted(project_imports(name, files))
+            if level[other] >= level[name] or other.startswith("tiny.") > name.startswith("tiny.")]
+
+
+def test_a_file_imports_only_files_below_it_and_scripts_are_never_imported():
+    assert violations() == []
+
+
+@pytest.mark.parametrize("name, line", [
+    ("perfusion", "import unet"), ("unet", "import perfusion"), ("unet", "from fast_cpu import enable"),
+    ("vae", "def f():\n    import weights_loader as w"), ("sample", "from train import main"),
+    ("tiny.world", "from judge import Judge"), ("tiny.claims", "import pretrain"),
+    ("drawing", "import tiny.judge"), ("train", "from tiny import world"),
+    ("weights_loader", "importlib.import_module('fast_cpu')")])
+def test_every_wrong_import_is_found(name, line):
+    broken = violations(FILES | {name: f"{FILES[name]}\n{line}\n"})
+    assert len(set(broken) - set(violations())) == 1
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))
 def test_the_core_needs_only_torch_and_its_one_declared_package(name):
-    foreign = roots(ROOT / f"{name}.py") - set(sys.stdlib_module_names) - PROJECT
-    assert foreign <= {"torch"} | PACKAGES[name]
-
-
-def test_scripts_are_never_imported():
-    scripts = PROJECT - set(LIBRARY)
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("tiny/*.py")]:
-        assert not roots(path) & scripts, path.name
-        assert not imports(path) & {"tiny.pretrain", "tiny.judge"}, path.name
+    foreign = {module.split(".")[0] for module in imports(FILES[name])} - set(sys.stdlib_module_names)
+    assert foreign - set(FILES) <= {"torch"} | PACKAGES[name]

@@ -101,18 +101,18 @@ def test_the_full_size_has_the_published_names_and_number_of_parameters():
     assert sum(parameter.numel() for parameter in network.parameters()) == 83_653_863
 
 
-def test_published_configs_are_read_and_others_refused():
-    read, tiny = weight_configs.READ["vae"], weight_configs.WRITE["vae"](vae.TINY)
+def test_published_configs_are_read_and_others_refused(model):
+    read, public = weight_configs.READ["vae"], weight_configs.WRITE["vae"](model.vae.config)
     assert read({"norm_num_groups": 32}) == vae.SD_V1
-    assert read(tiny) == vae.TINY
+    assert read(public) == model.vae.config
     for other in ({"use_quant_conv": False}, {"shift_factor": 0.1}, {"down_block_types": ["AttnDownBlock2D"]},
                   {"norm_num_groups": 0}, {"block_out_channels": []}, {"layers_per_block": "2"}):
         with pytest.raises(ValueError):
-            read(tiny | other)
+            read(public | other)
 
 
-def test_every_parameter_can_be_trained():
-    network = vae.VAE(vae.TINY)
+def test_every_parameter_can_be_trained(model):
+    network = vae.VAE(model.vae.config)
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     latents = network.encode(images, torch.randn(1, 4, 4, 4))
     (network.decode(latents) - images).square().mean().backward()

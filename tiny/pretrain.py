@@ -50,6 +50,9 @@ VAE_CONFIG = VAEConfig(latent_channels=8, block_out_channels=(16, 32, 64), layer
 UNET_CONFIG = UNetConfig(in_channels=8, out_channels=8, block_out_channels=(40, 80, 128), layers_per_block=1,
                          cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
                          cross_attention=(True, True, False))
+TEXT_CONFIG = clip_text.TextConfig(width=128, layers=4, heads=4, intermediate=512, max_length=MAX_LENGTH)
+CLIP_CONFIG = clip_image.ImageConfig(image_size=64, patch_size=8, width=128, layers=4, heads=4,
+                                     intermediate=512, projection=64, text_width=128)
 KL_WEIGHT = 1e-3  # per latent number; keeps some posterior noise, so that the decoder forgives small errors
 CAPTIONS_PER_PICTURE = 4
 # Big models' words act where their objects are; so small a one puts a caption into the padding if it is let.
@@ -377,7 +380,7 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
     """The U-Net and the text encoder together, with Stable Diffusion's noise schedule and loss, and
     `attention_loss`."""
     torch.manual_seed(1)
-    config = replace(clip_text.TINY, vocab_size=tokenizer.vocab_size, max_length=MAX_LENGTH)
+    config = replace(TEXT_CONFIG, vocab_size=tokenizer.vocab_size)
     networks = [UNet(UNET_CONFIG), TextEncoder(config)]
     if start:
         go_on(start, *networks, tokenizer)
@@ -437,7 +440,7 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
                tokenizer: Tokenizer) -> clip_image.CLIP:
     """An image tower and two projections, fitted to the frozen text encoder by CLIP's contrastive loss."""
     torch.manual_seed(2)
-    clip = clip_image.CLIP(clip_image.TINY, text_encoder.requires_grad_(False))
+    clip = clip_image.CLIP(CLIP_CONFIG, text_encoder.requires_grad_(False))
     training = Training("clip", [clip], run, processes, plan.minutes_between_checkpoints)
     n, losses = plan.clip_batch, []
     while training.step < plan.clip_steps:

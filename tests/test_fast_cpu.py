@@ -1,0 +1,198 @@
+"""With fast_cpu switched on the networks compute what they did, and each trick is used where it belongs."""
+
+import copy
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fast_cpu
+import unet
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes that went through Winograd's algorithm."""
+    shapes, original = [], fast_cpu.winograd
+
+    def recorded(x, *args, **options):
+        shapes.append(tuple(x.shape))
+        return original(x, *args, **options)
+
+    monkeypatch.setattr(fast_cpu, "winograd", recorded)
+    return shapes
+
+
+@pytest.fixture
+def fast(model, monkeypatch):
+    """The model with everything switched on, whose convolutions all count as large."""
+    monkeypatch.setattr(fast_cpu, "TILES", 1)
+    monkeypatch.setattr(fast_cpu, "CHANNELS", 1)
+    fast = copy.deepcopy(model)
+    fast_cpu.enable(fast)
+    return fast
+
+
+def frozen(c_in, c_out, stride=1):
+    return fast_cpu.FastConv2d(c_in, c_out, 3, stride, padding=1).requires_grad_(False)
+
+
+def relative(result, expected):
+    return ((result - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
+
+
+def run(network, z, e):
+    return network(z, 501, network.keys(e), network.values(e))
+
+
+def test_the_networks_compute_the_same_and_keep_their_parameters(model, fast, calls):
+    images, z, e = torch.rand(2, 3, 64, 64), torch.randn(2, 4, 16, 16), torch.randn(2, 7, 48)
+    for name, job in {"U-Net": lambda m: run(m.unet, z, e), "encoder": lambda m: m.vae.encode(images),
+                      "decoder": lambda m: m.vae.decode(z),
+                      "text": lambda m: m.text_encoder(e)}.items():
+        calls.clear()
+        assert relative(job(fast), job(model)) < 1e-5, name     # float32, in another order of summation
+        assert bool(calls) == (name != "text"), name
+        assert relative(job(copy.deepcopy(fast)), job(model)) < 1e-5, name
+    for part in ("unet", "vae", "text_encoder"):
+        state, expected = getattr(fast, part).state_dict(), getattr(model, part).state_dict()
+        assert list(state) == list(expected) and all(state[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_all_gradients_stay_the_same(model, fast, calls, trained, checkpointing):
+    results, z, e = [], torch.randn(1, 4, 16, 16), torch.randn(1, 7, 48)
+    for network in (copy.deepcopy(model.unet), fast.unet):
+        network.requires_grad_(trained).checkpointing = checkpointing
+        z, e = z.detach().requires_grad_(), e.detach().requires_grad_()
+        run(network, z, e).square().sum().backward()
+        results.append([z.grad, e.grad, *(p.grad for p in network.parameters() if trained)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)  # the largest are about 1
+    assert bool(calls) != trained
+
+
+def test_a_model_that_is_cast_afterwards_stays_within_the_rounding_of_its_type(model, fast):
+    z, e = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 48)
+    expected = run(model.unet, z, e)
+    plain, fast = copy.deepcopy(model.unet).bfloat16(), fast.unet.bfloat16()
+    results = [run(network, z.bfloat16(), e.bfloat16()) for network in (plain, fast)]
+    with torch.autocast("cpu", torch.bfloat16):
+        results.append(run(copy.deepcopy(fast).float(), z, e))
+    assert all(result.dtype == torch.bfloat16 for result in results)
+    errors = [relative(result.float(), expected) for result in results]
+    assert max(errors[1:]) < 1.2 * errors[0] < 0.1
+    assert torch.isfinite(run(fast.double(), z.double(), e.double())).all()
+
+
+def test_on_another_device_nothing_changes(model):
+    other = copy.deepcopy(model)
+    other.unet.to("meta")
+    fast_cpu.enable(other)
+    for network in (other.unet, other.vae):
+        assert not {type(module) for module in network.modules()} & set(fast_cpu.FASTER.values())
+
+
+def layers():
+    return [(fast_cpu.FastLinear(8, 6), torch.randn(2, 5, 8)), (frozen(4, 8), torch.randn(2, 4, 8, 8)),
+            (fast_cpu.FastConv2d(4, 8, 1, bias=False), torch.randn(2, 4, 8, 8)),
+            (fast_cpu.FastGEGLU(8, 16), torch.randn(2, 5, 8))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", range(4))
+def test_half_precision_is_computed_in_float32_where_the_processor_is_slow_at_it(monkeypatch, dtype, k):
+    layer, x = layers()[k]
+    rounded = copy.deepcopy(layer).to(dtype).float()            # its weights, as `dtype` holds them
+    expected = rounded(x.to(dtype).float())
+    monkeypatch.setattr(fast_cpu, "HALF_IS_SLOW", True)
+    leaf = x.to(dtype).requires_grad_()
+    result = copy.deepcopy(layer).to(dtype)(leaf)
+    if k < 3:                                                   # one product: rounded once, at the end
+        assert result.equal(expected.to(dtype))
+    assert result.dtype == dtype and relative(result.float(), expected) < 0.01
+    result.sum().backward()
+    assert leaf.grad.abs().max() > 0
+    with torch.autocast("cpu", dtype):
+        automatic = layer(x)
+    assert automatic.dtype == dtype and relative(automatic.float(), layer(x)) < 0.01
+
+
+@pytest.mark.parametrize("points", [fast_cpu.POINTS, (0, 1, -1, 2, -2)])
+def test_the_matrices_compute_the_convolution_of_a_tile(points):
+    tile, weight = torch.randn(6, 6, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    inputs, weights, outputs = (m.double() for m in fast_cpu.matrices(points))
+    result = outputs @ ((inputs @ tile.flatten()) * (weights @ weight.flatten()))
+    expected = F.conv2d(tile[None, None], weight[None, None]).flatten()
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)  # the matrices are float32
+
+
+# one band of tiles; several with a rest; wider than high; so many images that one row of tiles is a band
+@pytest.mark.parametrize("shape", [(1, 32, 32), (1, 100, 88), (3, 20, 64), (100, 8, 12)])
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_output_and_gradient_equal_those_of_torch_in_float64(calls, shape, layout):
+    B, H, W = shape
+    layer = frozen(128, 144).to(memory_format=layout)
+    x = torch.randn(B, 128, H, W).to(memory_format=layout).requires_grad_()
+    gradient = torch.randn(B, 144, H, W)
+    output = layer(x)
+    output.backward(gradient)
+    assert calls == [(B, 128, H, W), (B, 144, H, W)]  # forward and backward
+    exact = x.detach().double().requires_grad_()
+    expected = F.conv2d(exact, layer.weight.double(), layer.bias.double(), padding=1)
+    expected.backward(gradient.double())
+    assert relative(output, expected) < 3e-6
+    assert relative(x.grad, exact.grad) < 3e-6
+
+
+def test_the_chosen_points_halve_the_error_of_the_usual_ones(monkeypatch):
+    layer, x = frozen(256, 256), torch.randn(1, 256, 32, 32)
+    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
+    chosen = relative(layer(x), expected)
+    for name, matrix in zip(("INPUTS", "WEIGHTS", "OUTPUTS"), fast_cpu.matrices((0, 1, -1, 2, -2))):
+        monkeypatch.setattr(fast_cpu, name, matrix)
+    assert chosen < 0.6 * relative(layer(x), expected)
+
+
+@pytest.mark.parametrize("case", ["few channels", "few tiles", "odd size", "stride", "bfloat16", "trained",
+                                  "autocast"])
+def test_all_else_is_left_to_torch(monkeypatch, calls, case):
+    monkeypatch.setattr(fast_cpu, "HALF_IS_SLOW", False)
+    layer = frozen(64 if case == "few channels" else 128, 128, stride=2 if case == "stride" else 1)
+    layer.to(memory_format=torch.channels_last).requires_grad_(case == "trained")
+    x = torch.randn(1, layer.in_channels, *{"few tiles": (16, 32), "odd size": (34, 64)}.get(case, (32, 64)))
+    if case == "bfloat16":
+        layer, x = layer.bfloat16(), x.bfloat16()
+    with torch.autocast("cpu", enabled=case == "autocast"):
+        output = layer(x)
+        expected = F.conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=1)
+    assert torch.equal(output, expected)
+    if case == "trained":
+        output.sum().backward()
+        assert layer.weight.grad.abs().max() > 0
+        with torch.no_grad():
+            layer(x)  # trained weights are frozen while there are no gradients
+        assert len(calls) == 1
+    else:
+        assert not calls
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
+def test_large_blocks_are_reused_without_fetching_their_pages_anew():
+    code = ("import resource, torch, fast_cpu\n"
+            "def cost():\n"
+            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "    torch.ones(2 ** 24)  # 64 MB\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+            "before = min(cost() for _ in range(20))\n"
+            "fast_cpu.keep_freed_memory()\n"
+            "print(before, min(cost() for _ in range(20)))")
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
+                             cwd=Path(__file__).parents[1])
+    before, after = map(int, process.stdout.split())
+    assert after < 0.1 * before
