@@ -1,4 +1,4 @@
-"""What all scripts share at the command line: one look of --help, the flags that name a model, errors in a sentence.
+"""What all scripts share at the command line: the look of --help, a model's flags, errors in one sentence.
 
     import command_line                              # before matplotlib, see below
 
@@ -19,10 +19,10 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-# A program started from a notebook's cell inherits the notebook's backend of matplotlib. Where that is not installed
-# matplotlib fails at its import; and outside of notebooks, figures are only ever saved.
+# A program started from a notebook's cell inherits the notebook's backend of matplotlib. Where that is not
+# installed, matplotlib fails at its import; and outside of notebooks figures are only ever saved.
 if "ipykernel" not in sys.modules:
     os.environ["MPLBACKEND"] = "agg"
 
@@ -44,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:] if argv is None else argv
         for text in argv:
-            if any("\udc80" <= character <= "\udcff" for character in text):      # Python's stand-ins for bytes
+            if any("\udc80" <= character <= "\udcff" for character in text):  # Python's stand-ins for bytes
                 self.error(f"{text} is not UTF-8, and no concept could be read there: rename it")
         return super().parse_args(argv)
 
@@ -52,8 +52,19 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists all options)")
 
 
+def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:
+    """A type for argparse: numbers from least to most, both included; never nan."""
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(f"must be {least} to {most}, not {text}")
+        return value
+    number.__name__ = "whole number" if kind is int else "number"       # for argparse's own message
+    return number
+
+
 def add_model(parser: argparse._ActionsContainer) -> None:
-    """The flags of every script that loads a base model, for `weights_loader.load` and `drawing.pick_device`."""
+    """The flags of a base model, for `weights_loader.load` and `drawing.pick_device`."""
     add = parser.add_argument
     add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
@@ -64,13 +75,13 @@ def add_model(parser: argparse._ActionsContainer) -> None:
 
 @contextlib.contextmanager
 def plain_errors(memory: str) -> Iterator[None]:
-    """Errors that the user can mend end the program: one sentence on stderr, exit code 2, and 130 after Ctrl-C.
+    """Errors that the user can mend end the program: one sentence on stderr, exit code 2; 130 after Ctrl-C.
 
-    memory: what to try when memory runs out. Warnings become one line, and what the terminal cannot show becomes
-    a question mark. Every other exception is a mistake of the program and keeps its traceback.
+    memory: what to try when memory runs out. Warnings become one line, and what the terminal cannot show
+    becomes a question mark. Every other exception is a mistake of the program and keeps its traceback.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):        # it is another in a notebook, and None if it was closed
+        if isinstance(stream, io.TextIOWrapper):    # it is another in a notebook, and None if it was closed
             stream.reconfigure(errors="replace")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:

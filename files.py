@@ -19,15 +19,15 @@ def replacing(path: str | os.PathLike):
     """Yield a temporary path in the folder of `path`; what was written there takes that name at the end.
 
     The number of the process is part of the temporary name, so that two runs do not meet. After an error the
-    temporary file is gone and what `path` held before is untouched. OSError, naming the file, when it cannot be
-    written: a full disk, a folder that is missing or read-only.
+    temporary file is gone and what `path` held before is untouched. OSError, naming the file, when it cannot
+    be written: a full disk, a folder that is missing or read-only.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.replace(partial, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+    except (OSError, SafetensorError, RuntimeError) as error:   # torch.save's full disk is a RuntimeError
         raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     finally:
         partial.unlink(missing_ok=True)
@@ -36,8 +36,8 @@ def replacing(path: str | os.PathLike):
 def add_picture(folder: str | os.PathLike, content: bytes) -> Path:
     """Write a PNG under the next free number of a folder, 0000.png and on; return its path. OSError.
 
-    Of several programs at once only one holds the claim on a number, so that no picture takes another's place. A
-    claim that a killed program left behind costs its number and nothing else.
+    Of several programs at once only one holds the claim on a number, so that no picture takes another's
+    place. A claim that a killed program left behind costs its number and nothing else.
     """
     folder = Path(folder)
     taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
