@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -61,6 +62,11 @@ def between(least: float, most: float, kind: type = int) -> Callable[[str], floa
         return value
     number.__name__ = "whole number" if kind is int else "number"       # for argparse's own message
     return number
+
+
+def unquoted(text: str) -> str:
+    """A prompt without the quotes that a shell or a table left around it: they would be words of it."""
+    return re.sub(r"""^\s*["'“‘]([^"'“”‘’]*)["'”’]\s*$""", r"\1", text)
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:

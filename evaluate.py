@@ -13,7 +13,6 @@ import argparse
 import copy
 import csv
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,7 @@ import perfusion
 import pictures
 import weights_loader
 from clip_text import TextConfig, TextEncoder, Tokenizer
-from command_line import between
+from command_line import between, unquoted
 from files import read_lines, replacing
 from perfusion import Concept
 
@@ -97,8 +96,7 @@ def read_prompts(name: str) -> tuple[str, ...]:
     """A built-in set, or a file with one prompt a line in which {} stands for the concept."""
     if name in PROMPTS:
         return PROMPTS[name]
-    # Quotes around a line, as tables leave them, would be words of the prompt.
-    prompts = tuple(re.sub(r"^([\"'])(.*)\1$", r"\2", line) for line in read_lines(name))
+    prompts = tuple(unquoted(line) for line in read_lines(name))
     if not prompts or not all(prompt.count("{}") == 1 for prompt in prompts):
         raise ValueError(f"{name}: every prompt needs {{}} once, where the concept's word belongs")
     return prompts
@@ -111,7 +109,7 @@ def training_pictures(concept: Concept) -> str:
         raise ValueError(f"the training pictures of {concept.token} are not at {folder or 'a known place'}: "
                          "name their folder with --images")
     found = len(pictures.list_images(Path(folder))[0])
-    if n not in ("", str(found)):
+    if str(n) not in ("", str(found)):
         raise ValueError(f"{concept.token} was trained on {n} pictures, {folder} holds {found}: name those "
                          "to compare with by --images")
     return folder

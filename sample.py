@@ -24,7 +24,7 @@ import command_line
 import fast_cpu
 import perfusion
 import weights_loader
-from command_line import between
+from command_line import between, unquoted
 from drawing import decode, draw_latents, grid, pick_device, to_bytes
 from files import add_picture, replacing
 
@@ -49,7 +49,7 @@ def size(text: str) -> tuple[int, int]:
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
-    add("prompt", help="what to draw; <name> stands for a loaded concept")
+    add("prompt", type=unquoted, help="what to draw; <name> stands for a loaded concept")
     command_line.add_model(parser)
     add("--concept", metavar="FILE", action="append", default=[], help="concept file; repeat for several")
     add("--beta", type=numbers, action="extend", metavar="B[,B]", help="gate threshold, lower draws more of "
@@ -58,7 +58,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help=f"gate temperature above 0: one or one each (default: {perfusion.DRAWING_TAU})")
     add("--lock", choices=("local", "global"), default="local",
         help="lock the keys of the concept's word, or of the whole prompt")
-    add("--negative", default="", metavar="PROMPT", help="what to stay away from (default: nothing)")
+    add("--negative", type=unquoted, default="", metavar="PROMPT",
+        help="what to stay away from (default: nothing)")
     add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
     add("--sampler", choices=("ddim", "dpm++"), default="ddim",
         help="dpm++ is good from 20 steps, ddim from 30")

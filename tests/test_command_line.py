@@ -43,8 +43,9 @@ def test_what_the_terminal_cannot_show_is_replaced(monkeypatch):
 
 
 def test_a_notebooks_backend_does_not_reach_matplotlib():
-    done = subprocess.run([sys.executable, "-c", "import command_line, matplotlib; print(matplotlib.rcParams['backend'])"],
-                          cwd=ROOT, env=os.environ | {"MPLBACKEND": "not_installed"}, capture_output=True, text=True)
+    code = "import command_line, matplotlib; print(matplotlib.get_backend())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          env=os.environ | {"MPLBACKEND": "not_installed"})
     assert done.stdout == "agg\n", done.stderr
 
 
@@ -64,6 +65,13 @@ def test_an_argument_that_is_not_utf_8_is_refused():
     with pytest.raises(ValueError, match="not UTF-8"):
         parser.parse_args(["--weights", os.fsdecode(b"caf\xe9")])
     assert parser.parse_args(["--weights", "café"]).weights == "café"
+
+
+@pytest.mark.parametrize("text, prompt", [
+    ('"a cat"', "a cat"), ("'a cat' ", "a cat"), ("“a cat”", "a cat"), ('a "cat"', 'a "cat"'),
+    ('"cat" and "dog"', '"cat" and "dog"'), ("the dogs'", "the dogs'")])
+def test_only_quotes_around_a_whole_prompt_go(text, prompt):
+    assert command_line.unquoted(text) == prompt
 
 
 @pytest.mark.parametrize("text", ["0", "5", "nan", "", "two", "1e99"])

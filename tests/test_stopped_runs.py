@@ -1,4 +1,4 @@
-"""Whatever stops a run, no file has a final name and half its content, and nothing that was reported is gone."""
+"""Whatever stops a run, no file has a final name and half its content, and nothing reported is gone."""
 
 import csv
 import hashlib
@@ -61,7 +61,7 @@ def run(script, folder, log, largest=resource.RLIM_INFINITY):
 
 
 def check(folder, script, logs, pictures):
-    """All files with a final name are whole; what the logs name is there; pictures: {path: digest} as before."""
+    """Files with a final name are whole; what the logs name is there; pictures {path: digest} are as before."""
     out = folder / ("weights" if script == "covariance" else script)
     for path in [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]:
         if path.suffix == ".png":
