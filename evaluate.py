@@ -117,19 +117,17 @@ def training_pictures(concept: Concept) -> str:
 
 def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_image.CLIP, Tokenizer, str]:
     """A CLIP, its tokenizer and its name, from a folder or the hub; without a text tower, the model's."""
-    name, own = source or PUBLIC_CLIP, model.folder and Path(model.folder) / "clip"
-    if not source and own and own.is_dir():
-        source, name = own, f"{model.name}'s own"
-    find = weights_loader.finder(source or PUBLIC_CLIP)
-    folder = find("config.json").parent
-    weights_loader.first(find, ["model.safetensors", "pytorch_model.bin"])
+    own = model.folder and Path(model.folder) / "clip"
+    source = source or (str(own) if own and own.is_dir() else PUBLIC_CLIP)
+    folder = weights_loader.find(source, "config.json").parent
+    weights_loader.find(source, "model.safetensors", "pytorch_model.bin")
     _, sizes = clip_image.read_config(folder)
     if sizes is None:
         text_encoder, tokenizer = copy.deepcopy(model.text_encoder).float(), model.tokenizer
     else:
-        find("vocab.json"), find("merges.txt")
         text_encoder = TextEncoder(TextConfig(**sizes))
-        tokenizer = Tokenizer.load(folder, sizes["max_length"])
+        tokenizer = Tokenizer.load(weights_loader.find_vocabulary(source), sizes["max_length"])
+    name = f"{model.name}'s own" if own and folder == own else source
     return clip_image.load(folder, text_encoder).to(model.device), tokenizer, name
 
 

@@ -9,7 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from random_model import ROOT
+from models import ROOT
 
 import command_line
 import files

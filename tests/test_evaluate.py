@@ -10,7 +10,7 @@ from PIL import Image
 
 import clip_image
 from perfusion import Concept
-from random_model import ROOT, run_script, write_concept, write_weights
+from models import ROOT, run_script, write_concept, write_weights
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 

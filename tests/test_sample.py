@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import drawing
-from random_model import run_script, tiny_model, write_concept, write_weights
+from models import run_script, tiny_model, write_concept, write_weights
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,11 @@ def test_the_size_is_by_default_that_of_the_models_training(folder, tmp_path):
 
 def test_two_runs_at_once_in_one_folder_lose_no_picture(folder, tmp_path):
     """Each picture that a run names is there, and is the one of its seed."""
-    processes = [multiprocessing.get_context("fork").Process(
-        target=draw, args=(folder, tmp_path, "a cat", "--n", 5, "--seed", seed)) for seed in (0, 100)]
+    def child(seed):
+        torch.set_num_threads(1)                            # threads do not survive a fork
+        draw(folder, tmp_path, "a cat", "--n", 5, "--seed", seed)
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=child, args=(seed,)) for seed in (0, 100)]
     for process in processes:
         process.start()
     for process in processes:

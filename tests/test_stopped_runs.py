@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from random_model import ROOT, run_script, write_concept, write_weights
+from models import ROOT, run_script, write_concept, write_weights
 
 COMMANDS = {
     "sample": ["a <teddy>", "--concept", "CONCEPT", "--steps", 1, "--n", 12, "--out", "OUT"],
