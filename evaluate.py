@@ -229,8 +229,8 @@ def caption(results: list[dict]) -> str:
 
 def best(rows: list[Row], results: list[dict]) -> dict[str, tuple[Row, dict]]:
     """Token of each concept -> the row with the largest harmonic mean, and its result."""
-    ascending = sorted(zip(rows, results), key=lambda pair: pair[1]["harmonic_mean"])
-    return {row.concept.token: (row, result) for row, result in ascending if row.concept}
+    ranked = sorted(zip(rows, results), key=lambda pair: pair[1]["harmonic_mean"], reverse=True)
+    return {row.concept.token: (row, result) for row, result in reversed(ranked) if row.concept}
 
 
 def write_csv(results: list[dict], path: Path) -> None:

@@ -74,7 +74,7 @@ def test_truncated_weights(folder, part, length):
 def test_a_flipped_bit_in_the_header(folder, seed):
     name, draw = list(WEIGHTS.values())[seed % 3], random.Random(seed)
     data = bytearray((folder / name).read_bytes())
-    start, end = data.index(b"}") + 1, 8 + int.from_bytes(data[:8], "little")       # {"format": "pt"} says nothing
+    start, end = data.index(b"}") + 1, 8 + int.from_bytes(data[:8], "little")   # {"format": "pt"} says nothing
     at = draw.randrange(8) if seed < 3 else draw.randrange(start, end)
     data[at] ^= 1 << draw.randrange(8)
     replace(folder / name, bytes(data))

@@ -21,12 +21,11 @@ from models import ROOT, run_script, write_concept, write_weights
 COMMANDS = {
     "sample": ["a <teddy>", "--concept", "CONCEPT", "--steps", 1, "--n", 12, "--out", "OUT"],
     "train": ["--images", "IMAGES", "--super", "teddy bear", "--token", "teddy", "--steps", 6, "--batch", 2,
-              "--preview", 6, "--checkpoint", 1, "--out", "OUT"],
+              "--preview", "PREVIEW", "--checkpoint", 1, "--out", "OUT"],
     "evaluate": ["--concept", "CONCEPT", "--images", "IMAGES", "--prompts", "PROMPTS", "--steps", 1,
                  "--beta", "0.5,0.6", "--out", "OUT"],
     "covariance": ["--n", 300],                             # writes beside the weights
     "export": ["--concept", "CONCEPT", "--out", "NEW"]}     # replaces nothing
-STOPS = ("kill", "term", "full", "two")
 
 
 @pytest.fixture
@@ -42,11 +41,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(script, folder, log, largest=resource.RLIM_INFINITY):
+def run(script, folder, log, largest=resource.RLIM_INFINITY, preview=0):
     """Start a script in a process of its own, whose files cannot grow beyond `largest` bytes."""
     out = folder / script
     places = {"CONCEPT": folder / "teddy.safetensors", "IMAGES": folder / "images", "OUT": out,
-              "PROMPTS": folder / "prompts.txt", "NEW": out / log.name}
+              "PROMPTS": folder / "prompts.txt", "NEW": out / log.name, "PREVIEW": preview}
 
     def child():
         torch.set_num_threads(1)                            # threads do not survive a fork
@@ -61,7 +60,7 @@ def run(script, folder, log, largest=resource.RLIM_INFINITY):
 
 
 def check(folder, script, logs, pictures):
-    """Files with a final name are whole; what the logs name is there; pictures {path: digest} are as before."""
+    """Files with a final name are whole, what the logs name is there, pictures {path: digest} are as before."""
     out = folder / ("weights" if script == "covariance" else script)
     for path in [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]:
         if path.suffix == ".png":
@@ -85,12 +84,12 @@ def digest(path):
     return hashlib.sha256(path.read_bytes()).digest()
 
 
-def stopped_runs(folder, script, stops, rng):
+def stopped_runs(folder, script, stops, rng, preview=0):
     """Run once to the end, to know how long it takes and what it writes; then stop it in all these ways."""
     (folder / script).mkdir()
     (folder / "logs").mkdir()
     start, pictures = time.time(), {}
-    process = run(script, folder, folder / "logs" / "whole")
+    process = run(script, folder, folder / "logs" / "whole", preview=preview)
     process.join()
     seconds = time.time() - start
     assert process.exitcode == 0
@@ -98,7 +97,7 @@ def stopped_runs(folder, script, stops, rng):
     for k, stop in enumerate(stops):
         logs = [folder / "logs" / f"{k}{name}" for name in ("ab" if stop == "two" else "a")]
         largest = rng.randrange(max(sizes, default=1000)) if stop == "full" else resource.RLIM_INFINITY
-        processes = [run(script, folder, log, largest) for log in logs]
+        processes = [run(script, folder, log, largest, preview) for log in logs]
         if stop != "full":
             time.sleep(rng.uniform(0, seconds))
             os.kill(processes[0].pid, signal.SIGTERM if stop == "term" else signal.SIGKILL)
@@ -117,4 +116,4 @@ def test_a_stopped_run_leaves_whole_files(script, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_hundred_stopped_runs_leave_whole_files(script, folder):
-    stopped_runs(folder, script, STOPS * 5, random.Random(1))
+    stopped_runs(folder, script, ["kill", "term", "full", "two"] * 5, random.Random(1), preview=3)
