@@ -1,21 +1,40 @@
 """Measure concepts: how much the pictures look like the concept, and how well they follow the prompt.
 
     python evaluate.py --concept teddy.safetensors --images examples/teddy --beta 0.4:0.9:0.05
+    python evaluate.py --concept out/teddy/steps/*.safetensors --beta 0.6,0.7 --keep-best out/teddy
 
 Image similarity is the mean cosine between the CLIP embeddings of generated and of training pictures; text
 similarity the cosine between a generated picture and its prompt, with the concept's word replaced by its
-super-category, as the paper does. One concept swept over beta draws a curve between the two. Every concept
-and every beta is drawn from the same seeds; intervals are 95 % over seeds.
+super-category, as the paper does. One concept swept over beta draws a curve between the two. Every file and
+every beta is drawn from the same seeds. Of the files of one concept, the best has the largest harmonic mean.
 """
 
 import argparse
 import copy
 import csv
 import math
-import os
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
+
+import command_line  # before matplotlib
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+import clip_image
+import drawing
+import fast_cpu
+import perfusion
+import pictures
+import weights_loader
+from clip_text import TextConfig, TextEncoder, Tokenizer
+from command_line import between, unquoted
+from files import read_lines, replacing
+from perfusion import Concept
 
 # DreamBench's prompts (Ruiz et al. 2023, arXiv 2208.12242): the first ten serve objects and live subjects.
 PLACES = ("a {} in the jungle", "a {} in the snow", "a {} on the beach", "a {} on a cobblestone street",
@@ -42,243 +61,194 @@ TINY = ("a photo of a {} on the beach", "a photo of a {} on the grass", "a photo
 PROMPTS = {"tiny": TINY, "objects": OBJECTS, "live": LIVE}
 PUBLIC_CLIP = "openai/clip-vit-large-patch14"
 BATCH = 8          # pictures drawn at once
-FIELDS = ("concept", "keys", "beta", "tau", "lock", "image_similarity", "image_interval", "text_similarity",
-          "text_interval", "harmonic_mean", "clip", "prompts", "number_of_prompts", "seeds")
 
 
 # ------------------------------------------------------------------------------------------ the two numbers
 
-def image_similarity(generated, training):
+def image_similarity(generated: Tensor, training: Tensor) -> Tensor:
     """Unit vectors (..., d) and (m, d) -> mean cosine with the training pictures (...)."""
     return generated @ training.mean(0)
 
 
-def text_similarity(generated, texts):
+def text_similarity(generated: Tensor, texts: Tensor) -> Tensor:
     """Unit vectors (p, seeds, d) and one text per prompt (p, d) -> cosines (p, seeds)."""
     return (generated * texts[:, None]).sum(-1)
 
 
-def mean_and_interval(similarity):
-    """Values (prompts, seeds) -> their mean, and the half-width of its 95 % interval (nan for one seed).
-
-    Pictures of one seed share their start noise, so the seeds are the independent units. The factor is
-    Student's t quantile, from a table and above that from its expansion in 1 / degrees of freedom.
-    """
-    per_seed = similarity.mean(0)
-    n = len(per_seed)
-    if n == 1:
-        return per_seed.mean().item(), math.nan
-    exact = {1: 12.706, 2: 4.303, 3: 3.182}
-    t = exact.get(n - 1, 1.960 + 2.372 / (n - 1) + 2.823 / (n - 1) ** 2)
-    return per_seed.mean().item(), t * per_seed.std().item() / math.sqrt(n)
-
-
-def harmonic_mean(a, b):
+def harmonic_mean(a: float, b: float) -> float:
     return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
 
 
 # --------------------------------------------------------------------------------------------- what goes in
 
-def numbers(text):
-    """'0.4:0.9:0.05' (both ends included) or '0.6,0.7' -> list of floats."""
+def numbers(text: str) -> list[float]:
+    """'0.4:0.9:0.05' (both ends included) or '0.6,0.7' -> list of numbers."""
+    read = between(-100, 100, float)
     if ":" not in text:
-        values = [float(part) for part in text.split(",")]
-    else:
-        start, stop, step = (float(part) for part in text.split(":"))
-        if not (step > 0 and stop >= start and (stop - start) / step < 1000):
-            raise argparse.ArgumentTypeError(f"{text} is not START:STOP:STEP with a positive step")
-        values = [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
-    if not all(math.isfinite(value) for value in values):
-        raise argparse.ArgumentTypeError(f"{text} holds a number that is not finite")
-    return values
+        return [read(part) for part in text.split(",")]
+    start, stop, step = (read(part) for part in text.split(":"))
+    if not (step > 0 and stop >= start and (stop - start) / step < 1000):
+        raise argparse.ArgumentTypeError(f"{text} is not START:STOP:STEP with a positive step")
+    return [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
 
 
-def read_prompts(name):
+def read_prompts(name: str) -> tuple[str, ...]:
     """A built-in set, or a file with one prompt a line in which {} stands for the concept."""
     if name in PROMPTS:
         return PROMPTS[name]
-    lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines()]
-    prompts = tuple(line for line in lines if line)
+    prompts = tuple(unquoted(line) for line in read_lines(name))
     if not prompts or not all(prompt.count("{}") == 1 for prompt in prompts):
         raise ValueError(f"{name}: every prompt needs {{}} once, where the concept's word belongs")
     return prompts
 
 
-def read_images(folder):
-    """The pictures of a folder as a list of (1, 3, H, W) in [0, 1], turned by EXIF, alpha over white."""
-    import torch
-    from PIL import Image
-
-    import pictures
-    images = []
-    for path in pictures.list_images(Path(folder))[0]:
-        picture, _ = pictures.open_image(path)
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-        data = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        images.append(data.view(1, picture.height, picture.width, 3).movedim(-1, 1) / 255)
-    return images
+def training_pictures(concept: Concept) -> str:
+    """Where the training pictures of a concept lie, as its file says; ValueError if they are not there."""
+    folder, n = (concept.metadata.get(key, "") for key in ("folder", "images"))
+    if not folder or not Path(folder).exists():
+        raise ValueError(f"the training pictures of {concept.token} are not at {folder or 'a known place'}: "
+                         "name their folder with --images")
+    found = len(pictures.list_images(Path(folder))[0])
+    if str(n) not in ("", str(found)):
+        raise ValueError(f"{concept.token} was trained on {n} pictures, {folder} holds {found}: name those "
+                         "to compare with by --images")
+    return folder
 
 
-def load_clip(source, model, device):
-    """A CLIP and its tokenizer, from a folder or the hub; one without a text tower shares the model's."""
-    import clip_image
-    from clip_text import TextConfig, TextEncoder, Tokenizer
+def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_image.CLIP, Tokenizer, str]:
+    """A CLIP, its tokenizer and its name, from a folder or the hub; without a text tower, the model's."""
     own = model.folder and Path(model.folder) / "clip"
-    if source is None:
-        source = str(own) if own and own.is_dir() else PUBLIC_CLIP
-    folder = Path(source) if Path(source).is_dir() else download_clip(source)
+    source = source or (str(own) if own and own.is_dir() else PUBLIC_CLIP)
+    folder = weights_loader.find(source, "config.json").parent
+    weights_loader.find(source, "model.safetensors", "pytorch_model.bin")
     _, sizes = clip_image.read_config(folder)
     if sizes is None:
         text_encoder, tokenizer = copy.deepcopy(model.text_encoder).float(), model.tokenizer
     else:
         text_encoder = TextEncoder(TextConfig(**sizes))
-        tokenizer = Tokenizer.load(folder, sizes["max_length"])
+        tokenizer = Tokenizer.load(weights_loader.find_vocabulary(source), sizes["max_length"])
     name = f"{model.name}'s own" if own and folder == own else source
-    return clip_image.load(folder, text_encoder).to(device), tokenizer, name
-
-
-def download_clip(repo):
-    """The files of a CLIP on the hub, in the hub's cache; returns their folder."""
-    from huggingface_hub import errors, hf_hub_download
-    names = ["config.json", "vocab.json", "merges.txt", "model.safetensors"]
-    try:
-        for name in names:
-            try:
-                path = hf_hub_download(repo, name)
-            except errors.EntryNotFoundError:
-                if name != "model.safetensors":
-                    raise
-                path = hf_hub_download(repo, "pytorch_model.bin")      # older public files
-    except Exception as error:          # several libraries raise their own kinds below this call
-        raise ValueError(f"{repo} is neither a folder here nor a CLIP that the hub can send "
-                         f"({type(error).__name__})") from None
-    return Path(path).parent
+    return clip_image.load(folder, text_encoder).to(model.device), tokenizer, name
 
 
 # ------------------------------------------------------------------------------------------------ measuring
 
+class Row(NamedTuple):
+    """What one row of the table measures; without a concept the base model draws the super-category."""
+    name: str
+    file: str
+    concept: Concept | None
+    super_category: str
+    folder: str
+    beta: float | None
+
+
+def plan(args: argparse.Namespace, concepts: list[Concept], folders: list[str]) -> list[Row]:
+    """The rows: every file at every beta, and once for each super-category and folder the base model."""
+    rows, stems = [], [Path(file).stem for file in args.concept]
+    for file, stem, concept, folder in zip(args.concept, stems, concepts, folders):
+        kind = concept.super_category
+        base = Row(f"{kind} (no concept)", "", None, kind, folder, None)
+        if base not in rows:
+            rows.append(base)
+        betas = args.beta if concept.lock != "none" else [None]     # a textual inversion has no gate
+        name = stem if stems.count(stem) == 1 else file
+        rows += [Row(name, file, concept, kind, folder, beta) for beta in betas]
+    return rows
+
+
 @dataclass
 class Study:
-    """What every row of the table has in common."""
-    model: object          # weights_loader.Model
-    clip: object           # clip_image.CLIP
-    tokenizer: object      # of the CLIP's text tower
+    """What all rows have in common. training: folder -> unit vectors (m, d) of its pictures."""
+    model: weights_loader.Model
+    clip: clip_image.CLIP
+    tokenizer: Tokenizer       # of the CLIP's text tower
     clip_name: str
-    prompts: tuple
+    prompts: tuple[str, ...]
+    training: dict[str, Tensor]
     args: argparse.Namespace
-    bar: object            # tqdm over pictures
+    bar: tqdm                  # over pictures
 
+    @torch.no_grad()
+    def draw(self, row: Row) -> Tensor:
+        """Unit vectors (prompts, seeds, d) of a row's pictures, from seeds 0, 1, ..."""
+        model, args, concepts = self.model, self.args, [row.concept] if row.concept else []
+        word, embedded = row.concept.token if row.concept else row.super_category, []
+        for prompt in self.prompts:
+            keys, values, _, _ = perfusion.project(model, ["", prompt.replace("{}", word)], concepts,
+                                                   row.beta or 0, args.tau, args.lock)
+            for seeds in torch.arange(args.seeds).split(BATCH):
+                images = drawing.draw(model, keys, values, seeds.tolist(), model.size, args.steps,
+                                      args.guidance)
+                embedded.append(self.clip.image_embedding(images.to(model.device)).cpu())
+                self.bar.update(len(seeds))
+        return torch.cat(embedded).view(len(self.prompts), args.seeds, -1)
 
-def draw_embeddings(study, concepts, word, beta):
-    """Unit vectors (prompts, seeds, d) of the pictures of every prompt about `word`, from seeds 0, 1, ..."""
-    import torch
-
-    import drawing
-    import perfusion
-    model, args, n = study.model, study.args, len(concepts)
-    size = model.size
-    rows = []
-    for prompt in study.prompts:
-        with torch.no_grad():
-            texts = ["", prompt.replace("{}", word)]
-            e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, texts, concepts)
-            keys, values = perfusion.keys_and_values(model.unet, e, e_super, concepts, [beta] * n,
-                                                     [args.tau] * n, lock=args.lock)
-        parts = []
-        for first in range(0, args.seeds, BATCH):
-            seeds = range(first, min(first + BATCH, args.seeds))
-            images = drawing.draw(model, keys, values, seeds, size, args.steps, args.guidance)
-            parts.append(study.clip.image_embedding(images.to(device_of(study.clip))).cpu())
-            study.bar.update(len(seeds))
-        rows.append(torch.cat(parts))
-    return torch.stack(rows)
-
-
-def device_of(network):
-    return next(network.parameters()).device
-
-
-def measure(study, name, concept, super_category, training, beta):
-    """One row of the table, a dict of FIELDS; without a concept the base model draws the super-category."""
-    args, word = study.args, concept.token if concept else super_category
-    drawn = draw_embeddings(study, [concept] if concept else [], word, beta)
-    ids, _ = study.tokenizer.encode([prompt.replace("{}", super_category) for prompt in study.prompts])
-    texts = study.clip.text_embedding(ids.to(device_of(study.clip))).cpu()
-    image, image_interval = mean_and_interval(image_similarity(drawn, training))
-    text, text_interval = mean_and_interval(text_similarity(drawn, texts))
-    edited = concept is not None and concept.lock != "none"
-    return {"concept": name, "keys": concept.lock if concept else "", "beta": beta if edited else "",
-            "tau": args.tau if edited else "", "lock": args.lock if edited else "", "image_similarity": image,
-            "image_interval": image_interval, "text_similarity": text, "text_interval": text_interval,
-            "harmonic_mean": harmonic_mean(image, text), "clip": study.clip_name, "prompts": args.prompts,
-            "number_of_prompts": len(study.prompts), "seeds": args.seeds}
-
-
-def measure_all(study, concepts, trainings):
-    """Rows for every concept and beta, and for each super-category without one; yielded when done.
-
-    A textual inversion has no gate, so that it is measured once.
-    """
-    done, paths = set(), [Path(path) for path in study.args.concept]
-    stems = [path.stem for path in paths]
-    for path, concept, training in zip(paths, concepts, trainings):
-        kind, name = concept.super_category, path.stem if stems.count(path.stem) == 1 else str(path)
-        if (kind, id(training)) not in done:
-            done.add((kind, id(training)))
-            yield measure(study, f"{kind} (no concept)", None, kind, training, None)
-        for beta in study.args.beta if concept.lock != "none" else study.args.beta[:1]:
-            yield measure(study, name, concept, kind, training, beta)
+    def measure(self, row: Row) -> dict[str, object]:
+        """A line of the results. Pictures of one seed share their start noise: intervals are over seeds."""
+        args, drawn, edited = self.args, self.draw(row), row.beta is not None
+        ids, _ = self.tokenizer.encode([prompt.replace("{}", row.super_category) for prompt in self.prompts])
+        texts = self.clip.text_embedding(ids.to(self.model.device)).cpu()
+        (image, image_interval), (text, text_interval) = (
+            clip_image.mean_and_interval(similarity.mean(0).tolist()) for similarity in (
+                image_similarity(drawn, self.training[row.folder]), text_similarity(drawn, texts)))
+        return {"concept": row.name, "keys": row.concept.lock if row.concept else "",
+                "beta": row.beta if edited else "", "tau": args.tau if edited else "",
+                "lock": args.lock if edited else "", "image_similarity": image,
+                "image_interval": image_interval, "text_similarity": text, "text_interval": text_interval,
+                "harmonic_mean": harmonic_mean(image, text), "clip": self.clip_name, "prompts": args.prompts,
+                "number_of_prompts": len(self.prompts), "seeds": args.seeds}
 
 
 # ------------------------------------------------------------------------------------------------ reporting
 
-def table(rows):
-    """The rows as text, one line each."""
+def written(value: float, interval: float) -> str:
+    """'0.5123 ± 0.0310', without an interval if there is none."""
+    return f"{value:.4f}" + ("" if math.isnan(interval) else f" ± {interval:.4f}")
+
+
+def table(results: list[dict]) -> str:
+    """The rows as text, one line each, and what their numbers are."""
     columns = f"{'beta':>5} {'image similarity':>18} {'text similarity':>18}  harmonic"
     lines = [f"{'concept':26} {'keys':8} {columns}"]
-    for row in rows:
-        both = " ".join(f"{row[f'{kind}_similarity']:9.4f} ± {row[f'{kind}_interval']:.4f}"
+    for row in results:
+        both = " ".join(f"{written(row[f'{kind}_similarity'], row[f'{kind}_interval']):>18}"
                         for kind in ("image", "text"))
         start = f"{row['concept'][:26]:26} {row['keys']:8} {row['beta']:>5}"
         lines.append(f"{start} {both}  {row['harmonic_mean']:8.4f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, caption(results)])
 
 
-def proposals(rows):
-    """For each concept that was swept the sentence that names its beta of the best harmonic mean."""
-    for name in dict.fromkeys(row["concept"] for row in rows if row["beta"] != ""):
-        best = max((row for row in rows if row["concept"] == name), key=lambda row: row["harmonic_mean"])
-        yield (f"{name}: beta {best['beta']} has the best harmonic mean, {best['harmonic_mean']:.4f} "
-               f"(image {best['image_similarity']:.4f} ± {best['image_interval']:.4f}, text "
-               f"{best['text_similarity']:.4f} ± {best['text_interval']:.4f})")
-
-
-def caption(rows):
-    row = rows[0]
+def caption(results: list[dict]) -> str:
+    row = results[0]
+    interval = "no intervals, too few seeds" if math.isnan(row["image_interval"]) else \
+        "± is a 95 % interval over seeds"
     return (f"CLIP: {row['clip']}; {row['number_of_prompts']} prompts ({row['prompts']}), "
-            f"{row['seeds']} seeds, ± is a 95 % interval over seeds")
+            f"{row['seeds']} seeds, {interval}")
 
 
-def write_csv(rows, path):
+def best(rows: list[Row], results: list[dict]) -> dict[str, tuple[Row, dict]]:
+    """Token of each concept -> the row with the largest harmonic mean, and its result."""
+    ranked = sorted(zip(rows, results), key=lambda pair: pair[1]["harmonic_mean"], reverse=True)
+    return {row.concept.token: (row, result) for row, result in reversed(ranked) if row.concept}
+
+
+def write_csv(results: list[dict], path: Path) -> None:
     """All rows so far, whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, FIELDS)
+    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, results[0].keys())
         writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+        writer.writerows(results)
 
 
-def pareto_figure(rows, path):
+def pareto_figure(results: list[dict], path: Path) -> None:
     """Image similarity over text similarity: a curve over beta for each concept, a cross without any."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 5.5), layout="constrained")
-    names = list(dict.fromkeys(row["concept"] for row in rows))
-    colors = pyplot.get_cmap("viridis")([k / max(len(names) - 1, 1) * 0.85 for k in range(len(names))])
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    names = list(dict.fromkeys(row["concept"] for row in results))
+    colors = matplotlib.colormaps["viridis"]([k / max(len(names) - 1, 1) * 0.85 for k in range(len(names))])
     for name, color in zip(names, colors):
-        mine = [row for row in rows if row["concept"] == name]
+        mine = [row for row in results if row["concept"] == name]
         x, x_error, y, y_error = ([row[key] for row in mine] for key in (
             "text_similarity", "text_interval", "image_similarity", "image_interval"))
         swept = mine[0]["beta"] != ""
@@ -289,100 +259,85 @@ def pareto_figure(rows, path):
                           xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel="text similarity", ylabel="image similarity", title="Concepts over beta (at the points)")
     axes.legend(fontsize=8)
-    figure.supxlabel(caption(rows), fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    figure.supxlabel(caption(results), fontsize=8)
+    with replacing(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
 
 
 # ----------------------------------------------------------------------------------------------- the script
 
-def training_folders(concepts):
-    """Where the training pictures of each concept lay, as its file tells; ValueError if they are gone."""
-    folders = [concept.metadata.get("folder", "") for concept in concepts]
-    for concept, folder in zip(concepts, folders):
-        if not folder or not Path(folder).exists():
-            raise ValueError(f"the training pictures of {concept.token} are not at "
-                             f"{folder or 'a known place'}: name their folder with --images")
-    return folders
-
-
-def arguments(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--concept", metavar="FILE", nargs="+", required=True, help="concept files; each becomes a curve")
     add("--images", metavar="DIR", nargs="+",
-        help="folder of training pictures: one for all files or one for each (default what each file names)")
-    add("--beta", type=numbers, default=numbers("0.4:0.9:0.05"),
-        help="START:STOP:STEP or a list with commas (default 0.4:0.9:0.05)")
-    add("--tau", type=float, default=0.15, help="gate temperature above 0 (default 0.15)")
-    add("--lock", choices=("local", "global"), default="local", help="key lock in drawing (default local)")
-    add("--prompts", default=None, metavar="SET",
-        help="tiny, objects, live, or a file with {} in each line (default tiny, for other models objects)")
-    add("--seeds", type=int, default=4, help="pictures for each prompt and beta (default 4)")
-    add("--steps", type=int, default=30, help="DDIM steps, 1 to 999 (default 30)")
-    add("--guidance", type=float, help="weight of the prompt (default 7.5, for the small model 4)")
-    add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id (default tiny)")
-    add("--clip", metavar="CLIP", help=f"folder or hub id (default the model's own, else {PUBLIC_CLIP})")
-    add("--device", choices=("cpu", "cuda", "mps"), help="default the best present; fp32 on a CPU, else fp16")
-    add("--out", type=Path, default=Path("evaluation"), help="folder of the results (default evaluation)")
+        help="training pictures, a folder or one file: one for all or one for each (default: as files say)")
+    command_line.add_model(parser)
+    add("--beta", type=numbers, default="0.4:0.9:0.05", help="START:STOP:STEP or a list with commas")
+    add("--tau", type=between(1e-6, 100, float), default=perfusion.DRAWING_TAU,
+        help="gate temperature above 0")
+    add("--lock", choices=("local", "global"), default="local", help="key lock in drawing")
+    add("--prompts", metavar="SET",
+        help="tiny, objects, live, or a file with {} in each line (default: tiny, for other models objects)")
+    add("--seeds", type=between(1, 10_000), default=4, help="pictures for each prompt and beta")
+    add("--steps", type=between(1, 999), default=30, help="DDIM steps, 1 to 999")
+    add("--guidance", type=between(-1000, 1000, float),
+        help="weight of the prompt, 1 for no guidance (default: what suits the model)")
+    add("--clip", help=f"folder or hub id (default: the model's own, else {PUBLIC_CLIP})")
+    add("--out", type=Path, default=Path("evaluation"), help="folder of the results")
+    add("--keep-best", type=Path, metavar="DIR",
+        help="copy the best file of each concept to DIR/NAME.safetensors")
     args = parser.parse_args(argv)
     args.prompts = args.prompts or ("tiny" if args.weights == "tiny" else "objects")
-    if args.seeds < 1 or not 1 <= args.steps <= 999 or not 0 < args.tau < math.inf:
-        parser.error("--seeds must be at least 1, --steps 1 to 999, --tau above 0")
     if args.images and len(args.images) not in (1, len(args.concept)):
         parser.error(f"--images takes one folder or one for each of the {len(args.concept)} concept files")
     return args
 
 
-def run(args):
-    import torch
-    from tqdm import tqdm
-
-    import drawing
-    import perfusion
-    import weights_loader
-
+def main(argv: Sequence[str] | None = None) -> None:
+    args = arguments(argv)
     device = drawing.pick_device(args.device)
     prompts = read_prompts(args.prompts)
-    concepts = [perfusion.Concept.load(path) for path in args.concept]
-    folders = [str(folder) for folder in args.images or training_folders(concepts)]
-    pictures = {folder: read_images(folder) for folder in folders}
+    concepts = [Concept.load(path) for path in args.concept]
+    folders = args.images or [training_pictures(concept) for concept in concepts]
+    folders = folders * (len(concepts) // len(folders))
+    files = {folder: pictures.list_images(Path(folder))[0] for folder in folders}
     args.out.mkdir(parents=True, exist_ok=True)
 
-    model = weights_loader.load(args.weights, device=device,
-                                dtype=torch.float32 if device == "cpu" else torch.float16)
+    model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
+                                args.tokenizer, prediction=args.prediction)
+    fast_cpu.enable(model)
     if args.guidance is None:
         args.guidance = model.guidance
-    # One at a time: two files may hold the same name, trained with different keys.
+    # One at a time: two files may hold the same name, trained with different keys or for fewer steps.
     concepts = [perfusion.prepare([concept], model)[0] for concept in concepts]
-    clip, tokenizer, clip_name = load_clip(args.clip, model, device)
-    embedded = {folder: torch.cat([clip.image_embedding(image.to(device)).cpu() for image in images])
-                for folder, images in pictures.items()}
-    trainings = [embedded[folder] for folder in folders]
-    trainings = trainings * len(concepts) if len(trainings) == 1 else trainings
+    clip, tokenizer, clip_name = load_clip(args.clip, model)
+    side = clip.config.image_size
+    images = {folder: torch.stack([pictures.read_image(path, side)[0] for path in paths]) / 2 + 0.5
+              for folder, paths in files.items()}
+    training = {folder: clip.image_embedding(batch.to(device)).cpu() for folder, batch in images.items()}
 
-    kinds = {(concept.super_category, id(training)) for concept, training in zip(concepts, trainings)}
-    n_rows = len(kinds) + sum(len(args.beta) if concept.lock != "none" else 1 for concept in concepts)
-    rows = []
-    with tqdm(total=n_rows * len(prompts) * args.seeds, unit="picture", desc="evaluating") as bar:
-        study = Study(model, clip, tokenizer, clip_name, prompts, args, bar)
-        for row in measure_all(study, concepts, trainings):
-            rows.append(row)
-            write_csv(rows, args.out / "results.csv")
-    pareto_figure(rows, args.out / "pareto.png")
-    print(table(rows), caption(rows), *proposals(rows), sep="\n")
+    rows, results = plan(args, concepts, folders), []
+    with tqdm(total=len(rows) * len(prompts) * args.seeds, unit="picture", desc="evaluating") as bar:
+        study = Study(model, clip, tokenizer, clip_name, prompts, training, args, bar)
+        for row in rows:
+            results.append(study.measure(row))
+            write_csv(results, args.out / "results.csv")
+    print(table(results))
+    for token, (row, result) in best(rows, results).items():
+        path, beta = row.file, "" if row.beta is None else f" --beta {row.beta}"
+        if args.keep_best:
+            args.keep_best.mkdir(parents=True, exist_ok=True)
+            path = args.keep_best / f"{token.strip('<>')}.safetensors"
+            content = Path(row.file).read_bytes()
+            with replacing(path) as partial:
+                partial.write_bytes(content)
+        print(f"{token}: {row.name}{beta} has the best harmonic mean, {result['harmonic_mean']:.4f}\n"
+              f'  python sample.py "a {token} on the beach" --concept {path}{beta}')
+    pareto_figure(results, args.out / "pareto.png")
     print(f"written: {args.out}/results.csv, {args.out}/pareto.png")
 
 
-def main(argv=None):
-    args = arguments(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    with command_line.plain_errors(memory="fewer --seeds, which are drawn together, or --device cpu"):
+        main()

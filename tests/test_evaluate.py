@@ -3,13 +3,15 @@
 import csv
 import math
 import runpy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
+import clip_image
 from perfusion import Concept
-from random_model import ROOT, run_script, write_concept, write_weights
+from models import ROOT, run_script, write_concept, write_weights
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 
@@ -32,17 +34,17 @@ def test_text_similarity_compares_each_picture_with_its_own_prompt():
     assert abs(found[2, 1] - torch.cosine_similarity(generated[2, 1], texts[2], dim=0)) < 1e-10
 
 
-@pytest.mark.parametrize("n, t", [(2, 12.706), (3, 4.303), (4, 3.182), (5, 2.776), (8, 2.365), (31, 2.042)])
-def test_the_interval_is_students_over_seeds(n, t):
-    values = torch.randn(6, n, dtype=torch.float64)
-    mean, half = EVALUATE["mean_and_interval"](values)
-    per_seed = values.mean(0)
+@pytest.mark.parametrize("n, t", [(4, 3.182), (5, 2.776), (8, 2.365), (31, 2.042)])
+def test_the_interval_is_students(n, t):
+    values = torch.randn(n, dtype=torch.float64)
+    mean, half = clip_image.mean_and_interval(values.tolist())
     assert abs(mean - values.mean()) < 1e-10
-    assert half == pytest.approx(t * per_seed.std().item() / math.sqrt(n), rel=0.02)
+    assert half == pytest.approx(t * values.std().item() / math.sqrt(n), rel=0.01)
 
 
-def test_one_seed_has_no_interval():
-    assert math.isnan(EVALUATE["mean_and_interval"](torch.randn(6, 1))[1])
+def test_fewer_than_four_numbers_have_no_interval():
+    assert clip_image.mean_and_interval([1.0, 2.0, 3.0])[0] == 2
+    assert math.isnan(clip_image.mean_and_interval([1.0, 2.0, 3.0])[1])
 
 
 def test_built_in_sets_are_dreambenchs_25_prompts_each_with_one_place_for_the_concept():
@@ -51,25 +53,28 @@ def test_built_in_sets_are_dreambenchs_25_prompts_each_with_one_place_for_the_co
         assert len(prompts) == len(set(prompts)) == 25 and all(prompt.count("{}") == 1 for prompt in prompts)
 
 
+def test_prompts_of_a_file_lose_notepads_mark_and_the_quotes_of_tables(tmp_path):
+    lines = ['\ufeff"a {} in snow"', "'a {}'", 'a {} called "Bo"']
+    (tmp_path / "prompts.txt").write_bytes("\r\n".join(lines).encode())
+    assert EVALUATE["read_prompts"](tmp_path / "prompts.txt") == ("a {} in snow", "a {}", 'a {} called "Bo"')
+
+
 def test_a_range_includes_both_ends():
     assert EVALUATE["numbers"]("0.4:0.9:0.05") == [0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
     assert EVALUATE["numbers"]("0.6,0.7") == [0.6, 0.7]
 
 
-def test_without_images_the_folder_that_a_concept_was_trained_on_is_read(tmp_path):
-    def concept(folder):
-        return Concept("<teddy>", "teddy bear", torch.zeros(2, 8), metadata={"folder": str(folder)})
-    assert EVALUATE["training_folders"]([concept(tmp_path)]) == [str(tmp_path)]
-    with pytest.raises(ValueError, match="--images"):
-        EVALUATE["training_folders"]([concept(tmp_path / "gone")])
-
-
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """Weights, two concept files and a folder of training pictures."""
+def folder(tmp_path_factory):
+    """Weights, files of one concept after more and more steps, and training pictures."""
     folder = tmp_path_factory.mktemp("evaluate")
     write_weights(folder / "weights")
-    write_concept(folder / "weights", folder / "teddy.safetensors")
+    for seed, name in enumerate(("teddy", "teddy_0010", "teddy_0020")):
+        write_concept(folder / "weights", folder / f"{name}.safetensors", seed=seed)
+    for path in folder.glob("teddy_*"):                     # another name of the file is not another concept
+        concept = Concept.load(path)
+        concept.token = "<teddy>"
+        concept.save(path)
     write_concept(folder / "weights", folder / "inverted.safetensors", lock="none")
     (folder / "images").mkdir()
     for k in range(2):
@@ -79,51 +84,68 @@ def world(tmp_path_factory):
     return folder
 
 
-def evaluate(world, *arguments):
-    defaults = ["--weights", world / "weights", "--images", world / "images", "--steps", 1, "--seeds", 2,
-                "--prompts", world / "prompts.txt"]
-    return run_script("evaluate.py", *defaults, *arguments)
+def evaluate(folder, out, *arguments):
+    """Run evaluate.py with one step; returns its rows and stdout. Files of the folder by their stems."""
+    files = [folder / f"{name}.safetensors" if (folder / f"{name}.safetensors").exists() else name
+             for name in arguments]
+    code, stdout, stderr = run_script(
+        "evaluate.py", "--weights", folder / "weights", "--steps", 1, "--prompts", folder / "prompts.txt",
+        "--images", folder / "images", "--out", out, "--concept", *files)
+    assert code == 0, stderr
+    return list(csv.DictReader(open(out / "results.csv"))), stdout
 
 
-def test_a_sweep_writes_every_row_a_figure_and_a_proposal(world, tmp_path):
-    code, out, err = evaluate(world, "--concept", world / "teddy.safetensors", world / "inverted.safetensors",
-                              "--beta", "0.5:0.7:0.1", "--out", tmp_path)
-    assert code == 0, err
-    rows = list(csv.DictReader(open(tmp_path / "results.csv")))
-    assert [(row["concept"], row["beta"]) for row in rows] == [
-        ("teddy bear (no concept)", ""), ("teddy", "0.5"), ("teddy", "0.6"), ("teddy", "0.7"),
-        ("inverted", "")]
+def test_a_sweep_writes_every_row_once_and_a_figure(folder, tmp_path):
+    rows, out = evaluate(folder, tmp_path, "teddy", "inverted", "--beta", "0.5:0.7:0.1")
+    assert [f"{row['concept']} {row['beta']}" for row in rows] == [
+        "teddy bear (no concept) ", "teddy 0.5", "teddy 0.6", "teddy 0.7", "inverted "]
     assert all(-1 <= float(row[f"{kind}_similarity"]) <= 1 for row in rows for kind in ("image", "text"))
-    assert all(row["seeds"] == row["number_of_prompts"] == "2" and "own" in row["clip"] for row in rows)
-    assert len({row["image_similarity"] for row in rows}) > 2
+    assert all(row["number_of_prompts"] == "2" and "own" in row["clip"] for row in rows)
+    assert len({row["image_similarity"] for row in rows}) == 5
     assert Image.open(tmp_path / "pareto.png").width > 500
-    assert "teddy: beta 0." in out and "2 seeds" in out and "CLIP: " in out
-    assert "inverted: beta" not in out
+    assert "4 seeds, ± is a 95 % interval over seeds" in out and out.count("±") == 11
 
 
-def test_the_same_command_gives_the_same_numbers(world, tmp_path):
-    for name in ("a", "b"):
-        evaluate(world, "--concept", world / "teddy.safetensors", "--beta", "0.6", "--out", tmp_path / name)
-    assert (tmp_path / "a" / "results.csv").read_text() == (tmp_path / "b" / "results.csv").read_text()
+def test_the_same_command_gives_the_same_numbers(folder, tmp_path):
+    first, second = (evaluate(folder, tmp_path, "teddy", "--beta", "0.6", "--seeds", 2) for _ in range(2))
+    assert first == second
 
 
-WRONG = {
-    "no such concept": ["--concept", "nowhere.safetensors"], "no concept": [],
-    "no such prompts": ["--concept", "TEDDY", "--prompts", "nowhere.txt"],
-    "prompts without a place": ["--concept", "TEDDY", "--prompts", "NOTES"],
-    "no pictures": ["--concept", "TEDDY", "--images", "EMPTY"],
-    "two folders for one file": ["--concept", "TEDDY", "--images", "EMPTY", "EMPTY"],
-    "range backwards": ["--concept", "TEDDY", "--beta", "0.9:0.4:0.1"],
-    "range of text": ["--concept", "TEDDY", "--beta", "a:b:c"], "tau 0": ["--concept", "TEDDY", "--tau", "0"],
-    "no seeds": ["--concept", "TEDDY", "--seeds", "0"], "steps": ["--concept", "TEDDY", "--steps", "1000"],
-    "no such clip": ["--concept", "TEDDY", "--clip", "EMPTY"],
-}
+def test_too_few_seeds_have_no_intervals(folder, tmp_path):
+    rows, out = evaluate(folder, tmp_path, "teddy", "--beta", "0.6", "--seeds", 3)
+    assert rows[0]["image_interval"] == "nan" and "±" not in out and "too few seeds" in out
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_command_is_one_sentence_and_exit_code_2(case, world, tmp_path):
-    (tmp_path / "empty").mkdir()
-    places = {"TEDDY": world / "teddy.safetensors", "EMPTY": tmp_path / "empty",
-              "NOTES": world / "images" / "notes.txt"}
-    code, _, err = evaluate(world, "--out", tmp_path / "out", *[places.get(a, a) for a in WRONG[case]])
-    assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
+def test_the_best_row_of_a_concept_has_the_largest_harmonic_mean():
+    rows = [SimpleNamespace(concept=token and SimpleNamespace(token=token)) for token in ("", *"aaba")]
+    results = [{"harmonic_mean": value} for value in (0.9, 0.3, 0.5, 0.0, 0.4)]
+    assert EVALUATE["best"](rows, results) == {"a": (rows[2], results[2]), "b": (rows[3], results[3])}
+
+
+def test_of_several_files_of_one_concept_the_best_is_named_and_kept(folder, tmp_path):
+    names = ["teddy_0010", "teddy_0020"]
+    rows, out = evaluate(folder, tmp_path, *names, "--beta", "0.5,1.2", "--seeds", 1,
+                         "--keep-best", tmp_path / "kept")
+    best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
+    assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out
+    assert f"--concept {tmp_path}/kept/teddy.safetensors --beta {best['beta']}" in out
+    kept = (tmp_path / "kept" / "teddy.safetensors").read_bytes()
+    assert [kept == (folder / f"{name}.safetensors").read_bytes() for name in names] == [
+        best["concept"] == name for name in names]
+
+
+def test_one_photo_means_that_photo(folder, tmp_path):
+    one, both = (evaluate(folder, tmp_path, "teddy", "--beta", "0.6", "--seeds", 1, "--images", path)[0]
+                 for path in (folder / "images" / "0.png", folder / "images"))
+    assert one[0]["image_similarity"] != both[0]["image_similarity"]
+
+
+@pytest.mark.parametrize("metadata, words", [
+    ({}, "known place"), ({"folder": "gone"}, "are not at gone"), ({"images": 1}, "trained on 1 pictures")])
+def test_without_images_those_of_the_training_are_read_if_they_are_still_there(folder, metadata, words):
+    def concept(**metadata):
+        return Concept("<teddy>", "teddy bear", torch.zeros(2, 8), metadata=metadata)
+    images = str(folder / "images")
+    assert EVALUATE["training_pictures"](concept(folder=images, images=2)) == images
+    with pytest.raises(ValueError, match=f"{words}.*--images"):
+        EVALUATE["training_pictures"](concept(**({"folder": images} | metadata if metadata else {})))

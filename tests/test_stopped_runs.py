@@ -1,0 +1,119 @@
+"""Whatever stops a run, no file has a final name and half its content, and nothing reported is gone."""
+
+import csv
+import hashlib
+import multiprocessing
+import os
+import random
+import resource
+import runpy
+import signal
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from models import ROOT, run_script, write_concept, write_weights
+
+COMMANDS = {
+    "sample": ["a <teddy>", "--concept", "CONCEPT", "--steps", 1, "--n", 12, "--out", "OUT"],
+    "train": ["--images", "IMAGES", "--super", "teddy bear", "--token", "teddy", "--steps", 6, "--batch", 2,
+              "--preview", "PREVIEW", "--checkpoint", 1, "--out", "OUT"],
+    "evaluate": ["--concept", "CONCEPT", "--images", "IMAGES", "--prompts", "PROMPTS", "--steps", 1,
+                 "--beta", "0.5,0.6", "--out", "OUT"],
+    "covariance": ["--n", 300],                             # writes beside the weights
+    "export": ["--concept", "CONCEPT", "--out", "NEW"]}     # replaces nothing
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Weights with a covariance, a concept, pictures and prompts."""
+    write_concept(write_weights(tmp_path / "weights"), tmp_path / "teddy.safetensors")
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / "red.png")
+    (tmp_path / "prompts.txt").write_text("a photo of a {}")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    code, _, stderr = run_script("covariance.py", "--weights", tmp_path / "weights", "--n", 300)
+    assert code == 0, stderr
+    return tmp_path
+
+
+def run(script, folder, log, largest=resource.RLIM_INFINITY, preview=0):
+    """Start a script in a process of its own, whose files cannot grow beyond `largest` bytes."""
+    out = folder / script
+    places = {"CONCEPT": folder / "teddy.safetensors", "IMAGES": folder / "images", "OUT": out,
+              "PROMPTS": folder / "prompts.txt", "NEW": out / log.name, "PREVIEW": preview}
+
+    def child():
+        torch.set_num_threads(1)                            # threads do not survive a fork
+        sys.argv = [script, *(str(places.get(word, word)) for word in COMMANDS[script]),
+                    "--weights", str(folder / "weights")]
+        sys.stderr, sys.stdout = open(os.devnull, "w"), open(log, "w", buffering=1)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
+        runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def check(folder, script, logs, pictures):
+    """Files with a final name are whole, what the logs name is there, pictures {path: digest} are as before."""
+    out = folder / ("weights" if script == "covariance" else script)
+    for path in [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]:
+        if path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".safetensors":
+            load_file(path)
+        elif path.suffix == ".pt":
+            torch.load(path, weights_only=True)
+        elif path.suffix == ".csv":
+            assert path.read_text().endswith("\n") and len({len(row) for row in csv.reader(open(path))}) == 1
+    for log in logs:                                        # the last line may be cut off
+        reported = [word.strip(":,") for line in log.read_text().split("\n")[:-1] for word in line.split()
+                    if word.startswith(str(out))]
+        assert all(os.path.exists(path) for path in reported)
+    for path in out.glob("[0-9]*.png"):
+        assert pictures.setdefault(path, digest(path)) == digest(path)
+    assert all(path.exists() for path in pictures)
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).digest()
+
+
+def stopped_runs(folder, script, stops, rng, preview=0):
+    """Run once to the end, to know how long it takes and what it writes; then stop it in all these ways."""
+    (folder / script).mkdir()
+    (folder / "logs").mkdir()
+    start, pictures = time.time(), {}
+    process = run(script, folder, folder / "logs" / "whole", preview=preview)
+    process.join()
+    seconds = time.time() - start
+    assert process.exitcode == 0
+    sizes = [path.stat().st_size for path in (folder / script).rglob("*") if path.is_file()]
+    for k, stop in enumerate(stops):
+        logs = [folder / "logs" / f"{k}{name}" for name in ("ab" if stop == "two" else "a")]
+        largest = rng.randrange(max(sizes, default=1000)) if stop == "full" else resource.RLIM_INFINITY
+        processes = [run(script, folder, log, largest, preview) for log in logs]
+        if stop != "full":
+            time.sleep(rng.uniform(0, seconds))
+            os.kill(processes[0].pid, signal.SIGTERM if stop == "term" else signal.SIGKILL)
+        for process in processes:
+            process.join()
+        if stop == "full":
+            assert process.exitcode in (0, 2)               # 0: nothing that it wrote was so large
+        check(folder, script, [log for log in logs if log.exists()], pictures)
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_stopped_run_leaves_whole_files(script, folder):
+    stopped_runs(folder, script, ["kill", "full"], random.Random(0))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", COMMANDS)
+def test_a_hundred_stopped_runs_leave_whole_files(script, folder):
+    stopped_runs(folder, script, ["kill", "term", "full", "two"] * 5, random.Random(1), preview=3)
