@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from random_model import run_script
+from models import run_script
 from safetensors.torch import load_file, save_file
 from small_model import small_model
 

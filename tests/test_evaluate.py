@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from perfusion import Concept
-from random_model import ROOT, run_script, write_concept, write_weights
+from models import ROOT, run_script, write_concept, write_weights
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 

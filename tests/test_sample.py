@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import drawing
-from random_model import ROOT, run_script, tiny_model, write_concept, write_weights
+from models import ROOT, run_script, tiny_model, write_concept, write_weights
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import image_files
 import perfusion
 import train
 from perfusion import Concept
-from random_model import ROOT, write_weights
+from models import ROOT, write_weights
 from train import Data, Settings, Training
 from weights_loader import load
 
