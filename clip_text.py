@@ -150,15 +150,15 @@ class Tokenizer:
                 return cls(tokenizers.Tokenizer.from_file(str(whole)), max_length)
             bpe = models.BPE.from_file(str(vocab), str(merges), unk_token=END, end_of_word_suffix=WORD_END,
                                        continuing_subword_prefix="")
+            tokenizer = tokenizers.Tokenizer(bpe)
+            tokenizer.normalizer = normalizers.Sequence([
+                normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+                pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False)])
+            return cls(tokenizer, max_length)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from None
-        tokenizer = tokenizers.Tokenizer(bpe)
-        tokenizer.normalizer = normalizers.Sequence([
-            normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        return cls(tokenizer, max_length)
 
     def save(self, folder: str | Path) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""

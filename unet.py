@@ -27,6 +27,7 @@ class UNetConfig:
     """Sizes of the U-Net; block_out_channels and cross_attention have one entry per level, finest first.
 
     The up blocks mirror the down blocks. attention_heads is what the public config calls attention_head_dim.
+    sample_size: the side of the latents in training, or their (height, width).
     """
     in_channels: int = 4
     out_channels: int = 4
@@ -36,10 +37,12 @@ class UNetConfig:
     attention_heads: int = 8
     norm_num_groups: int = 32
     cross_attention: tuple = (True, True, True, False)
+    sample_size: int | tuple = 64
 
     def __post_init__(self):
+        height, width = self.sample_size if isinstance(self.sample_size, tuple) else 2 * (self.sample_size,)
         sizes = (self.in_channels, self.out_channels, self.layers_per_block, self.cross_attention_dim,
-                 self.attention_heads, self.norm_num_groups, *self.block_out_channels)
+                 self.attention_heads, self.norm_num_groups, height, width, *self.block_out_channels)
         if not self.block_out_channels or not all(isinstance(n, int) and n > 0 for n in sizes):
             raise ValueError(f"the sizes of a U-Net are positive whole numbers, not {self}")
         if len(self.cross_attention) != len(self.block_out_channels):

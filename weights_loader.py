@@ -4,49 +4,40 @@
     model = load("sd15", variant="fp16")                 # from the hub: 2.13 GB once, offline afterwards
     model = load("v1-5-pruned-emaonly.safetensors", device="cuda", dtype=torch.float16)
 
-All names, types and shapes are compared with the networks before any data are read: nothing may be missing,
-and nothing unexpected but what the table weight_names.IGNORED lists.
+A model whose three networks are complete loads. A tensor that is missing or does not fit is refused by name,
+before any data are read. What else the files hold, and whatever one may not expect of the result, is said in
+a warning of one line.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
-import math
-import os
 import re
-import sys
-import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 import clip_text
 import diffusion
 import unet
 import vae
-import weight_configs
-from weight_files import LoadError, WeightFile, some
-from weight_names import (EMA_MINIMUM, FOLDER_RENAMES, SINGLE_FILE_PREFIXES, ignored, refuse_other_families,
-                          renamed, single_file_renames)
+import weight_formats
+from files import read_tensors, replacing
 
-PARTS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
-SINGLE_FILE_CONFIGS = {"unet": unet.SD_V1, "vae": vae.SD_V1, "text_encoder": clip_text.SD_V1}
+NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 TINY = Path(__file__).parent / "tiny" / "weights"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.ckpt)"
 SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
-CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json",
-           "scheduler/scheduler_config.json")
-VOCABULARY = ("tokenizer/vocab.json", "tokenizer/merges.txt")
-WEIGHTS = {  # names in the diffusers layout, the preferred one first; a variant stands before the suffix
+WEIGHTS = {  # names in the published layout, the preferred first; a variant stands before the suffix
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
-    "text_encoder": ("model.safetensors", "pytorch_model.bin"),
-}
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-         "num_train_timesteps": 1000}
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+    "text_encoder": ("model.safetensors", "pytorch_model.bin")}
+CHUNK = 2**28  # bytes, see fill
 FINGERPRINT = re.compile(r".*(attn2\.to_[kv]|token_embedding)\.weight")  # what Perfusion edits, and the words
 
 
@@ -73,11 +64,9 @@ class Model:
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels at which the model was trained."""
-        config = self.folder and Path(self.folder) / "vae" / "config.json"
-        side = 512 if self.vae.factor == 8 else 64
-        if config and config.exists():
-            side = json.loads(config.read_text(encoding="utf-8")).get("sample_size", side)
-        return side, side
+        side = self.unet.config.sample_size
+        height, width = side if isinstance(side, tuple) else (side, side)
+        return height * self.vae.factor, width * self.vae.factor
 
     @property
     def size_step(self) -> int:
@@ -90,95 +79,140 @@ class Model:
         return 7.5 if self.vae.factor == 8 else 4.0
 
 
-def load(weights="tiny", device="cpu", dtype=torch.float32, tokenizer=None, variant=None):
-    """The Model in `weights`. LoadError, in one sentence, where there is none.
+def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype = torch.float32,
+         tokenizer: str | Path | None = None, variant: str | None = None,
+         prediction: str | None = None) -> Model:
+    """The Model in `weights`. ValueError, in one sentence that names the file, where there is none.
 
     weights: "tiny"; "sd15"; a folder in the diffusers layout; a single .safetensors or .ckpt file; or the hub
     id "owner/name" of such a folder. tokenizer: a folder with vocab.json and merges.txt, or tokenizer.json,
     instead of the model's own. variant: "fp16" for the half-precision files of a folder or hub id; by default
-    the full ones, or in a folder without them those in half precision.
-
-    From then on the process keeps the memory that it frees, see keep_freed_memory.
+    the full ones, or where there are none those in half precision. prediction: what the U-Net was trained to
+    predict, "epsilon" or "v_prediction", instead of what the files say.
     """
     path = Path(weights)
-    if weights == "tiny":
-        path = TINY
-    elif weights == "sd15":
-        path = download(*SD15, variant)
-    elif not path.exists() and re.fullmatch(HUB_ID, str(weights)):
-        path = download(str(weights), "main", variant)
-    if path.is_dir():
-        parts, schedule, vocabulary = open_folder(path, variant)
-    elif path.is_file():
-        parts, schedule, vocabulary = open_single_file(WeightFile(path), tokenizer)
+    if path.is_file():
+        parts, predicted = open_single_file(path)
+        name, folder, places = path.stem, path.parent, (path.parent, "sd15")
     else:
-        raise LoadError(f"{path}: there is no such file or folder")
-    tokenizer = load_tokenizer(Path(tokenizer or vocabulary), parts["text_encoder"][0].config)
-    digests = [digest for part in parts.values() for digest in fill(*part, device, dtype)]
-    fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
-    name, folder = (path.stem, path.parent) if path.is_file() else (str(weights), path)
-    networks = {part: network for part, (network, _, _) in parts.items()}
+        parts, predicted = open_folder(weights, variant)
+        name, folder, places = str(weights), find(weights, "unet/config.json").parents[1], (weights,)
+    networks, names = {}, {}
+    for part, (config, tensors) in parts.items():
+        networks[part], names[part] = connect(part, config, tensors)
+    u, v, t = (networks[part].config for part in NETWORKS)
+    if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
+        raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
+    vocabulary = tokenizer or find_vocabulary(*places)
+    words = clip_text.Tokenizer.load(vocabulary, t.max_length)
+    if words.vocab_size > t.vocab_size:
+        raise ValueError(f"{vocabulary}: {words.vocab_size} words, the text encoder knows {t.vocab_size}")
+    model = Model(**networks, tokenizer=words, schedule=diffusion.Schedule.sd_v1(prediction or predicted),
+                  fingerprint="", name=name, folder=folder)
+    for remark in remarks(model, parts, names, variant):
+        warnings.warn(f"{name}: {remark}", stacklevel=2)
+    digests = [digest for part, (_, tensors) in parts.items()
+               for digest in fill(networks[part], names[part], tensors, device, dtype)]
+    model.fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
+    return model
 
-    return Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint=fingerprint, name=name,
-                 folder=folder)
 
-
-def keep_freed_memory():
-    """Let this process keep what it frees from now on, if its C library is glibc.
-
-    By default, glibc gives large blocks back to the system at once. To get them anew, page by page, takes about
-    5 % of the time of a step of Stable Diffusion on a CPU. The price is a somewhat higher peak (README).
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        mallopt(M_MMAP_THRESHOLD, 2 ** 30)
-        mallopt(M_TRIM_THRESHOLD, -1)
-
-
-def open_folder(folder, variant=None):
-    """A folder in the diffusers layout -> (parts, Schedule, folder of the tokenizer).
-
-    parts: {part: (network, WeightFile, {parameter: key})}. The networks have no data yet (meta device), but
-    the files are known to hold exactly what they need.
-    """
+def open_folder(weights: str | Path, variant: str | None) -> tuple[dict, str]:
+    """A folder in the diffusers layout -> ({part: (config, tensors)}, prediction type); tensors: see mapped."""
     parts = {}
-    for part, network in PARTS.items():
-        file = WeightFile(find_weights(folder / part, WEIGHTS[part], variant))
-        refuse_other_families(file)
-        path = folder / part / "config.json"
-        public = read_json(path)
-        try:
-            config = weight_configs.READ[part](public)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise LoadError(f"{path}: {error}") from error
-        parts[part] = connect(network, config, file, renamed(file, file.entries, FOLDER_RENAMES[part]))
-    return parts, read_schedule(folder / "scheduler" / "scheduler_config.json"), folder / "tokenizer"
+    for part in NETWORKS:
+        config = read_json(find(weights, f"{part}/config.json"),
+                           lambda public: weight_formats.read_config(part, public))
+        parts[part] = config, mapped(find_weights(weights, part, variant))
+    return parts, read_json(find(weights, "scheduler/scheduler_config.json"), weight_formats.read_prediction)
 
 
-def open_single_file(file, tokenizer=None):
-    """A WeightFile in CompVis' layout, with all three networks -> as open_folder.
+def open_single_file(path: Path) -> tuple[dict, str]:
+    """A file in CompVis' layout with all three networks, perhaps a .yaml of its name beside it -> as open_folder."""
+    tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
+    if yaml.is_file():
+        text = yaml.read_text(encoding="utf-8", errors="replace")
+        if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
+            predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
+    return {part: (config, tensors) for part, config in weight_formats.SD_V1.items()}, predicted
 
-    The vocabulary lies in `tokenizer` if that is given, or beside the file, or comes from the hub.
+
+def find(weights: str | Path, *names: str) -> Path:
+    """The first of these files that there is in a folder, or on the hub and then in the hub's local cache.
+
+    weights: "tiny", "sd15", a folder or a hub id. ValueError where it has none of them.
     """
-    refuse_other_families(file, single=True)
-    ema = sum(key.startswith("model_ema.") for key in file.entries) > EMA_MINIMUM
-    parts, rest = {}, set(file.entries)
-    for part, prefix in SINGLE_FILE_PREFIXES.items():
-        keys = [key for key in file.entries if key.startswith(prefix)]
-        names = renamed(file, keys, single_file_renames(part, SINGLE_FILE_CONFIGS[part]), prefix)
-        rest -= set(keys)
-        if part == "unet" and ema:  # the plain names then hold raw weights, for more training
-            names = {name: "model_ema." + key.removeprefix("model.").replace(".", "")
-                     for name, key in names.items()}
-            rest -= set(names.values())
-        parts[part] = connect(PARTS[part], SINGLE_FILE_CONFIGS[part], file, names)
-    unexpected = sorted(key for key in rest if not ignored(key))
-    if unexpected:
-        raise LoadError(f"{file.path}: unexpected tensor {some(unexpected)}")
-    beside = [folder for folder in (file.path.parent, file.path.parent / "tokenizer")
-              if (folder / "vocab.json").exists() or (folder / "tokenizer.json").exists()]
-    vocabulary = tokenizer or (beside[0] if beside else hub_files(*SD15, VOCABULARY) / "tokenizer")
-    return parts, diffusion.Schedule.sd_v1(), vocabulary
+    folder = TINY if weights == "tiny" else Path(weights)
+    if folder.is_dir():
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+        raise ValueError(f"{folder / names[0]}: there is no such file")
+    repo, revision = SD15 if weights == "sd15" else (str(weights), "main")
+    if not re.fullmatch(HUB_ID, repo):
+        raise ValueError(f"{folder}: there is no such file or folder")
+    import huggingface_hub as hub  # takes half a second: only where it is needed
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+    for name in names:
+        try:
+            path = hub.try_to_load_from_cache(repo, name, revision=revision)
+            if path is None:  # neither there nor known to be absent
+                with contextlib.suppress(RemoteEntryNotFoundError):
+                    # this asks once; without a network, hf_hub_download alone would try for 23 seconds
+                    hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision))
+                path = hub.hf_hub_download(repo, name, revision=revision)  # notes in the cache what is absent
+            if isinstance(path, str):
+                return Path(path)
+        except RemoteEntryNotFoundError:
+            pass
+        except Exception as error:  # the errors of several libraries
+            raise ValueError(f"{repo}: neither a folder here, nor is {name} in the local cache or to be had from "
+                             f"the hub ({type(error).__name__})") from error
+    raise ValueError(f"{repo}: there is no file {names[0]} in this hub repository")
+
+
+def find_weights(weights: str | Path, part: str, variant: str | None) -> list[Path]:
+    """The files of a part: fp32 before fp16, .safetensors before .bin, in one piece before in shards."""
+    path = find(weights, *(f"{part}/{file}" for infix in ([f".{variant}"] if variant else ["", ".fp16"])
+                           for name in WEIGHTS[part]
+                           for file in (f"{Path(name).stem}{infix}{Path(name).suffix}",
+                                        f"{name}.index{infix}.json")))
+    if path.suffix != ".json":
+        return [path]
+    shards = read_json(path, lambda index: sorted(set(index["weight_map"].values())))
+    return [find(weights, f"{part}/{shard}") for shard in shards] or [path]
+
+
+def find_vocabulary(place: str | Path, *others: str | Path) -> Path:
+    """The folder of vocab.json and merges.txt, or of tokenizer.json, in the first of these places that has it."""
+    try:
+        path = find(place, "tokenizer/merges.txt", "tokenizer/tokenizer.json", "merges.txt", "tokenizer.json")
+    except ValueError:
+        if not others:
+            raise
+        return find_vocabulary(*others)
+    if path.name == "merges.txt":
+        find(place, "tokenizer/vocab.json", "vocab.json")
+    return path.parent
+
+
+def read_json(path: Path, read: Callable[[dict], object]):
+    """What `read` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        return read(value)
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is not as it should be: {error}") from error
+
+
+def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
+    """{key: (path, mapped tensor)} of several files, which hold at least one tensor."""
+    tensors = {key: (path, tensor) for path in paths for key, tensor in read_tensors(path).items()}
+    if not tensors:
+        raise ValueError(f"{paths[0]}: there are no tensors in it")
+    return tensors
 
 
 class Uninitialised(torch.overrides.TorchFunctionMode):
@@ -190,154 +224,90 @@ class Uninitialised(torch.overrides.TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def connect(network, config, file, names):
-    """(network on the meta device, file, {parameter: key}); LoadError unless names, shapes and types fit."""
+def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str, str]]:
+    """The network of a part, without data, and {parameter: key}; ValueError unless every tensor fits."""
     with torch.device("meta"), Uninitialised():
-        network = network(config)
-    expected = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    unexpected = [key for name, key in names.items() if name not in expected]
-    missing = [name for name in expected if names.get(name) not in file.entries]
-    if unexpected or missing:
-        raise LoadError(f"{file.path}: " + (f"unexpected tensor {some(unexpected)}" if unexpected
-                                            else f"no tensor for {some(missing)}"))
-    for name, shape in expected.items():
-        dtype, stored, _ = file.entries[names[name]]
-        linear = len(shape) == 2 and stored[2:] in ((1,), (1, 1))  # CompVis' VAE has 1x1 convolutions there
-        if shape != (stored[:2] if linear else stored):
-            raise LoadError(f"{file.path}: {names[name]} has the shape {list(stored)}, not {list(shape)}")
-        if not dtype.is_floating_point:
-            raise LoadError(f"{file.path}: {names[name]} holds {dtype}, not floating-point numbers")
-    return network, file, names
+        network = NETWORKS[part](config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    candidates = [{name: naming(name) for name in shapes} for naming in weight_formats.NAMINGS[part]]
+    names = max(candidates, key=lambda names: sum(key in tensors for key in names.values()))
+    missing = [key for key in names.values() if key not in tensors]
+    if missing:
+        raise ValueError(f"{next(iter(tensors.values()))[0]}: not a complete Stable Diffusion v1, its {part} "
+                         f"lacks {len(missing)} of {len(names)} tensors, such as {missing[0]}")
+    for name, key in names.items():
+        (path, tensor), shape = tensors[key], shapes[name]
+        stored, dtype = tuple(tensor.shape), tensor.dtype
+        if stored not in (shape, (*shape, 1), (*shape, 1, 1)):  # 1x1 convolutions, in CompVis' VAE
+            raise ValueError(f"{path}: {key} has the shape {list(stored)}, not {list(shape)}")
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"{path}: {key} holds {dtype}, not floating-point numbers of 16 or more bits")
+    return network, names
 
 
-def fill(network, file, names, device, dtype):
-    """Read the data of a connected network, one tensor at a time; returns what makes the fingerprint."""
-    state, digests = {}, []
-    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-    for name, key in sorted(names.items(), key=lambda item: file.entries[item[1]].offset):
-        tensor = file.read(key).reshape(shapes[name])
-        if not all(math.isfinite(extreme) for extreme in tensor.aminmax()):
-            raise LoadError(f"{file.path}: {key} holds a NaN or an infinite number")
+def remarks(model: Model, parts: dict, names: dict, variant: str | None) -> Iterator[str]:
+    """What one may not expect of a model, in a line each."""
+    held = {(path, key) for _, tensors in parts.values() for key, (path, _) in tensors.items()}
+    used = {(parts[part][1][key][0], key) for part in parts for key in names[part].values()}
+    if any(key.startswith("model_ema.") for _, key in used):
+        yield "its U-Net is the moving average (model_ema), the only one in the file"
+    if not variant and any(".fp16." in path.name for path, _ in used):
+        yield "its files are in half precision (fp16), it has no others"
+    kind = *model.size, model.schedule.prediction_type
+    if model.folder != TINY and kind != (512, 512, "epsilon"):
+        yield "not as in Stable Diffusion v1: trained for {} x {} pixels, with {}".format(*kind)
+    rest = Counter(key.split(".")[0] for _, key in sorted(held - used)).most_common()
+    if rest:
+        groups = [f"{start}* ({number})" for start, number in rest[:8]] + ["..."] * (len(rest) > 8)
+        yield f"also in the file, not used: {', '.join(groups)}"
+
+
+@torch.no_grad()
+def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device: str,
+         dtype: torch.dtype) -> list[str]:
+    """Copy the data of a connected network from its files; returns what makes the fingerprint.
+
+    A file is opened anew after every CHUNK: what was read of a mapped file is counted as memory until then.
+    """
+    parameters, ours = dict(network.named_parameters()), {key: name for name, key in names.items()}
+    state, digests, opened, room = {}, [], None, 0
+    for key, (path, _) in tensors.items():
+        if key not in ours:
+            continue
+        if path != opened or room <= 0:
+            data, opened, room = read_tensors(path), path, CHUNK
+        name, parameter = ours[key], parameters[ours[key]]
+        tensor = data[key].reshape(parameter.shape)
+        room -= tensor.nbytes
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise ValueError(f"{path}: {key} holds a NaN or an infinite number")
         if FINGERPRINT.fullmatch(name):  # rounded to float16, the fp32 and the fp16 file of a model are equal
-            digests.append(name + hashlib.sha256(tensor.half().numpy()).hexdigest())
-        # As the activations lie, else the processor rearranges the weights of a convolution at every call; and
-        # one by one: the whole network at the end would hold them twice.
-        order = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
-        state[name] = tensor.to(device, dtype).to(memory_format=order)
+            digests.append(name + hashlib.sha256(tensor.half().contiguous().numpy()).hexdigest())
+        # as the activations lie, else the processor rearranges the weights of a convolution at every call
+        order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+        state[name] = torch.empty_like(parameter, device=device, dtype=dtype, memory_format=order)
+        state[name].copy_(tensor)
     network.load_state_dict(state, assign=True)
     network.eval().requires_grad_(False)
     return digests
 
 
-def find_weights(folder, names, variant):
-    """The weights in the folder of a part: .bin only where there is no .safetensors."""
-    variants = [f".{variant}"] if variant else ["", ".fp16"]
-    paths = [folder / (Path(name).stem + middle + Path(name).suffix) for name in names for middle in variants]
-    found = next((path for path in paths if path.is_file()), None)
-    if not found:
-        raise LoadError(f"{paths[0]}: there is no such file")
-    return found
-
-
-def read_json(path):
-    """The object in a JSON file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise LoadError(f"{path}: there is no such file") from None
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise LoadError(f"{path}: not a JSON object")
-    return value
-
-
-def read_schedule(path):
-    """The Schedule of a scheduler_config.json, whose betas must be SD v1's."""
-    config = read_json(path)
-    for key, value in (BETAS | {"trained_betas": None, "rescale_betas_zero_snr": False}).items():
-        if config.get(key, value) != value:
-            raise LoadError(f"{path}: {key} is {config[key]!r}, Stable Diffusion v1 has {value!r}")
-    prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise LoadError(f"{path}: the prediction type {prediction!r} is neither 'epsilon' nor 'v_prediction'")
-    return diffusion.Schedule.sd_v1(prediction)
-
-
-def load_tokenizer(folder, config):
-    """The Tokenizer in a folder, whose ids the text encoder with this config must know."""
-    try:
-        tokenizer = clip_text.Tokenizer.load(folder, config.max_length)
-    except ValueError as error:
-        raise LoadError(f"{error}" if str(folder) in str(error) else f"{folder}: {error}") from error
-    if tokenizer.vocab_size > config.vocab_size:
-        raise LoadError(f"{folder}: {tokenizer.vocab_size} words, the text encoder knows {config.vocab_size}")
-    return tokenizer
-
-
-def download(repo, revision, variant=None):
-    """The folder of a hub repository with exactly the files load() needs (SD v1: 4.27 GB, fp16 2.13 GB)."""
-    suffix = f".{variant}.safetensors" if variant else ".safetensors"
-    weights = [f"{part}/{Path(names[0]).stem}{suffix}" for part, names in WEIGHTS.items()]
-    return hub_files(repo, revision, (*CONFIGS, *VOCABULARY, *weights))
-
-
-def hub_files(repo, revision, names):
-    """The local folder with these files of a hub repository, fetched unless they are in the hub's cache."""
-    import huggingface_hub as hub  # takes half a second: only where it is needed
-    from huggingface_hub import errors
-    for name in names:
-        try:
-            path = hub.try_to_load_from_cache(repo, name, revision=revision)
-            if not isinstance(path, str):
-                # this asks once; without a network, hf_hub_download alone would try for 23 seconds
-                hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision))
-                path = hub.hf_hub_download(repo, name, revision=revision)
-        except errors.RemoteEntryNotFoundError as error:
-            raise LoadError(f"{repo}: there is no file {name} in this hub repository") from error
-        except errors.RepositoryNotFoundError as error:
-            raise LoadError(f"{repo}: neither a folder here nor a public repository on the hub") from error
-        except Exception as error:  # the errors of several libraries
-            raise LoadError(f"{repo}: {name} is not in the local cache and could not be fetched from the hub "
-                            f"({type(error).__name__})") from error
-    return Path(path).parents[1]
-
-
-def save(model, folder, dtype=torch.float32):
-    """Write a Model in the published diffusers layout, its weights as `dtype`; each file atomically."""
-    from safetensors.torch import save_file
-    folder = Path(folder)
-    for part in (*PARTS, "scheduler", "tokenizer"):
+def save(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write a Model in the published diffusers layout, its weights as `dtype`."""
+    folder, configs = Path(folder), {}
+    for part in (*NETWORKS, "scheduler", "tokenizer"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        network = getattr(model, part)
-        prefix = "text_model." if part == "text_encoder" else ""
-        tensors = {prefix + name: parameter.detach().to("cpu", dtype).contiguous()
+    for part in NETWORKS:
+        network, naming = getattr(model, part), weight_formats.NAMINGS[part][0]
+        tensors = {naming(name): parameter.detach().to("cpu", dtype).contiguous()
                    for name, parameter in network.named_parameters()}
         with replacing(folder / part / WEIGHTS[part][0]) as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        write_json(folder / part / "config.json", weight_configs.WRITE[part](network.config))
-    write_json(folder / "scheduler" / "scheduler_config.json", BETAS | {
+        configs[f"{part}/config.json"] = weight_formats.write_config(part, network.config)
+    configs["scheduler/scheduler_config.json"] = weight_formats.CONSTANTS["scheduler"] | {
         "_class_name": "DDIMScheduler", "prediction_type": model.schedule.prediction_type,
-        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1})
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model.tokenizer.save(temporary)
-        for path in Path(temporary).iterdir():
-            os.replace(path, folder / "tokenizer" / path.name)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A temporary path that takes the place of `path` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path, value):
-    """Write a JSON file, atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    for name, config in configs.items():
+        with replacing(folder / name) as path:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    model.tokenizer.save(folder / "tokenizer")

@@ -12,17 +12,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers and transformer
 import pytest
 import torch
 
-import clip_text
-import unet
-import vae
-import weight_configs
+import weight_formats
 import weights_loader
-
-# every kind of block, two downsamplings, resnets with and without a shortcut
-UNET = unet.UNetConfig(block_out_channels=(32, 64, 96), layers_per_block=2, cross_attention_dim=48,
-                       attention_heads=4, norm_num_groups=8, cross_attention=(True, True, False))
-VAE = vae.VAEConfig(block_out_channels=(16, 32, 32), layers_per_block=2, norm_num_groups=8)
-TEXT = clip_text.TextConfig(vocab_size=514, width=48, layers=3, heads=4, intermediate=96, max_length=16)
+from models import REFERENCE, write_vocabulary
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +40,8 @@ def tokenizer_folder(tmp_path_factory):
 def reference(tmp_path_factory):
     """The reference's networks with random weights, and the folder into which it has saved them."""
     folder = tmp_path_factory.mktemp("reference")
-    write_vocabulary(folder / "tokenizer", merges=[])
-    return build_reference(folder, UNET, VAE, TEXT)
+    write_vocabulary(folder / "tokenizer")
+    return build_reference(folder, REFERENCE)
 
 
 @pytest.fixture(scope="session")
@@ -58,14 +50,13 @@ def model(reference):
     return weights_loader.load(reference.folder)
 
 
-def build_reference(folder, unet_config, vae_config, text_config):
+def build_reference(folder, configs):
     """Random networks of the reference, saved by it into the folder; returns them and the folder."""
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(1)
-    configs = {"unet": unet_config, "vae": vae_config, "text_encoder": text_config}
-    public = {part: weight_configs.WRITE[part](config) for part, config in configs.items()}
+    public = {part: weight_formats.write_config(part, config) for part, config in configs.items()}
     networks = SimpleNamespace(
         unet=UNet2DConditionModel.from_config(public["unet"]),
         vae=AutoencoderKL.from_config(public["vae"]),
@@ -86,19 +77,6 @@ def unlike(network):
             parameter += 0.2 * torch.randn_like(parameter)
         elif any(part in name for part in ("to_q", "to_k", "q_proj", "k_proj")):
             parameter *= 2
-
-
-def write_vocabulary(folder, merges):
-    """vocab.json and merges.txt with the 256 bytes, the same at a word's end, the merges, start and end."""
-    folder.mkdir(exist_ok=True)
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
-    entries = [*characters, *(c + "</w>" for c in characters), *("".join(merge.split()) for merge in merges),
-               "<|startoftext|>", "<|endoftext|>"]
-    vocab = {entry: i for i, entry in enumerate(entries)}
-    text = json.dumps(vocab, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    (folder / "vocab.json").write_text(text, encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,14 @@
 import json
 import random
 import warnings
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 import clip_text
-import weight_configs
+import weight_formats
 from clip_text import TextEncoder, Tokenizer
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text(encoding="utf-8"))
@@ -240,7 +241,7 @@ def test_the_full_size_has_the_published_names_and_number_of_parameters():
 def test_published_configs_are_read_and_others_refused(model):
     published = {"hidden_act": "quick_gelu", "hidden_size": 768, "bos_token_id": 0, "eos_token_id": 2}
     config = model.text_encoder.config
-    read, public = weight_configs.READ["text_encoder"], weight_configs.WRITE["text_encoder"](config)
+    read, public = partial(weight_formats.read_config, "text_encoder"), weight_formats.write_config("text_encoder", config)
     assert read(published) == clip_text.SD_V1
     assert read(public) == config
     for other in ({"hidden_act": "gelu"}, {"model_type": "t5"}, {"num_attention_heads": 5},

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import covariance
-from random_model import tiny_model, write_weights
+from models import tiny_model, write_weights
 from weights_loader import load
 
 CAPTIONS = ["a photo of a teddy bear", "cat", "a cat on the beach", "wearing hat", "next to a bear"] * 3

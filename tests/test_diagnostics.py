@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import perfusion
-from random_model import ROOT, run_script, write_concept, write_weights
+from models import ROOT, run_script, write_concept, write_weights
 
 FIGURES = ("1_gates.png", "2_locks.png", "3_keys.png", "4_layers.png", "5_beta.png", "5_tau.png", "6_two.png")
 

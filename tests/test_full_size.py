@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from random_model import ROOT
+from models import ROOT
 
 import clip_text
 import diffusion

@@ -19,8 +19,8 @@ import diffusion
 import perfusion
 import train
 from perfusion import Concept
+from models import ROOT, write_weights
 from pictures import list_images, prepare_data
-from random_model import ROOT, write_weights
 from train import Data, Settings, Training
 from weights_loader import load
 

@@ -1,6 +1,7 @@
 """The U-Net equals diffusers' UNet2DConditionModel, and lends its text projections in order of execution."""
 
 import gc
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ import torch
 import clip_text
 import unet
 import vae
-import weight_configs
+import weight_formats
 import weights_loader
-from conftest import build_reference, write_vocabulary
+from conftest import build_reference
+from models import write_vocabulary
 
 
 def largest_difference(a, b):
@@ -158,7 +160,7 @@ def test_keys_for_another_number_of_layers_are_refused(model):
 
 
 def test_published_configs_are_read_and_others_refused(model):
-    read, public = weight_configs.READ["unet"], weight_configs.WRITE["unet"](model.unet.config)
+    read, public = partial(weight_formats.read_config, "unet"), weight_formats.write_config("unet", model.unet.config)
     assert read({}) == unet.SD_V1
     assert read(public) == model.unet.config
     for other in ({"use_linear_projection": True}, {"attention_head_dim": [5, 10, 20]}, {"norm_eps": 1e-6},
@@ -171,9 +173,9 @@ def test_published_configs_are_read_and_others_refused(model):
 
 @pytest.mark.slow
 def test_at_full_size_all_networks_equal_the_reference(tmp_path):
-    write_vocabulary(tmp_path / "tokenizer", merges=[])
+    write_vocabulary(tmp_path / "tokenizer")
     text_config = clip_text.TextConfig(vocab_size=514)  # full width and depth, a short word list
-    reference = build_reference(tmp_path, unet.SD_V1, vae.SD_V1, text_config)
+    reference = build_reference(tmp_path, weight_formats.SD_V1 | {"text_encoder": text_config})
     ids = torch.randint(0, text_config.vocab_size, (1, 77))
     z, t, images = torch.randn(1, 4, 32, 32), torch.tensor([981]), torch.rand(1, 3, 128, 128) * 2 - 1
     with torch.no_grad():

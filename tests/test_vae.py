@@ -1,10 +1,12 @@
 """The autoencoder equals diffusers' AutoencoderKL."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import vae
-import weight_configs
+import weight_formats
 
 
 def largest_difference(a, b):
@@ -102,7 +104,7 @@ def test_the_full_size_has_the_published_names_and_number_of_parameters():
 
 
 def test_published_configs_are_read_and_others_refused(model):
-    read, public = weight_configs.READ["vae"], weight_configs.WRITE["vae"](model.vae.config)
+    read, public = partial(weight_formats.read_config, "vae"), weight_formats.write_config("vae", model.vae.config)
     assert read({"norm_num_groups": 32}) == vae.SD_V1
     assert read(public) == model.vae.config
     for other in ({"use_quant_conv": False}, {"shift_factor": 0.1}, {"down_block_types": ["AttnDownBlock2D"]},

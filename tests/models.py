@@ -1,0 +1,164 @@
+"""Toy models for all tests, their vocabulary of bytes, the files they are written to, and how to run a script.
+
+`small_model` has Stable Diffusion v1's topology, so exactly its tensor names; `tiny_model` is as little as the
+scripts need; REFERENCE has every kind of block, for parity with diffusers.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import runpy
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+import clip_image
+import clip_text
+import diffusion
+import perfusion
+import unet
+import vae
+import weights_loader
+
+ROOT = Path(__file__).parents[1]
+# keys -> shapes of the published files, and the names of a single file -> diffusers' names
+PUBLISHED = json.loads(gzip.open(Path(__file__).parent / "data" / "sd_v1_names.json.gz").read())
+WORDS = "a photo of teddy bear cat on the beach next to wearing hat".split()
+SMALL = {
+    "unet": unet.UNetConfig(block_out_channels=(4, 8, 16, 16), cross_attention_dim=8, attention_heads=2,
+                            norm_num_groups=4),
+    "vae": vae.VAEConfig(block_out_channels=(4, 8, 16, 16), norm_num_groups=4),
+    "text_encoder": clip_text.TextConfig(vocab_size=514, width=8, heads=2, intermediate=16, max_length=16)}
+TINY = {
+    "unet": unet.UNetConfig(block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16,
+                            attention_heads=2, norm_num_groups=8, cross_attention=(True, False), sample_size=8),
+    "vae": vae.VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
+    "text_encoder": clip_text.TextConfig(vocab_size=545, width=16, layers=2, heads=2, intermediate=32,
+                                         max_length=24)}
+REFERENCE = {  # two downsamplings, resnets with and without a shortcut
+    "unet": unet.UNetConfig(block_out_channels=(32, 64, 96), cross_attention_dim=48, attention_heads=4,
+                            norm_num_groups=8, cross_attention=(True, True, False)),
+    "vae": vae.VAEConfig(block_out_channels=(16, 32, 32), norm_num_groups=8),
+    "text_encoder": clip_text.TextConfig(vocab_size=514, width=48, layers=3, heads=4, intermediate=96,
+                                         max_length=16)}
+
+
+def write_vocabulary(folder, merges=()):
+    """vocab.json and merges.txt with the 256 bytes, the same at a word's end, the merges, start and end."""
+    folder.mkdir(exist_ok=True)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    entries = [*characters, *(c + "</w>" for c in characters), *("".join(merge.split()) for merge in merges),
+               "<|startoftext|>", "<|endoftext|>"]
+    vocab = {entry: i for i, entry in enumerate(entries)}
+    text = json.dumps(vocab, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / "vocab.json").write_text(text, encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def toy_tokenizer(max_length, words=()):
+    """Bytes, and these words as single tokens."""
+    merges = {}
+    for word in words:
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        while len(pieces) > 1:
+            merges[" ".join(pieces[:2])] = None
+            pieces[:2] = [pieces[0] + pieces[1]]
+    with tempfile.TemporaryDirectory() as folder:
+        write_vocabulary(Path(folder), list(merges))
+        return clip_text.Tokenizer.load(folder, max_length)
+
+
+def toy_model(configs, tokenizer, name):
+    """A Model of these sizes with random weights, as the networks start."""
+    networks = {part: network(configs[part]).eval().requires_grad_(False)
+                for part, network in weights_loader.NETWORKS.items()}
+    return weights_loader.Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(),
+                                fingerprint="", name=name, folder=None)
+
+
+def small_model(seed=0):
+    """A Model with random weights that float16 holds exactly."""
+    torch.manual_seed(seed)
+    model = toy_model(SMALL, toy_tokenizer(16), "small")
+    for part in SMALL:
+        for parameter in getattr(model, part).parameters():
+            parameter.copy_(torch.randn(parameter.shape).half())
+    return model
+
+
+def tiny_model():
+    """A Model of random weights, small enough to draw in a moment, that knows WORDS."""
+    torch.manual_seed(0)
+    return toy_model(TINY, toy_tokenizer(24, WORDS), "random")
+
+
+def single_file_tensors(model, average=False):
+    """The tensors of a small_model as CompVis' code saved them, through the published table of names.
+
+    average: the U-Net twice, under its plain names with 1 added, and as the moving average as it is.
+    """
+    tensors = {}
+    for part, table in PUBLISHED["map_ldm_to_diffusers"].items():
+        if part in ("unet", "vae", "text_encoder"):
+            state = getattr(model, part).state_dict()
+            for single, ours in table.items():
+                if not single.endswith("position_ids"):
+                    tensors[single] = state[ours.removeprefix("text_model.")].clone()
+    for key in PUBLISHED["map_ldm_to_diffusers"]["vae_squeeze_1x1_conv_to_linear"]:
+        tensors[key] = tensors[key][:, :, None, None]
+    for key in PUBLISHED["map_ldm_to_diffusers"]["ignore_exact"]:
+        tensors[key] = torch.zeros(PUBLISHED["ldm_single_file_emaonly"][key])
+    tensors["model_ema.num_updates"] = torch.tensor(7, dtype=torch.int32)
+    tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[None]
+    if average:
+        for key in [key for key in tensors if key.startswith("model.diffusion_model.")]:
+            tensors["model_ema." + key.removeprefix("model.").replace(".", "")] = tensors[key]
+            tensors[key] = tensors[key] + 1
+    return tensors
+
+
+def write_weights(folder):
+    """The folder of a tiny_model in the published layout, with a CLIP of its own."""
+    model = tiny_model()
+    weights_loader.save(model, folder)
+    config = clip_image.ImageConfig(16, 4, 16, 2, 2, 32, 8, 16)
+    clip_image.save(clip_image.CLIP(config, model.text_encoder), folder / "clip")
+    return folder
+
+
+def write_concept(weights, path, words="teddy bear", lock="locked", seed=0):
+    """A concept file <stem of path> for that model, whose targets are far from its super-category's."""
+    torch.manual_seed(seed)
+    model = weights_loader.load(weights)
+    i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, words)
+    k = len(model.tokenizer.find(words, words)[0])
+    concept = perfusion.Concept(f"<{path.stem}>", words, torch.randn(k, 16), lock=lock,
+                                metadata={"base": model.fingerprint})
+    if lock != "none":
+        concept.i_star, concept.d_star = i_super, i_super.clone()
+        concept.layers = model.unet.layer_names()
+        concept.values = [v + 3 for v in model.unet.values(i_super)]
+    if lock == "trained":
+        concept.keys = [k + 2 for k in model.unet.keys(i_super)]
+    concept.save(path)
+    return path
+
+
+def run_script(name, *arguments):
+    """Run a script as a program, in this process for speed; returns (exit code, stdout, stderr)."""
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [name, *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), warnings.catch_warnings():
+            runpy.run_path(str(ROOT / name), run_name="__main__")
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        sys.argv = before
+    return code, out.getvalue(), err.getvalue()
