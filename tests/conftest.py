@@ -25,6 +25,19 @@ VAE = vae.VAEConfig(block_out_channels=(16, 32, 32), layers_per_block=2, norm_nu
 TEXT = clip_text.TextConfig(vocab_size=514, width=48, layers=3, heads=4, intermediate=96, max_length=16)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--weights", metavar="PATH", help="Stable Diffusion v1-4 or another v1, for -m weights")
+
+
+@pytest.fixture(scope="session")
+def weights_path(request):
+    """The path given with --weights; without it the test is skipped."""
+    path = request.config.getoption("--weights")
+    if path is None:
+        pytest.skip("needs published weights: python -m pytest -m weights --weights=PATH")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
