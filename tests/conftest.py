@@ -17,6 +17,19 @@ import weights_loader
 from models import REFERENCE, write_vocabulary
 
 
+def pytest_addoption(parser):
+    parser.addoption("--weights", metavar="PATH", help="Stable Diffusion v1-4 or another v1, for -m weights")
+
+
+@pytest.fixture(scope="session")
+def weights_path(request):
+    """The path given with --weights; without it the test is skipped."""
+    path = request.config.getoption("--weights")
+    if path is None:
+        pytest.skip("needs published weights: python -m pytest -m weights --weights=PATH")
+    return path
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -137,7 +137,7 @@ def write_concept(weights, path, words="teddy bear", lock="locked", seed=0):
     model = weights_loader.load(weights)
     i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, words)
     k = len(model.tokenizer.find(words, words)[0])
-    concept = perfusion.Concept(f"<{path.stem}>", words, torch.randn(k, 16), lock=lock,
+    concept = perfusion.Concept(f"<{path.stem}>", words, torch.randn(k, len(i_super)), lock=lock,
                                 metadata={"base": model.fingerprint})
     if lock != "none":
         concept.i_star, concept.d_star = i_super, i_super.clone()

@@ -1,0 +1,91 @@
+"""Write a concept for other tools: a LoRA file of rank one and an embedding file.
+
+    python export.py --concept out/teddy/teddy.safetensors --weights sd15 --out exported
+
+Without its gate the edit is a change of rank one of every key and value matrix,
+
+    W' = W + (o_star - W i_star) d_star^T / (d_star . i_star)
+
+and that is what a LoRA is. Programs for Stable Diffusion read `teddy_lora.safetensors`; its strength takes
+the place of beta. `teddy_word.safetensors` is the concept's word, one embedding per token, as in textual
+inversion. README says what to type. A concept that was learned by textual inversion has only the second file.
+
+Several concepts become two files each. Give them in one run if they will be used together: then all the LoRAs
+together are the edit with all the concepts.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import command_line
+import weights_loader
+from files import replacing
+from perfusion import Concept, prepare
+
+
+@torch.no_grad()
+def lora(unet, concepts: list[Concept]) -> list[dict[str, Tensor]]:
+    """The ungated edit with prepared concepts: for each, the tensors of a LoRA of rank one.
+
+    Together they are eq. 3 with gates = sims: W' = W + sum_j (o_star_j / energy_j - W b_j) d_star_j^T, where
+    b_j is row j of (I D^T)^-1 I: i_star / energy for one concept. ValueError if float16 is too narrow.
+    """
+    I, D = (torch.stack([getattr(c, name) for c in concepts]) for name in ("i_star", "d_star"))
+    D = D / D.abs().amax(1, keepdim=True)  # as in the concept's file, so float16 loses nothing of it
+    energy = I @ D.T
+    b = torch.linalg.solve(energy, I)
+    paths = {module: path for path, module in unet.named_modules()}
+    loras = [{} for _ in concepts]
+    for kind, projected, targets in (("to_k", unet.keys(b), [c.keys for c in concepts]),
+                                     ("to_v", unet.values(b), [c.values for c in concepts])):
+        for layer, module in enumerate(unet.cross_attentions):
+            name = f"lora_unet_{paths[module]}.{kind}".replace(".", "_")
+            for j, tensors in enumerate(loras):
+                up = (targets[j][layer] / energy[j, j] - projected[layer][j]).half()
+                if not up.isfinite().all():
+                    raise ValueError(f"{concepts[j].token}: {name} does not fit float16")
+                tensors[f"{name}.lora_down.weight"] = D[j, None].half().clone()
+                tensors[f"{name}.lora_up.weight"] = up[:, None]
+                tensors[f"{name}.alpha"] = torch.tensor(1.0)  # divided by the rank, it scales the edit
+    return loras
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_line.Parser(__doc__)
+    add = parser.add_argument
+    add("--concept", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
+        help="concept files made by train.py")
+    add("--weights", default="tiny", help="their base: tiny, sd15, a folder, a single file or a hub id")
+    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
+    add("--out", type=Path, default=Path("exported"), help="folder of the new files")
+    args = parser.parse_args(argv)
+    files = {path.stem: [args.out / f"{path.stem}_{part}.safetensors" for part in ("word", "lora")]
+             for path in args.concept}
+    if len(files) < len(args.concept):
+        raise ValueError("two of the concept files have the same name: export them into different folders")
+    for file in sum(files.values(), []):
+        if file.exists():
+            raise ValueError(f"{file} exists already: delete it, or choose another --out")
+    concepts = [Concept.load(path) for path in args.concept]
+    model = weights_loader.load(args.weights, tokenizer=args.tokenizer)
+    concepts = prepare(concepts, model)
+    edited = [concept for concept in concepts if concept.lock != "none"]
+    loras = iter(lora(model.unet, edited) if edited else [])
+    args.out.mkdir(parents=True, exist_ok=True)
+    for concept, (word_file, lora_file) in zip(concepts, files.values()):
+        contents = {word_file: {"emb_params": concept.embedding.half()}}
+        if concept.lock != "none":
+            contents[lora_file] = next(loras)
+        for file, tensors in contents.items():
+            with replacing(file) as partial:
+                save_file(tensors, partial)
+            print(f"{file}: {file.stat().st_size:,} bytes")
+
+
+if __name__ == "__main__":
+    with command_line.plain_errors(memory="close other programs"):
+        main()

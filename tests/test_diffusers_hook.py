@@ -1,0 +1,159 @@
+"""The gated edit in a pipeline of diffusers draws what sample.py draws, and leaves the pipeline as it was."""
+
+import pytest
+import torch
+from PIL import Image
+from random_model import write_concept, write_weights
+
+import drawing
+import perfusion
+import weights_loader
+from diffusers_hook import personal
+from diffusion import seeded_noise
+
+pytestmark = pytest.mark.filterwarnings("ignore:<teddy> and <cat> are of one kind")
+PROMPT = "a <teddy> next to a <cat> on the beach"
+SETTINGS = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
+EXACT = 1e-4  # of pictures in 0...1: float32 through three steps of two implementations
+
+
+def pipeline(folder, kind="StableDiffusionPipeline", **more):
+    """A pipeline of diffusers with the networks of a folder and our sampler."""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTokenizer
+    pipe = getattr(diffusers, kind)(
+        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", sample_size=64),
+        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
+        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
+        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False, **more)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.float32)  # whatever the files are
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_weights(tmp_path_factory.mktemp("weights"))
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return weights_loader.load(folder)
+
+
+@pytest.fixture(scope="module")
+def concepts(folder, model, tmp_path_factory):
+    """Three prepared concepts: with locked keys, with trained keys, and a word only."""
+    out = tmp_path_factory.mktemp("concepts")
+    files = [write_concept(folder, out / "teddy.safetensors"),
+             write_concept(folder, out / "cat.safetensors", "cat", lock="trained", seed=1),
+             write_concept(folder, out / "hat.safetensors", "hat", lock="none", seed=2)]
+    return perfusion.prepare([perfusion.Concept.load(file) for file in files], model)
+
+
+def ours(model, prompt, concepts, beta, lock="local", n=1):
+    """The pictures as sample.py makes them, (n, 3, H, W)."""
+    keys, values, _, _ = perfusion.project(model, ["", prompt], concepts, beta, 0.15, lock)
+    return drawing.draw(model, keys, values, range(n), (16, 16), 3, 3.0)
+
+
+def theirs(pipe, n=1, **arguments):
+    """The pictures of the pipeline, from the noise of the same seeds."""
+    z = torch.cat([seeded_noise(seed, (4, 8, 8)) for seed in range(n)])
+    return pipe(**arguments, **SETTINGS, latents=z, num_images_per_prompt=n, height=16, width=16).images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lock", ["local", "global"])
+@pytest.mark.parametrize("names", [[0], [0, 1], [2], [2, 0, 1]], ids=["one", "two", "word only", "three"])
+def test_the_hooked_pipeline_draws_the_picture_of_sample_py(folder, model, concepts, names, lock):
+    chosen, beta = [concepts[i] for i in names], [0.5 + 0.1 * i for i in names]
+    pipe = pipeline(folder)
+    with personal(pipe, model, chosen, beta, 0.15, lock) as encode:
+        pictures = theirs(pipe, n=2, **encode(PROMPT))
+    assert (pictures - ours(model, PROMPT, chosen, beta, lock, n=2)).abs().max() < EXACT
+    assert (pictures - ours(model, PROMPT, [], [])).abs().max() > 100 * EXACT
+
+
+@torch.no_grad()
+def test_without_numbers_beta_and_tau_are_those_for_drawing(folder, model, concepts):
+    pipe = pipeline(folder)
+    for lock, beta in (("local", perfusion.DRAWING_BETA), ("global", perfusion.DRAWING_GLOBAL_BETA)):
+        with personal(pipe, model, concepts[:1], lock=lock) as encode:
+            pictures = theirs(pipe, **encode("a <teddy>"))
+        assert (pictures - ours(model, "a <teddy>", concepts[:1], [beta], lock)).abs().max() < EXACT
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("error", [None, KeyError], ids=["at the end", "after an error"])
+def test_afterwards_the_pipeline_is_exactly_as_before(folder, model, concepts, error):
+    pipe = pipeline(folder)
+    before = theirs(pipe, prompt="a teddy bear")
+    state = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
+    try:
+        with personal(pipe, model, concepts, lock="global") as encode:
+            assert not theirs(pipe, **encode("a <teddy>")).equal(before)
+            if error:
+                raise error
+    except KeyError:
+        pass
+    assert theirs(pipe, prompt="a teddy bear").equal(before)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
+    assert all(tensor.equal(state[name]) for name, tensor in pipe.unet.state_dict().items())
+
+
+def control(folder):
+    from diffusers import ControlNetModel, UNet2DConditionModel
+    net = ControlNetModel.from_unet(UNet2DConditionModel.from_pretrained(folder / "unet"),
+                                    conditioning_embedding_out_channels=(8, 16))
+    torch.nn.init.normal_(net.controlnet_mid_block.weight)
+    return net
+
+
+PHOTO, MASK = Image.new("RGB", (16, 16), "red"), Image.new("L", (16, 16), 255)
+SIZE = {"height": 16, "width": 16}
+KINDS = {  # pipeline -> what it needs besides a prompt
+    "StableDiffusionImg2ImgPipeline": {"image": PHOTO, "strength": 1.0},
+    "StableDiffusionInpaintPipeline": {"image": PHOTO, "mask_image": MASK, "strength": 1.0} | SIZE,
+    "StableDiffusionControlNetPipeline": {"image": PHOTO} | SIZE,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_pipeline_takes_the_hook(folder, model, concepts, kind):
+    """Against the same pipeline whose layers are replaced by those of the edit, computed beforehand."""
+    pipe = pipeline(folder, kind, **({"controlnet": control(folder)} if "Control" in kind else {}))
+
+    def run(embeds):
+        return pipe(**KINDS[kind], **embeds, **SETTINGS, generator=torch.Generator().manual_seed(0)).images
+
+    with personal(pipe, model, concepts[:2], [0.5, 0.6], 0.15) as encode:
+        embeds = encode(PROMPT, negative="a hat")
+        hooked = run(embeds)
+    keys, values, _, _ = perfusion.project(model, ["a hat", PROMPT], concepts[:2], [0.5, 0.6], 0.15)
+    paths = {module: path for path, module in model.unet.named_modules()}
+    base = run(embeds)
+    for i, attention in enumerate(model.unet.cross_attentions):
+        layer = pipe.unet.get_submodule(paths[attention])
+        layer.to_k.register_forward_hook(lambda *_, i=i: keys[i])
+        layer.to_v.register_forward_hook(lambda *_, i=i: values[i])
+    assert (hooked - run(embeds)).abs().max() < EXACT < 0.01 < (hooked - base).abs().max()
+
+
+@pytest.mark.parametrize("network, lock, words", [
+    (torch.nn.Linear(1, 1), "local", "another kind"), (None, "other", "the lock is")])
+def test_another_kind_of_unet_or_lock_is_refused_in_a_sentence(model, concepts, network, lock, words):
+    with pytest.raises(ValueError, match=words), personal(network or model.unet, model, concepts, lock=lock):
+        pass
+
+
+@torch.no_grad()
+def test_the_global_lock_refuses_a_prompt_that_it_has_not_encoded(folder, model, concepts):
+    pipe = pipeline(folder)
+    with personal(pipe, model, concepts, lock="global") as encode:
+        for known in (False, True):
+            with pytest.raises(ValueError, match="only prompts made by"):
+                theirs(pipe, prompt="a cat")
+            encode("a <teddy>")
