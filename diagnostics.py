@@ -1,25 +1,25 @@
 # %% [markdown]
 # # Why key locking works
 #
-# A concept is an edit of the cross-attention's keys (*where* a word acts) and values (*what* it puts there). Each cell
-# makes one figure, and each figure makes one claim. Maps that are compared share one colour scale. A number under a
-# map is the share of a word's attention that lies on its own object. The object is found by the base model, in the
-# finished picture: where its attention to the super-category's words is above the middle of its range. So the judge is
-# the same for every lock, but it is attention too.
+# A concept is an edit of the cross-attention's keys (*where* a word acts) and values (*what* it puts there).
+# Each figure here makes one claim. Maps that are compared share one colour scale. A number under a map is the
+# share of a word's attention that lies on its own object, which is outlined. The base model finds the object
+# in the finished picture: where its attention to the super-category's words is above the middle of its range.
+# So the judge is the same for every lock, but it is attention too.
 #
-# As a script: `python diagnostics.py --images examples/teddy --super "teddy bear"`
-#
-# As a notebook: `DIAGNOSTICS='--images examples/teddy --super "teddy bear"' jupytext --to notebook --execute diagnostics.py`
+# The command that makes this notebook, with the script's flags in an environment variable:
+# `DIAGNOSTICS="--images examples/teddy --super teddy\ bear" jupytext --to ipynb --execute diagnostics.py`
 
 # %%
-"""Show why key locking works: train what is missing, draw the figures, and write a page to explore.
+"""Why key locking works: train what is missing, draw figures, and write a page to explore.
 
     python diagnostics.py --images examples/teddy --super "teddy bear"
-    python diagnostics.py --images examples/teddy --super "teddy bear" --second examples/cat --second-super cat
+    python diagnostics.py --images examples/teddy --super "teddy bear" \\
+        --second examples/cat --second-super cat
     python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors
 
-The output folder receives the figures (PNG), their numbers (CSV), explorer.html, and in trained/ the concepts, which
-the next run uses again.
+The output folder receives the figures (PNG), their numbers (CSV), explorer.html, and in trained/ the
+concepts, which the next run uses again. A second concept adds figure 6 and explorer_two.html.
 """
 import argparse
 import csv
@@ -52,36 +52,38 @@ from files import replacing
 from image_files import list_images
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
-ROOT = Path(explorer.__file__).parent
-BETA = {"local": 0.7, "global": 0.5}            # the middle of the paper's ranges
-TAU = 0.15
-SWEEP = (-4, -2, -1, 0, 1, 2)      # figure 5: beta, in tau away from where the word's gate is half open
-ROWS = 4                           # denoising steps in figures 3 and 4
-NOTEBOOK_MAPS = 400_000            # bytes of maps of the page in a notebook
-TRAINING_COST = 9                               # of a training step, in guided drawing steps; measured
-OPTIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock of its file
-LOCKS = (  # name, which concept, lock when drawing, what it is
+BETA, TAU = {"local": 0.7, "global": 0.5}, 0.15     # the middle of the paper's ranges
+SWEEP = (-4, -2, -1, 0, 1, 2)       # beta in figure 5: in tau from where the gate of the word is half open
+SEEDS = 3                           # of figure 5
+ROWS = 4                            # denoising steps in figures 3 and 4
+NOTEBOOK_MAPS = 400_000             # bytes of maps on the page in a notebook
+TRAINING_COST = 9                   # of a training step, in guided drawing steps; measured
+VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock in training
+LOCKS = (  # name, lock in training, lock in drawing, what it is
     ("super-category", None, "local", "The base model and ordinary words. Nothing is edited."),
-    ("locked keys", "locked", "local", "The concept's values; its word has the key of the super-category."),
-    ("global lock", "locked", "global", "The concept's values; all words have the keys of the ordinary prompt."),
-    ("trained keys", "trained", "local", "The concept's values, and a key that was trained with them."),
-    ("textual inversion", "none", "local", "Only a word embedding was trained. Nothing is edited."))
+    ("locked keys", "locked", "local", "Learned values, and the key of the super-category."),
+    ("global lock", "locked", "global", "Learned values, and all keys of the ordinary prompt."),
+    ("trained keys", "trained", "local", "Learned values, and a key that was learned with them."),
+    ("textual inversion", "none", "local", "Only a word embedding is learned. Nothing is edited."))
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--images", type=Path, metavar="DIR", help="pictures of the concept, to train what is not given as a file")
+    add("--images", type=Path, metavar="DIR", help="pictures of the concept, for what is not given as a file")
     add("--super", dest="super_category", metavar="WORDS", help='what it is, in ordinary words: "teddy bear"')
     add("--second", type=Path, metavar="DIR|FILE", help="pictures of a second concept, or its file")
     add("--second-super", metavar="WORDS", help="what the second one is, in ordinary words")
-    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="output folder (default: figures)")
-    add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id (default: tiny)")
+    add("--out", type=Path, default="figures", metavar="DIR", help="output folder (default: %(default)s)")
+    add("--weights", default="tiny",
+        help="tiny, sd15, a folder, a single file or a hub id (default: %(default)s)")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")
     add("--prompt", default="a photo of a {} wearing a hat on the beach",
         help="{} stands for the concept (default: %(default)s)")
-    add("--words", default="hat,beach", metavar="WORDS", help="other words of figure 2 (default: %(default)s)")
-    add("--pair", default="a photo of a {} next to a {}", help="prompt of two concepts (default: %(default)s)")
+    add("--words", default="hat,beach", metavar="W,W", help="other words in figure 2 (default: %(default)s)")
+    add("--pair", default="a photo of a {} next to a {}", metavar="PROMPT",
+        help="prompt of two concepts (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
     add("--steps", type=int, default=20, help="denoising steps, 1 to 999 (default: %(default)s)")
     add("--guidance", type=float, help="weight of the prompt (default: 7.5, for the small model 4)")
@@ -92,11 +94,13 @@ def arguments(argv):
     files.add_argument("--trained", type=Path, metavar="FILE", help="the same, trained with --lock trained")
     files.add_argument("--inversion", type=Path, metavar="FILE", help="the same, trained with --lock none")
     args = parser.parse_args(argv)
+    args.words = [word.strip() for word in args.words.split(",") if word.strip()]
     if args.prompt.count("{}") != 1 or args.pair.count("{}") != 2:
         parser.error("--prompt needs {} once, --pair twice")
-    args.words = [word.strip() for word in args.words.split(",") if word.strip()]
-    if not 1 <= args.steps <= 999 or not 0 <= args.seed < 2 ** 63 - 4:
-        parser.error("--steps must be 1 to 999, --seed 0 to 2**63 - 5")
+    if not 1 <= args.steps <= 999 or not 0 <= args.seed < 2 ** 63 - SEEDS:
+        parser.error(f"--steps must be 1 to 999, and --seed 0 to 2**63 - {SEEDS + 1}")
+    if args.training_steps is not None and args.training_steps < 1:
+        parser.error("--training-steps must be at least 1")
     if bool(args.images) != bool(args.super_category) or not (args.images or args.concept):
         parser.error("give --images with --super, or a finished --concept")
     if args.second and args.second.suffix != ".safetensors" and not args.second_super:
@@ -109,7 +113,7 @@ def arguments(argv):
 
 # %%
 def attempt(function, *inputs):
-    """The function's result; an error that the user can mend ends the script with one sentence and exit code 2."""
+    """The function's result. An error that the user can mend ends the script: a sentence and exit code 2."""
     try:
         return function(*inputs)
     except (ValueError, OSError, RuntimeError) as error:
@@ -122,11 +126,6 @@ def attempt(function, *inputs):
         sys.exit(130)
 
 
-def shared_locks(versions):
-    """The rows of LOCKS that all concepts have; versions: for each concept a dict whose keys are locks."""
-    return [row for row in LOCKS if row[1] is None or all(row[1] in own for own in versions)]
-
-
 def load_model():
     device = drawing.pick_device(args.device)
     model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
@@ -136,28 +135,27 @@ def load_model():
 
 
 def concept_files(model):
-    """For each concept {lock: its file or folder}, and what is to be trained before: arguments of `train`."""
-    given = [({lock: file for option, lock in OPTIONS.items() if (file := getattr(args, option))}, args.images,
-              args.super_category)]
-    if args.second and args.second.suffix == ".safetensors":
-        given.append(({"locked": args.second}, None, None))
-    elif args.second:
-        given.append(({}, args.second, args.second_super))
+    """For each concept {lock: its file, or the folder of its training}; the trainings that are missing."""
+    given = {lock: file for option, lock in VERSIONS.items() if (file := getattr(args, option))}
+    sources = [(given, args.images, args.super_category)]
+    if args.second:
+        sources.append(({"locked": args.second}, None, None) if args.second.suffix == ".safetensors" else
+                       ({}, args.second, args.second_super))
     missing = []
-    for files, pictures, words in given:
+    for files, pictures, words in sources:
         for file in files.values():
             if not file.is_file():
                 raise ValueError(f"{file}: there is no such file")
-        for lock in OPTIONS.values() if pictures else ():
+        for lock in VERSIONS.values() if pictures else ():
             if lock not in files:
                 files[lock] = training_folder(model, pictures, words, lock)
                 if not files[lock].exists():
                     missing.append((files[lock], pictures, words, lock))
-    return [files for files, _, _ in given], missing
+    return [files for files, _, _ in sources], missing
 
 
 def training_folder(model, pictures, words, lock):
-    """Where a training is kept: another name for other pictures, other words, other weights or another length."""
+    """Where a training is kept: another name for other pictures, words, weights or another length."""
     digest = hashlib.sha256(f"{words}|{model.fingerprint}|{args.training_steps}".encode())
     for file in list_images(pictures)[0]:
         digest.update(file.name.encode() + file.read_bytes())
@@ -167,8 +165,9 @@ def training_folder(model, pictures, words, lock):
 def train(folder, pictures, words, lock):
     """Run train.py. The folder gets its name at the end; a training that was stopped goes on."""
     unfinished = folder.with_name(folder.name + ".unfinished")
-    command = [sys.executable, ROOT / "train.py", "--images", pictures, "--super", words, "--lock", lock, "--steps",
-               str(args.training_steps), "--preview", "0", "--out", unfinished, "--weights", args.weights]
+    command = [sys.executable, Path(explorer.__file__).with_name("train.py"), "--images", pictures,
+               "--super", words, "--lock", lock, "--steps", str(args.training_steps), "--preview", "0",
+               "--out", unfinished, "--weights", args.weights]
     for option in ("tokenizer", "device"):
         command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
     command += ["--resume"] if (unfinished / "checkpoint.pt").exists() else []
@@ -179,38 +178,51 @@ def train(folder, pictures, words, lock):
     unfinished.rename(folder)
 
 
-def announce(model, missing, files):
-    """Say how long everything will take, from the time of one drawing step on this machine; returns the pictures."""
-    pictures = sum(len(shared_locks(files[:n + 1])) + len(SEEDS) * len(SWEEP) for n in range(len(files)))
-    pictures += ("trained" in files[0]) + len(SEEDS) * (len(files) - 1)
-    ids, _ = model.tokenizer.encode(["", args.prompt])
+def shared_locks(concepts):
+    """The rows of LOCKS that every concept has; concepts: dicts with locks as keys."""
+    return [row for row in LOCKS if row[1] is None or all(row[1] in versions for versions in concepts)]
+
+
+def announce(model, files, missing):
+    """Say how long it will take, from the time of a step on this machine; returns the number of pictures."""
+    pictures = sum(len(shared_locks(files[:n])) + SEEDS * len(SWEEP) for n in range(1, len(files) + 1))
+    pictures += ("trained" in files[0]) + SEEDS * (len(files) - 1)        # figures 3 and 6
+    ids, _ = model.tokenizer.encode(["", ""])
     e = model.text_encoder(model.text_encoder.embed(ids.to(model.device)))
-    keys, values = model.unet.keys(e), model.unet.values(e)
     start = time.perf_counter()
-    drawing.draw(model, keys, values, [0], model.size, 3, args.guidance or model.guidance)
+    drawing.draw(model, model.unet.keys(e), model.unet.values(e), [0], model.size, 3, model.guidance)
     step = (time.perf_counter() - start) / 3
     seconds = step * (pictures * args.steps + len(missing) * args.training_steps * TRAINING_COST)
-    print(f"{len(missing)} trainings of {args.training_steps} steps and {pictures} pictures of {args.steps} steps: "
-          f"about {max(1, round(seconds / 60))} minutes on this machine", flush=True)
+    minutes = max(1, round(seconds / 60))
+    print(f"{len(missing)} trainings of {args.training_steps} steps and {pictures} pictures of {args.steps}: "
+          f"about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
     return pictures
 
 
 def read_concepts(model, files):
-    """{lock: Concept} of one concept, ready for the model; ValueError when the files do not belong together."""
+    """{lock: Concept} of one concept, ready for the model; ValueError when its files do not fit together."""
     concepts = {}
     for lock, path in files.items():
         path = path if path.is_file() else next(path.glob("*.safetensors"))
-        concept, = perfusion.prepare([perfusion.Concept.load(path)], model)
-        if concept.lock != lock:
-            raise ValueError(f"{path} was trained with --lock {concept.lock}; here --lock {lock} is needed")
-        concepts[lock] = concept
+        concepts[lock], = perfusion.prepare([perfusion.Concept.load(path)], model)
+        if concepts[lock].lock != lock:
+            raise ValueError(f"{path} was trained with --lock {concepts[lock].lock}: here one trained with "
+                             f"--lock {lock} is needed")
     if len({concept.words for concept in concepts.values()}) > 1:
-        raise ValueError("the files are not of one concept: their super-categories differ")
+        raise ValueError("--concept, --trained and --inversion are not of one super-category")
     return concepts
 
 
+def check_room(model, template, names):
+    """ValueError when a prompt is so long that a concept is cut off."""
+    prompt = fill(template, names)
+    for name in names:
+        if len(model.tokenizer.find(prompt, name)) < names.count(name):
+            raise ValueError(f'the prompt "{prompt}" is too long: it has no room for "{name}"')
+
+
 # %% [markdown]
-# ## Tools: from a prompt to a drawing whose attention is kept
+# ## A prompt, drawn under every lock while its attention is kept
 
 # %%
 def fill(template, names):
@@ -220,25 +232,10 @@ def fill(template, names):
     return template
 
 
-def project(prompt, mine, lock, beta=None):
-    """Keys and values of ["", prompt] with the concepts `mine`, and the gates (T, n) of its tokens or None."""
-    beta, n = BETA[lock] if beta is None else beta, len(mine)
-    e, e_super, (_, found) = perfusion.encode(model.text_encoder, model.tokenizer, ["", prompt], mine)
-    for concept in mine:
-        if not found[concept.token]:
-            raise ValueError(f'the prompt "{prompt}" is too long: it cuts off {concept.token}')
-    keys, values = perfusion.keys_and_values(model.unet, e, e_super, mine, [beta] * n, [TAU] * n, lock)
-    edited = [concept for concept in mine if concept.lock != "none"]
-    if not edited:
-        return keys, values, None
-    _, sims = perfusion.split(e, torch.stack([c.i_star for c in edited]), torch.stack([c.d_star for c in edited]))
-    return keys, values, perfusion.gate(sims, beta, TAU)[1].cpu()
-
-
 @dataclass
 class Drawn:
-    """A picture (3, H, W); its words' maps and what the U-Net saw, from `explorer.watch`; masks (n, h, w) of the
-    concepts' objects; gates (T, n) or None."""
+    """A picture (3, H, W); the maps of its words and what the U-Net saw, as `explorer.watch` returns them;
+    masks (n, h, w) of the concepts' objects; gates (T, n) or None."""
     picture: torch.Tensor
     maps: list
     seen: torch.Tensor
@@ -249,124 +246,144 @@ class Drawn:
 class Study:
     """A prompt with one or two concepts, each a dict {lock: Concept}, and what was drawn under every lock."""
 
-    def __init__(self, template, concepts):
-        self.template, self.concepts = template, concepts
-        self.locked = [versions["locked"] for versions in concepts]
-        self.names = [concept.words for concept in self.locked]
-        self.prompt, self.ordinary = fill(template, [c.token for c in self.locked]), fill(template, self.names)
-        self.words = explorer.prompt_words(model.tokenizer, self.prompt, self.locked)
-        self.locks = shared_locks(concepts)
+    def __init__(self, template, concepts, words=()):
+        self.template, self.concepts, self.locks = template, concepts, shared_locks(concepts)
+        locked = perfusion.prepare([versions["locked"] for versions in concepts], model)
+        self.tokens, self.names = [c.token for c in locked], [c.words for c in locked]
+        check_room(model, template, self.names)
+        self.prompt = fill(template, self.tokens)
+        self.words = explorer.prompt_words(model.tokenizer, self.prompt, locked)
+        self.named = [next(word for word in self.words if word.concept == j) for j in range(len(locked))]
         self.drawn = {}
+        for word in words:
+            self.rows(word)
 
     def draw(self):
         """Draw the first seed under every lock."""
         for name, version, lock, _ in self.locks:
-            self.drawn[name] = self.watch(version, lock, args.seed)
+            self.drawn[name] = self.watch(args.seed, version, lock)
 
-    def project(self, version, lock, beta=None):
-        """As `project`, of the concepts in one version; with version None of the ordinary words."""
-        mine = [versions[version] for versions in self.concepts] if version else []
-        return project(fill(self.template, [c.token for c in mine] or self.names), mine, lock, beta)
+    def project(self, version, lock="local", beta=None):
+        """Keys and values of ["", prompt], and the gates (T, n) of the prompt's tokens or None.
 
-    def watch(self, version, lock, seed, map_version=None):
-        """Draw one seed and keep all attention: of the keys that draw, or of those of another version."""
+        version: the lock in training of the concepts; None for the ordinary words.
+        """
+        mine, beta = [own[version] for own in self.concepts if version], BETA[lock] if beta is None else beta
+        prompts, n = ["", fill(self.template, [c.token for c in mine] or self.names)], len(mine)
+        e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, mine)
+        keys, values = perfusion.keys_and_values(model.unet, e, e_super, mine, [beta] * n, [TAU] * n, lock)
+        if version in (None, "none"):
+            return keys, values, None
+        I, D = torch.stack([c.i_star for c in mine]), torch.stack([c.d_star for c in mine])
+        _, sims = perfusion.split(e, I, D)
+        return keys, values, perfusion.gate(sims, beta, TAU)[1].cpu()
+
+    def watch(self, seed, version, lock="local", map_version=None):
+        """Draw one seed, and keep the attention of the keys that draw, or of those of another version."""
         keys, values, gates = self.project(version, lock)
         map_keys = self.project(map_version, lock)[0] if map_version else None
-        latents, maps, seen = explorer.watch(model, keys, values, self.words, seed, args.steps, GUIDANCE, map_keys)
+        latents, maps, seen = explorer.watch(model, keys, values, self.words, seed, args.steps, GUIDANCE,
+                                             map_keys)
         progress.update()
         return Drawn(drawing.decode(model.vae, latents)[0], maps, seen, self.masks(latents), gates)
 
     def masks(self, latents):
         """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
-        keys, values, _ = self.project(None, "local")
-        sums = 0
+        keys, values, _ = self.project(None)
+        keys, values, sums = [k[1:] for k in keys], [v[1:] for v in values], 0
         for t in MASK_TIMESTEPS:
             noise = seeded_noise(0, latents.shape[1:]).to(latents)
             z = model.schedule.add_noise(latents, noise, torch.tensor([t], device=latents.device))
             with record_queries(model.unet) as queries:
-                model.unet(z.to(keys[0].dtype), t, [k[1:] for k in keys], [v[1:] for v in values])
-            maps = attention(queries, [k[1:] for k in keys], model.unet.config.attention_heads)
-            sums = sums + torch.cat([word_map(maps, word.tokens, latents.shape[-2:]) for word in self.named()])
+                model.unet(z.to(keys[0].dtype), t, keys, values)
+            maps = attention(queries, keys, model.unet.config.attention_heads)
+            sums = sums + torch.cat([word_map(maps, word.tokens, latents.shape[-2:]) for word in self.named])
         low, high = sums.amin((1, 2), keepdim=True), sums.amax((1, 2), keepdim=True)
         return (sums > (low + high) / 2).float().cpu()
 
-    def named(self):
-        """The words that name the concepts, in the concepts' order."""
-        return [next(word for word in self.words if word.concept == j) for j in range(len(self.concepts))]
-
-    def row(self, text):
-        """Which of the prompt's words make up a concept's name or an ordinary word or phrase; ValueError: none."""
-        found = (model.tokenizer.find(self.ordinary, text) or [[]])[0]
-        rows = [i for i, word in enumerate(self.words) if word.label == text or set(word.tokens) <= set(found)]
+    def rows(self, text):
+        """Which of the prompt's words are a concept's name or an ordinary phrase; ValueError if none."""
+        ordinary = fill(self.template, self.names)
+        places = {t for found in model.tokenizer.find(ordinary, text)[:1] for t in found}
+        rows = [i for i, word in enumerate(self.words) if word.label == text or places >= set(word.tokens)]
         if not rows:
-            raise ValueError(f'--words: the prompt "{self.ordinary}" has no word "{text}"')
+            raise ValueError(f'--words: the prompt "{self.prompt}" has no word "{text}"')
         return rows
 
-    def sweep(self, betas):
-        """Pictures (betas, seeds, 3, H, W) and gates (betas, T, n) with locked keys."""
-        pictures, gates = [], []
+    def map_of(self, text, maps):
+        """Maps (steps, h, w) of a word, from one level (steps, words, h, w) of `explorer.watch`'s maps."""
+        return maps[:, self.rows(text)].sum(1)
+
+    def sweep(self):
+        """Values of beta around the one where the concept's gate is half open, and with locked keys pictures
+        (betas, seeds, 3, H, W) and gates (betas, T, n)."""
+        opened = self.drawn["locked keys"].gates[self.named[0].tokens[-1], 0]
+        middle = BETA["local"] + TAU * torch.logit(opened, eps=1e-6).item()
+        betas, pictures, gates = [round(middle + TAU * k, 2) for k in SWEEP], [], []
         for beta in betas:
-            keys, values, opened = self.project("locked", "local", beta)
-            pictures.append(torch.cat([drawing.draw(model, keys, values, [seed], model.size, args.steps, GUIDANCE)
-                                       for seed in SEEDS]))
+            keys, values, opened = self.project("locked", beta=beta)
+            row = [drawing.draw(model, keys, values, [args.seed + k], model.size, args.steps, GUIDANCE)
+                   for k in range(SEEDS)]
+            pictures.append(torch.cat(row))
             gates.append(opened)
-            progress.update(len(SEEDS))
-        return torch.stack(pictures), torch.stack(gates)
-
-    def betas(self):
-        """Values of beta around the one at which the gate of the concept's word is half open."""
-        last = self.named()[0].tokens[-1]
-        at = BETA["local"] + TAU * torch.logit(self.drawn["locked keys"].gates[last, 0], eps=1e-6).item()
-        return [round(at + TAU * k, 2) for k in SWEEP]
-
-    def views(self):
-        """What the page shows of every lock."""
-        return [explorer.View(name, note, drawn.picture, drawn.maps, drawn.masks, drawn.gates)
-                for (name, _, _, note), drawn in zip(self.locks, self.drawn.values())]
-
-
-def share(maps, mask):
-    """The share of a map (h, w) that lies in a mask of any size."""
-    return share_inside(maps[None], mask[None]).item()
+            progress.update(SEEDS)
+        return betas, torch.stack(pictures), torch.stack(gates)
 
 
 # %% [markdown]
-# ## Tools: plots
+# ## Tools to plot and to write
 
 # %%
-def plot(cells, rows, columns, title, notes=None, outlines=None, top=None):
-    """A grid of pictures (3, H, W) and maps (h, w). notes: texts under the cells; outlines: a mask (h, w) per row;
-    top: where the colours of the maps end, one number or one per column."""
+@dataclass
+class Map:
+    """A cell of a figure: a map (h, w), and where it has an object its mask (h, w), and so a share on it."""
+    values: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    @property
+    def inside(self):
+        return None if self.mask is None else share_inside(self.values[None], self.mask[None]).item()
+
+
+def plot(cells, rows, columns, title, tops=None):
+    """A grid of pictures (3, H, W) and Maps with labels; tops: the value where each column's colours end."""
     R, C = len(cells), len(cells[0])
     figure = Figure(figsize=(1.4 * C + 0.5, 1.65 * R + 0.7), layout="constrained")
     axes = figure.subplots(R, C, squeeze=False)
     for r, c in itertools.product(range(R), range(C)):
         axis, cell = axes[r, c], cells[r][c]
         axis.set(xticks=[], yticks=[])
-        if cell.ndim == 3:
-            axis.imshow(drawing.to_bytes(cell))
-        else:
-            vmax = top[c] if isinstance(top, list) else top
-            axis.imshow(cell.numpy(), cmap="magma", vmin=0, vmax=vmax, extent=(0, 1, 1, 0))
-            if outlines is not None:
-                across, down = ((torch.arange(n) + 0.5) / n for n in reversed(outlines[r].shape))
-                axis.contour(across, down, outlines[r].numpy(), levels=[0.5], colors="white", linewidths=0.8)
-        if notes is not None:
-            axis.set_xlabel(notes[r][c], fontsize=8)
-        if r == 0:
-            axis.set_title(columns[c], fontsize=8)
-        if c == 0:
-            axis.set_ylabel(rows[r], fontsize=8)
+        axis.set_title(columns[c] if r == 0 else "", fontsize=8)
+        axis.set_ylabel(rows[r] if c == 0 else "", fontsize=8)
+        if not isinstance(cell, Map):
+            axis.imshow(drawing.to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
+            continue
+        axis.imshow(cell.values.numpy(), cmap="magma", vmin=0, vmax=tops[c], extent=(0, 1, 1, 0))
+        if cell.mask is not None:
+            across, down = ((torch.arange(n) + 0.5) / n for n in reversed(cell.mask.shape))
+            axis.contour(across, down, cell.mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
+            axis.set_xlabel(f"{cell.inside:.0%} on its object", fontsize=8)
     figure.suptitle(title, fontsize=9)
     return figure
+
+
+def plot_maps(pictures, maps, rows, columns, title, name, one_scale=False):
+    """A figure of pictures beside Maps [row][column], and the shares; one scale per column, or for all."""
+    tops = [max(row[c].values.max().item() for row in maps) for c in range(len(columns))]
+    tops = [max(tops)] * len(tops) if one_scale else tops
+    heads = ["", *(f"{column}\n0 to {top:.0%}" for column, top in zip(columns, tops))]
+    figure = plot([[picture, *row] for picture, row in zip(pictures, maps)], rows, heads, title, [0, *tops])
+    finish(figure, name, ("row", "column", "mean share of attention", "share on its object"),
+           [(row, column, f"{cell.values.mean():.5f}", "" if cell.mask is None else f"{cell.inside:.4f}")
+            for row, cells in zip(rows, maps) for column, cell in zip(columns, cells)])
 
 
 def finish(figure, name, header, table):
     """Write a figure as PNG and its numbers as CSV beside it, and show it where there is a notebook."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    with replacing(args.out / f"{name}.png") as path:       # 256 colours: a third of the bytes
-        Image.open(drawn).convert("RGB").quantize(256).save(path, "PNG", optimize=True)
+    with replacing(args.out / f"{name}.png") as path:       # 256 colours take a third of the bytes
+        Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, "PNG")
     with replacing(args.out / f"{name}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *table])
     if IN_NOTEBOOK:
@@ -375,68 +392,65 @@ def finish(figure, name, header, table):
         progress.write(str(args.out / f"{name}.png"))
 
 
-def write_page(study, sweep, name):
+def write_page(study, name, betas, pictures, gates):
     """Write the page of a study, and show it where there is a notebook."""
-    named = " and ".join(f'"{words}"' for words in study.names)
+    objects = " and ".join(f'"{words}"' for words in study.names)
     about = {
-        "concepts": [concept.token for concept in study.locked], "objects": study.names,
-        "lead": f"{study.prompt[0].upper()}{study.prompt[1:]}: one prompt and one seed, under {len(study.locks)} locks. Choose a word: bright "
-                "places are where the picture listens to it. A good lock keeps the concept's word on its object.",
-        "made": f'"{study.prompt}", seed {args.seed}, {args.steps} DDIM steps, guidance {GUIDANCE:g}, model {model.name}; '
-                f"local locks with beta {BETA['local']}, the global lock with beta {BETA['global']}, tau {TAU}. A map is a "
-                "word's share of each place's attention, the sum over its tokens and the mean over heads; the shares of all "
-                f"words of the prompt add up to 1. The white outline is the object: where the base model's own attention to "
-                f"{named}, over the finished picture with noise added, is above the middle of its range. It is the "
-                "same judge for every lock, but it is attention too, not a mask drawn by hand."}
-    text = explorer.page(about, study.words, model.unet.layer_names(), study.views(), *sweep, SEEDS, *[NOTEBOOK_MAPS] * IN_NOTEBOOK)
+        "concepts": study.tokens, "objects": study.names,
+        "lead": f'One prompt, "{study.prompt}", and one seed, under {len(study.locks)} locks. Choose a word: '
+                "bright places are where the picture listens to it. A good lock keeps a concept's word on "
+                "its object.",
+        "made": f"Model {model.name}, seed {args.seed}, {args.steps} DDIM steps, guidance {GUIDANCE:g}; beta "
+                f"{BETA['local']}, with the global lock {BETA['global']}; tau {TAU}. A map is a word's share "
+                "of each place's attention: the sum over its tokens, the mean over the heads. At every place "
+                "the shares of all words sum to 1. The outline is the object: where the base model's own "
+                f"attention to {objects}, over the finished picture with noise added, is above the middle of "
+                "its range. It is the same judge for every lock, but it is attention too, not a mask made by "
+                "hand."}
+    text = explorer.page(about, study.words, model.unet.layer_names(),
+                         [explorer.View(row[0], row[3], drawn.picture, drawn.maps, drawn.masks, drawn.gates)
+                          for row, drawn in zip(study.locks, study.drawn.values())],
+                         betas, pictures, gates, [args.seed + k for k in range(SEEDS)],
+                         NOTEBOOK_MAPS if IN_NOTEBOOK else explorer.MAP_BYTES)
     with replacing(args.out / name) as path:
         path.write_text(text, encoding="utf-8")
     if IN_NOTEBOOK:
-        display.display(display.HTML(f'<iframe srcdoc="{html.escape(text)}" width="100%" height="1000"></iframe>'))
+        frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="1000" style="border: 0"></iframe>'
+        display.display(display.HTML(frame))
     else:
         progress.write(f"{args.out / name}: open it in a browser")
 
 
 # %% [markdown]
-# ## Load, train, draw
+# ## Train what is missing, and draw
 #
-# What is missing is trained first: locked keys, trained keys, textual inversion. Then the same prompt and seed are drawn
-# under every lock: ordinary words, locked keys, the global lock, trained keys, textual inversion.
+# The same prompt and seed are drawn under every lock. With a second concept, so is the prompt of two.
 
 # %%
 def setup():
-    """The model, the concepts as [{lock: Concept}], and how many pictures will be drawn."""
+    """The model, each concept as {lock: Concept}, and how many pictures will be drawn."""
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model()
     args.training_steps = args.training_steps or (400 if model.vae.factor == 8 else 160)
+    if args.super_category:         # what can be wrong is said before minutes of training
+        check_room(model, args.prompt, [args.super_category])
     files, missing = concept_files(model)
-    if args.super_category:
-        check_words(model, args.prompt, [args.super_category], args.words)
-    pictures = announce(model, missing, files)
+    pictures = announce(model, files, missing)
     if missing:
-        del model           # two models at once would take twice the memory
+        del model                   # two at once would take twice the memory
         for training in missing:
             train(*training)
         model = load_model()
     return model, [read_concepts(model, own) for own in files], pictures
 
 
-def check_words(model, template, names, words):
-    """ValueError when a prompt has no room for a concept, or no such word."""
-    prompt = fill(template, names)
-    for name in [*names, *words]:
-        if len(model.tokenizer.find(prompt, name)) < max(1, names.count(name)):
-            raise ValueError(f'the prompt "{prompt}" has no word "{name}", or is too long for it')
-
-
 if IN_NOTEBOOK:
     from IPython import display
 args = arguments(shlex.split(os.environ.get("DIAGNOSTICS", "")) if IN_NOTEBOOK else None)
-SEEDS = [args.seed + k for k in range(3)]
 model, concepts, pictures = attempt(setup)
 GUIDANCE = model.guidance if args.guidance is None else args.guidance
 progress = tqdm(total=pictures, unit="picture", desc="drawing", disable=IN_NOTEBOOK)
-one = attempt(Study, args.prompt, concepts[:1])
+one = attempt(Study, args.prompt, concepts[:1], args.words)
 pair = attempt(Study, args.pair, concepts) if len(concepts) == 2 else None
 for study in filter(None, (one, pair)):
     attempt(study.draw)
@@ -445,25 +459,29 @@ for study in filter(None, (one, pair)):
 # %% [markdown]
 # ## 1. The gate: which words does the edit touch?
 #
-# `sigmoid((sim / energy - beta) / tau)` of every token. It should be open at a concept's own word and shut elsewhere.
+# `sigmoid((sim / energy - beta) / tau)` of every token: open at a concept's own word and shut elsewhere.
 
 # %%
 def figure_gates():
-    """The gate of every token up to the end mark, of one prompt and of the prompt of two concepts."""
+    """The gates of all tokens up to the end mark, of one prompt and of the prompt of two concepts."""
     studies, table = [study for study in (one, pair) if study], []
     figure = Figure(figsize=(8, 2.3 * len(studies) + 0.4), layout="constrained")
     for axis, study in zip(figure.subplots(len(studies), 1, squeeze=False)[:, 0], studies):
-        tokens = [(t, piece) for word in study.words for t, piece in zip(word.tokens, word.pieces)
-                  if word.label != "padding"]
-        gates, n = study.drawn["locked keys"].gates, len(study.locked)
-        for j, concept in enumerate(study.locked):
-            axis.bar([t + 0.8 * (j + 0.5) / n - 0.4 for t, _ in tokens], [gates[t, j].item() for t, _ in tokens], 0.8 / n,
-                     label=concept.token, color=colormaps["viridis"](0.25 + 0.5 * j))
-            table += [(study.prompt, t, piece, concept.token, f"{gates[t, j]:.4f}") for t, piece in tokens]
-        axis.set_xticks([t for t, _ in tokens], [piece for _, piece in tokens], rotation=35, fontsize=9)
+        places = [(t, piece) for word in study.words if word.label != "padding"
+                  for t, piece in zip(word.tokens, word.pieces)]
+        gates, n = study.drawn["locked keys"].gates, len(study.tokens)
+        for j, token in enumerate(study.tokens):
+            axis.bar([t + 0.8 * (j + 0.5) / n - 0.4 for t, _ in places],
+                     [gates[t, j].item() for t, _ in places], 0.8 / n, label=token,
+                     color=colormaps["viridis"](0.25 + 0.5 * j))
+            table += [(study.prompt, t, piece, token, f"{gates[t, j]:.4f}") for t, piece in places]
+            if (opened := gates[study.named[j].tokens[-1], j]) < 0.5:
+                progress.write(f'in "{study.prompt}" the gate of {token} is only {opened:.2f} open: '
+                               f"its word stays nearly ordinary")
+        axis.set_xticks(*zip(*places), rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"How far the gate is open at every token (beta {BETA['local']}, tau {TAU})", fontsize=10)
+    figure.suptitle(f"How far the gate is open at every token, beta {BETA['local']}, tau {TAU}", fontsize=10)
     finish(figure, "1_gates", ("prompt", "place", "token", "concept", "gate"), table)
 
 
@@ -473,62 +491,44 @@ attempt(figure_gates)
 # %% [markdown]
 # ## 2. Where does the word act, under each lock?
 #
-# The same prompt and seed in every row. A locked word should act where the super-category's words act, on the object. The
-# number belongs to the concept's word only: the share of its attention on its own object, which is outlined.
+# The same prompt and seed in every row. A locked word should act where the super-category's words act: on the
+# object. A trained key lets it act everywhere.
 
 # %%
-def figure_locks():
-    """Pictures, and maps of the concept and other words, the mean over steps, layers and heads."""
-    rows = {one.locked[0].token: one.row(one.locked[0].token), **{word: one.row(word) for word in args.words}}
-    cells, notes, table = [], [], []
-    for name, drawn in one.drawn.items():
-        maps = [drawn.maps[0][:, row].sum(1).mean(0) for row in rows.values()]
-        inside = share(maps[0], drawn.masks[0])
-        cells.append([drawn.picture, *maps])
-        notes.append(["", f"{inside:.0%} on the object", *[""] * len(args.words)])
-        table += [(name, word, f"{x.mean():.5f}", f"{inside:.4f}" if i == 0 else "")
-                  for i, (word, x) in enumerate(zip(rows, maps))]
-    top = [0, *(max(row[c].max().item() for row in cells) for c in range(1, len(rows) + 1))]
-    columns = ["picture", *(f"{word}\n0 to {top[c]:.0%}" for c, word in enumerate(rows, 1))]
-    figure = plot(cells, list(one.drawn), columns, f"Where words act under each lock\n{one.prompt}", notes,
-                  [drawn.masks[0] for drawn in one.drawn.values()], top)
-    finish(figure, "2_locks", ("lock", "word", "mean share of attention", "share on the object"), table)
+def figure_words(study, drawn, words, title, name):
+    """Pictures, and the maps of words: the mean over steps, layers and heads."""
+    masks = {token: j for j, token in enumerate(study.tokens)}
+    maps = [[Map(study.map_of(word, row.maps[0]).mean(0), row.masks[masks[word]] if word in masks else None)
+             for word in words] for row in drawn.values()]
+    plot_maps([row.picture for row in drawn.values()], maps, list(drawn), words, title, name)
 
 
-attempt(figure_locks)
+attempt(figure_words, one, one.drawn, [*one.tokens, *args.words],
+        f"Where words act under each lock\n{one.prompt}", "2_locks")
 
 
 # %% [markdown]
 # ## 3. The pure effect of the key
 #
-# One drawing, that of the locked concept. Its queries meet the locked keys and the trained keys. Nothing else differs.
+# One drawing, that of the locked concept. Its queries meet the locked keys and the trained keys. Nothing else
+# differs.
 
 # %%
-def spread(n):
-    """At most n denoising steps, evenly spread from the first to the last."""
-    return torch.linspace(0, args.steps - 1, min(n, args.steps)).round().int().tolist()
-
-
-def seen_at(drawn, k):
-    """What the U-Net saw at step k, decoded: a noisy picture (3, H, W)."""
-    return drawing.decode(model.vae, drawn.seen[k:k + 1].to(model.device))[0]
+def figure_steps(columns, title, name):
+    """What the U-Net saw at several steps of the locked drawing, beside maps {column: (steps, h, w)}."""
+    locked = one.drawn["locked keys"]
+    steps = torch.linspace(0, args.steps - 1, min(ROWS, args.steps)).round().int()
+    seen = drawing.decode(model.vae, locked.seen[steps].to(model.device))
+    maps = [[Map(maps[k], locked.masks[0]) for maps in columns.values()] for k in steps]
+    rows = [f"t = {ddim_timesteps(args.steps)[k]}" for k in steps]
+    plot_maps(seen, maps, rows, list(columns), title, name, one_scale=True)
 
 
 def figure_keys():
-    """The map of the word under either keys at several steps."""
-    locked, trained = one.drawn["locked keys"], one.watch("locked", "local", args.seed, map_version="trained")
-    (row,), steps, names = one.row(one.locked[0].token), spread(ROWS), ("locked keys", "trained keys")
-    maps = [[drawn.maps[0][k, row] for drawn in (locked, trained)] for k in steps]
-    inside = [[share(x, locked.masks[0]) for x in pair_of_maps] for pair_of_maps in maps]
-    top = max(x.max().item() for pair_of_maps in maps for x in pair_of_maps)
-    labels = [f"t = {ddim_timesteps(args.steps)[k]}" for k in steps]
-    figure = plot([[seen_at(locked, k), *row_of_maps] for k, row_of_maps in zip(steps, maps)], labels,
-                  ["what the U-Net saw", *(f"{name}\n0 to {top:.0%}" for name in names)],
-                  f"The same queries under two keys: attention to {one.locked[0].token}",
-                  [["", *(f"{x:.0%} on the object" for x in numbers)] for numbers in inside],
-                  [locked.masks[0]] * len(steps), top)
-    finish(figure, "3_keys", ("step", "keys", "share on the object"),
-           [(label, name, f"{x:.4f}") for label, numbers in zip(labels, inside) for name, x in zip(names, numbers)])
+    locked, trained = one.drawn["locked keys"], one.watch(args.seed, "locked", map_version="trained")
+    columns = {"locked keys": one.map_of(one.tokens[0], locked.maps[0]),
+               "trained keys": one.map_of(one.tokens[0], trained.maps[0])}
+    figure_steps(columns, f"The same queries under two keys:\nattention to {one.tokens[0]}", "3_keys")
 
 
 if "trained keys" in one.drawn:
@@ -540,80 +540,55 @@ else:
 # %% [markdown]
 # ## 4. Over steps and layers
 #
-# The map of the concept's word in every cross-attention layer (across) at several noise levels (down), on one scale.
+# The map of the concept's word in every cross-attention layer (across) at several noise levels (down).
 
 # %%
-def figure_layers():
-    """What the U-Net saw, and the map of the word in every layer, at several steps."""
-    locked, (row,), steps = one.drawn["locked keys"], one.row(one.locked[0].token), spread(ROWS)
-    maps = [[level[k, row] for level in locked.maps[1:]] for k in steps]
-    inside = [[share(x, locked.masks[0]) for x in layers] for layers in maps]
-    top, names = max(x.max().item() for layers in maps for x in layers), model.unet.layer_names()
-    labels = [f"t = {ddim_timesteps(args.steps)[k]}" for k in steps]
-    figure = plot([[seen_at(locked, k), *layers] for k, layers in zip(steps, maps)], labels, ["what the U-Net saw", *names],
-                  f"Attention to {one.locked[0].token} in every layer, locked keys, 0 to {top:.0%}; % on the object",
-                  [["", *(f"{x:.0%}" for x in numbers)] for numbers in inside], [locked.masks[0]] * len(steps), top)
-    finish(figure, "4_layers", ("step", "layer", "share on the object"),
-           [(label, name, f"{x:.4f}") for label, numbers in zip(labels, inside) for name, x in zip(names, numbers)])
-
-
-attempt(figure_layers)
+columns = {name: one.map_of(one.tokens[0], level)
+           for name, level in zip(model.unet.layer_names(), one.drawn["locked keys"].maps[1:])}
+attempt(figure_steps, columns, f"Attention to {one.tokens[0]} in every layer, with locked keys", "4_layers")
 
 
 # %% [markdown]
 # ## 5. The knob: beta
 #
-# Beta is where the gate of a word is half open. It is chosen when a picture is drawn, without training: lower, more of
-# the concept; higher, more of the prompt. The columns go from an open gate to one that is shut.
+# Beta is where a word's gate is half open. It is chosen when a picture is drawn, without training: lower,
+# more of the concept; higher, more of the prompt. The columns go from an open gate to one nearly shut.
 
 # %%
-def figure_beta():
-    """Pictures of three seeds at several beta; returns them and the gates of their tokens."""
-    betas, last = one.betas(), one.named()[0].tokens[-1]
-    pictures, gates = one.sweep(betas)
-    figure = plot(pictures.transpose(0, 1), [f"seed {seed}" for seed in SEEDS],
-                  [f"beta {beta:g}\ngate {opened[last, 0]:.0%}" for beta, opened in zip(betas, gates)],
+def figure_beta(betas, pictures, gates):
+    opened = gates[:, one.named[0].tokens[-1], 0].tolist()
+    figure = plot(pictures.transpose(0, 1), [f"seed {args.seed + k}" for k in range(SEEDS)],
+                  [f"beta {beta:g}\ngate {x:.0%}" for beta, x in zip(betas, opened)],
                   f"Beta: from the concept to the prompt alone\n{one.prompt}")
     finish(figure, "5_beta", ("beta", "tau", "gate of the concept's word"),
-           [(beta, TAU, f"{opened[last, 0]:.4f}") for beta, opened in zip(betas, gates)])
-    return betas, pictures, gates
+           [(beta, TAU, f"{x:.4f}") for beta, x in zip(betas, opened)])
 
 
-swept = attempt(figure_beta)
+swept = attempt(one.sweep)
+attempt(figure_beta, *swept)
 
 
 # %% [markdown]
 # ## 6. Two concepts, trained apart, in one prompt
 #
-# Each word's map should cover its own object.
+# Each word should act on its own object.
 
 # %%
-def figure_two():
-    """Pictures of four seeds, and the maps of both words with the share on their own objects."""
-    drawn = [pair.drawn["locked keys"], *(pair.watch("locked", "local", args.seed + k) for k in (1, 2, 3))]
-    tokens = [concept.token for concept in pair.locked]
-    maps = [[one_drawn.maps[0][:, pair.row(token)].sum(1).mean(0) for token in tokens] for one_drawn in drawn]
-    inside = [[share(x, mask) for x, mask in zip(row, one_drawn.masks)] for row, one_drawn in zip(maps, drawn)]
-    top = max(x.max().item() for row in maps for x in row)
-    names = [f"seed {args.seed + k}" for k in range(4)]
-    figure = plot([[one_drawn.picture, *row] for one_drawn, row in zip(drawn, maps)], names,
-                  ["picture", *(f"{token}\n0 to {top:.0%}" for token in tokens)], pair.prompt,
-                  [["", *(f"{x:.0%} on its object" for x in row)] for row in inside], None, top)
-    finish(figure, "6_two", ("seed", "concept", "share on its own object"),
-           [(name, token, f"{x:.4f}") for name, row in zip(names, inside) for token, x in zip(tokens, row)])
-
-
 if pair:
-    attempt(figure_two)
+    seeds = {f"seed {args.seed}": pair.drawn["locked keys"]}
+    for k in range(1, SEEDS + 1):
+        seeds[f"seed {args.seed + k}"] = attempt(pair.watch, args.seed + k, "locked")
+    attempt(figure_words, pair, seeds, pair.tokens, f"Where the words of two concepts act\n{pair.prompt}",
+            "6_two")
 else:
-    print("figure 6 shows two concepts with --second")
+    print("figure 6 shows two concepts: give --second")
 
 
 # %% [markdown]
 # ## The page: every word, lock, step and layer
 
 # %%
-attempt(write_page, one, swept, "explorer.html")
+attempt(write_page, one, "explorer.html", *swept)
 if pair:
-    attempt(lambda: write_page(pair, (pair.betas(), *pair.sweep(pair.betas())), "explorer_two.html"))
+    attempt(write_page, pair, "explorer_two.html", *attempt(pair.sweep))
 progress.close()

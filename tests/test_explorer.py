@@ -1,4 +1,4 @@
-"""The page shows what was measured; in a browser it works with mouse, finger and keyboard, and asks for nothing."""
+"""The page shows what was measured; it works with mouse, finger and keyboard, and asks for nothing."""
 
 import base64
 import gzip
@@ -42,7 +42,7 @@ def projections(model, prompt):
 
 
 def views_of(words, steps=4, sizes=SIZES, side=16, locks=LOCKS):
-    """Locks with random pictures, maps and gates, and the left and the right half of the picture as objects."""
+    """Locks with random pictures, maps and gates; the two objects are the halves of the picture."""
     tokens = sum(len(word.tokens) for word in words)
     masks = torch.zeros(2, *sizes[0])
     masks[0, :, :sizes[0][1] // 2], masks[1, :, sizes[0][1] // 2:] = 1, 1
@@ -52,7 +52,8 @@ def views_of(words, steps=4, sizes=SIZES, side=16, locks=LOCKS):
 
 
 def page_of(words, views, side=16, **limit):
-    about = {"lead": "lead", "made": "made", "concepts": ["<teddy>", "<cat>"], "objects": ["teddy bear", "cat"]}
+    about = {"lead": "lead", "made": "made", "concepts": ["<teddy>", "<cat>"],
+             "objects": ["teddy bear", "cat"]}
     tokens = sum(len(word.tokens) for word in words)
     layers = [f"layer {i}" for i in range(1, len(views[0].maps))]
     return explorer.page(about, words, layers, views, [0.4, 0.7, 1.0], torch.rand(3, 3, 3, side, side),
@@ -66,8 +67,7 @@ def data_of(page):
 # ------------------------------------------------------------------------------------------- words and maps
 
 def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word(model, words):
-    assert [word.label for word in words] == ["start", "a", "photo", "of", "a", "<teddy>", "next", "to", "a", "<cat>",
-                                              "end", "padding"]
+    assert [word.label for word in words] == ["start", *PROMPT.split(), "end", "padding"]
     assert words[5] == Word("<teddy>", [5, 6], ["teddy", "bear"], concept=0) and words[9].concept == 1
     assert [t for word in words for t in word.tokens] == list(range(24))
     pieces = explorer.prompt_words(model.tokenizer, "a xyz of", [])[2]
@@ -99,7 +99,8 @@ def test_at_every_place_the_shares_of_all_words_sum_to_one(watched):
 def test_watching_does_not_change_the_picture(model, watched):
     keys, values, (latents, _, seen) = watched
     size = latents.shape[-2:]
-    assert torch.equal(latents, drawing.draw_latents(model.unet, model.schedule, keys, values, [3], size, 2, 2.0))
+    unwatched = drawing.draw_latents(model.unet, model.schedule, keys, values, [3], size, 2, 2.0)
+    assert torch.equal(latents, unwatched)
     assert torch.equal(seen[0], seeded_noise(3, latents.shape[1:])[0]) and len(seen) == 2
 
 
@@ -131,7 +132,8 @@ def test_fewer_steps_are_shown_rather_than_more_bytes(words):
     per_step = 5 * 12 * sum(h * w for h, w in SIZES)
     for limit, shown in ((10 ** 9, explorer.STEPS_SHOWN), (3 * per_step, 3), (1, 1)):
         data = data_of(page_of(words, views, map_bytes=limit))
-        assert len(data["steps"]) == shown and len(gzip.decompress(base64.b64decode(data["maps"]))) == shown * per_step
+        assert len(data["steps"]) == shown
+        assert len(gzip.decompress(base64.b64decode(data["maps"]))) == shown * per_step
     data = data_of(page_of(words, views))
     assert (data["steps"][0], data["steps"][-1]) == ({"number": 1, "t": 951}, {"number": 20, "t": 1})
 
@@ -155,17 +157,22 @@ def test_the_page_names_no_other_address(words):
 
 # ------------------------------------------------------------------------------------------------ the browser
 
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update")
+RIGHT = "\ue014"        # WebDriver's name of the key
+
+
 class Browser:
     """Headless Chromium through ChromeDriver's HTTP interface (W3C WebDriver)."""
 
     def __init__(self, profile):
-        self.driver = subprocess.Popen([shutil.which("chromedriver"), "--port=0"], stdout=subprocess.PIPE, text=True)
-        port = next(found[1] for line in self.driver.stdout if (found := re.search(r"successfully on port (\d+)", line)))
-        self.base = f"http://127.0.0.1:{port}/session"
-        options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                   "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}"]
-        session = self.call("", {"capabilities": {"alwaysMatch": {
-            "goog:chromeOptions": {"args": options}, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}}})
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        line = next(line for line in self.driver.stdout if "successfully on port" in line)
+        self.base = f"http://127.0.0.1:{re.search(r'port ([0-9]+)', line)[1]}/session"
+        options = {"args": [*FLAGS, f"--user-data-dir={profile}"]}
+        logs = {"browser": "ALL", "performance": "ALL"}
+        session = self.call("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options,
+                                                                  "goog:loggingPrefs": logs}}})
         self.base += "/" + session["sessionId"]
 
     def call(self, path, body):
@@ -174,15 +181,15 @@ class Browser:
         return json.load(urllib.request.urlopen(request, timeout=60))["value"]
 
     def emulate(self, width, theme="light", touch=False):
-        for command, settings in (
-                ("setDeviceMetricsOverride", {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": touch}),
-                ("setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": theme}]})):
+        screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": touch}
+        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        for command, settings in (("setDeviceMetricsOverride", screen), ("setEmulatedMedia", media)):
             self.call("/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": settings})
 
     def open(self, path):
         self.call("/url", {"url": path.as_uri()})
-        self.js("const ready = () => document.querySelectorAll('.rank li').length ? arguments[0]() : setTimeout(ready, 20);"
-                "ready();", wait=True)
+        self.js("const wait = () => document.querySelector('.rank li') ? arguments[0]()"
+                " : setTimeout(wait, 20); wait();", wait=True)
 
     def js(self, script, *arguments, wait=False):
         return self.call("/execute/async" if wait else "/execute/sync", {"script": script, "args": arguments})
@@ -197,8 +204,8 @@ class Browser:
         """Move a pointer to an element, x and y pixels from its centre, and press it there."""
         actions = [{"type": "pointerMove", "duration": 0, "origin": element, "x": x, "y": y}]
         actions += [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}] * press
-        self.call("/actions", {"actions": [{"type": "pointer", "id": kind, "parameters": {"pointerType": kind},
-                                            "actions": actions}]})
+        pointer = {"type": "pointer", "id": kind, "parameters": {"pointerType": kind}, "actions": actions}
+        self.call("/actions", {"actions": [pointer]})
 
     def keys(self, element, text):
         name, = element.values()
@@ -215,13 +222,10 @@ class Browser:
             self.driver.wait(20)
 
 
-RIGHT, TAB = "\ue014", "\ue004"     # WebDriver's names of the keys
-
-
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not shutil.which("chromedriver") or not shutil.which("chromium"):
-        pytest.skip("there is no chromium with chromedriver: apt-get install chromium chromium-driver")
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
     browser = Browser(tmp_path_factory.mktemp("profile"))
     yield browser
     browser.close()
@@ -258,7 +262,7 @@ def shares_expected(views, level, step, word):
 def test_pointing_at_a_word_shows_its_shares_under_every_lock(page, shown):
     for word in (3, 0, 11):     # an ordinary word, the start, the padding
         page.point(page.find("#chips .chip", word))
-        assert page.js("return [...document.querySelectorAll('#chips .chip')].findIndex(x => x.ariaPressed == 'true')") == word
+        assert page.find("#chips [aria-pressed=true]") == page.find("#chips .chip", word)
         # shown without decimals, from maps in steps of 1/255
         assert (shares_shown(page) - shares_expected(shown[0], 0, 2, word)).abs().max() < 0.6
     assert page.texts("#views h3") == list(LOCKS)
@@ -278,7 +282,10 @@ def test_a_place_ranks_the_words_by_their_share_there(page, shown):
     for i, view in enumerate(shown[0]):
         shares, order = view.maps[0][2, :, 1, 5].sort(descending=True)
         found = page.texts(f"#views figure:nth-child({i + 1}) li span:last-child")
-        assert [float(text.split()[0]) for text in found] == pytest.approx((100 * shares[:5]).tolist(), abs=0.6)
+        assert [float(text.split()[0]) for text in found] == pytest.approx((100 * shares[:5]).tolist(),
+                                                                           abs=0.6)
+        names = page.texts(f"#views figure:nth-child({i + 1}) li span:first-of-type")
+        assert names == [shown[2]["words"][w]["label"] for w in order[:5]]
 
 
 def test_the_keyboard_alone_is_enough(page):
@@ -291,14 +298,15 @@ def test_the_keyboard_alone_is_enough(page):
     page.keys(page.find("#views .picture"), RIGHT)
     after = page.js("return document.querySelector('.spot').style.left")
     assert float(after[:-1]) - float(before[:-1]) == pytest.approx(100 / 8)
-    reachable = page.js("return [...document.querySelectorAll('button, input, [tabindex]')].map(x => x.tabIndex)")
-    assert len(reachable) == 12 + 4 + 5 and min(reachable) == 0
+    indices = page.js("return [...document.querySelectorAll('button, input, [tabindex]')]"
+                      ".map(x => x.tabIndex)")
+    assert indices == [0] * (12 + 4 + 5)        # words, sliders with the box, pictures
 
 
 def test_beta_walks_through_the_pictures_and_the_gates(page, shown):
     def state():
-        return page.texts("#beta-name")[0], page.js("return document.querySelectorAll('#seeds img')[2].src"), \
-            page.texts("#gates .token")[0]
+        picture = page.js("return document.querySelectorAll('#seeds img')[2].src")
+        return page.texts("#beta-name")[0], picture, page.texts("#gates .token")[0]
     assert state()[0] == "0.70"
     page.keys(page.find("#beta"), RIGHT)
     last = shown[2]["betas"][2]
@@ -308,7 +316,8 @@ def test_beta_walks_through_the_pictures_and_the_gates(page, shown):
 
 
 def test_the_map_can_be_taken_off_the_picture(page):
-    painted = "return document.querySelector('canvas').getContext('2d').getImageData(0, 0, 320, 320).data.some(x => x)"
+    painted = ("return document.querySelector('canvas').getContext('2d').getImageData(0, 0, 320, 320)"
+               ".data.some(x => x)")
     assert page.js(painted)
     page.point(page.find("#map"), press=True)
     assert not page.js(painted)
@@ -320,7 +329,8 @@ def test_the_layout_fits_a_phone_and_a_desk_in_both_themes(browser, shown, width
     browser.emulate(width, theme, touch=width < 600)
     browser.open(shown[1])
     assert browser.js("return document.documentElement.scrollWidth") <= width
-    assert len(set(browser.js("return [...document.querySelectorAll('#views figure')].map(x => x.offsetLeft)"))) == columns
+    places = browser.js("return [...document.querySelectorAll('#views figure')].map(x => x.offsetLeft)")
+    assert len(set(places)) == columns
     background = browser.js("return getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", background))) < 80) == dark
     if width < 600:
@@ -338,5 +348,6 @@ def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, shown
     browser.point(browser.find("#chips .chip", 2), press=True)
     assert browser.log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [event["params"]["request"]["url"] for event in events
+             if event["method"] == "Network.requestWillBeSent"]
     assert asked and {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
