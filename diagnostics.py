@@ -1,375 +1,594 @@
 # %% [markdown]
-# # Why key locking works, in six figures
+# # Why key locking works
 #
 # A concept is an edit of the cross-attention's keys (*where* a word acts) and values (*what* it puts there).
-# Each cell asks one question of one trained concept. Maps that are compared share one colour scale, and the
-# number on a map is the share of the word's attention that falls inside the object. The base model itself
-# finds the object: where its map of the super-category's word, over the noised picture, exceeds half its
-# maximum.
+# Each figure here makes one claim. Maps that are compared share one colour scale. A number under a map is the
+# share of a word's attention that lies on its own object, which is outlined. The base model finds the object
+# in the finished picture: where its attention to the super-category's words is above the middle of its range.
+# So the judge is the same for every lock, but it is attention too.
 #
-# As a script: `python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors`
-# As a notebook, with the flags in an environment variable:
-# `jupytext --to notebook diagnostics.py`
-# `DIAGNOSTICS="--concept teddy.safetensors" jupyter execute --inplace diagnostics.ipynb`
+# The command that makes this notebook, with the script's flags in an environment variable:
+# `DIAGNOSTICS="--images examples/teddy --super teddy\ bear" jupytext --to ipynb --execute diagnostics.py`
 
 # %%
-"""Six figures that show what a concept's edit does: gates, attention maps, sweeps."""
+"""Why key locking works: train what is missing, draw figures, and write a page to explore.
+
+    python diagnostics.py --images examples/teddy --super "teddy bear"
+    python diagnostics.py --images examples/teddy --super "teddy bear" \\
+        --second examples/cat --second-super cat
+    python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors
+
+The output folder receives the figures (PNG), their numbers (CSV), explorer.html, and in trained/ the
+concepts, which the next run uses again. A second concept adds figure 6 and explorer_two.html.
+"""
 import argparse
+import csv
+import hashlib
+import html
+import io
+import itertools
 import os
 import shlex
+import subprocess
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+from tqdm import tqdm
 
 import drawing
+import explorer
+import fast_cpu
 import perfusion
 import weights_loader
-from attention_maps import attention, record_queries, share_inside, word_map
-from diffusion import seeded_noise
+from attention_maps import MASK_TIMESTEPS, attention, record_queries, share_inside, word_map
+from diffusion import ddim_timesteps, seeded_noise
+from files import replacing
+from image_files import list_images
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
-if not IN_NOTEBOOK:
-    matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the choice of the backend)
-
-BETA = {"local": 0.7, "global": 0.5}       # the middle of the paper's ranges
-TAU = 0.15
-SEGMENT_TIMES = (201, 401, 601)            # noise levels at which the base model looks for the object
-MAP_TIMES = (1, 201, 401, 601, 801)        # rows of figure 4
-BETAS = (0.5, 0.7, 0.9, 1.1, 1.3, 1.5)    # figure 5: until the gate of the word itself is shut
-TAUS = (0.05, 0.1, 0.15, 0.2, 0.3)
+BETA, TAU = {"local": 0.7, "global": 0.5}, 0.15     # the middle of the paper's ranges
+SWEEP = (-4, -2, -1, 0, 1, 2)       # beta in figure 5: in tau from where the gate of the word is half open
+SEEDS = 3                           # of figure 5
+ROWS = 4                            # denoising steps in figures 3 and 4
+NOTEBOOK_MAPS = 400_000             # bytes of maps on the page in a notebook
+TRAINING_COST = 9                   # of a training step, in guided drawing steps; measured
+VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock in training
+LOCKS = (  # name, lock in training, lock in drawing, what it is
+    ("super-category", None, "local", "The base model and ordinary words. Nothing is edited."),
+    ("locked keys", "locked", "local", "Learned values, and the key of the super-category."),
+    ("global lock", "locked", "global", "Learned values, and all keys of the ordinary prompt."),
+    ("trained keys", "trained", "local", "Learned values, and a key that was learned with them."),
+    ("textual inversion", "none", "local", "Only a word embedding is learned. Nothing is edited."))
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--concept", metavar="FILE", required=True, help="concept with locked keys, of every figure")
-    add("--trained", metavar="FILE", help="the same, trained with --lock trained (figures 2 and 3)")
-    add("--inversion", metavar="FILE", help="the same, trained with --lock none (figure 2)")
-    add("--second", metavar="FILE", help="another concept (figures 1 and 6)")
-    add("--prompt", default="a photo of a {} wearing a hat on the beach", help="{} stands for the concept")
-    add("--words", default="hat,beach", help="other words to map, with commas (default hat,beach)")
-    add("--pair", default="a photo of a {} next to a {}", help="prompt of two concepts (figures 1 and 6)")
-    add("--seed", type=int, default=0, help="seed of the first picture (default 0)")
-    add("--steps", type=int, default=30, help="DDIM steps (default 30)")
-    add("--guidance", type=float, help="weight of the prompt (default 7.5, for the small model 4)")
-    add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id (default tiny)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="default the best one present")
-    add("--out", type=Path, default=Path("figures"), help="folder of the PNGs (default figures)")
+    add("--images", type=Path, metavar="DIR", help="pictures of the concept, for what is not given as a file")
+    add("--super", dest="super_category", metavar="WORDS", help='what it is, in ordinary words: "teddy bear"')
+    add("--second", type=Path, metavar="DIR|FILE", help="pictures of a second concept, or its file")
+    add("--second-super", metavar="WORDS", help="what the second one is, in ordinary words")
+    add("--out", type=Path, default="figures", metavar="DIR", help="output folder (default: %(default)s)")
+    add("--weights", default="tiny",
+        help="tiny, sd15, a folder, a single file or a hub id (default: %(default)s)")
+    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")
+    add("--prompt", default="a photo of a {} wearing a hat on the beach",
+        help="{} stands for the concept (default: %(default)s)")
+    add("--words", default="hat,beach", metavar="W,W", help="other words in figure 2 (default: %(default)s)")
+    add("--pair", default="a photo of a {} next to a {}", metavar="PROMPT",
+        help="prompt of two concepts (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
+    add("--steps", type=int, default=20, help="denoising steps, 1 to 999 (default: %(default)s)")
+    add("--guidance", type=float, help="weight of the prompt (default: 7.5, for the small model 4)")
+    add("--training-steps", type=int, metavar="N", help="(default: 160 for tiny, 400 for SD v1)")
+    add("--device", choices=("cpu", "cuda", "mps"), help="(default: the best one present)")
+    files = parser.add_argument_group("finished files, instead of training")
+    files.add_argument("--concept", type=Path, metavar="FILE", help="concept with locked keys")
+    files.add_argument("--trained", type=Path, metavar="FILE", help="the same, trained with --lock trained")
+    files.add_argument("--inversion", type=Path, metavar="FILE", help="the same, trained with --lock none")
     args = parser.parse_args(argv)
-    if args.prompt.count("{}") != 1 or args.pair.count("{}") != 2 or not 1 <= args.steps <= 999:
-        parser.error("--prompt needs {} once, --pair twice, and --steps is 1 to 999")
+    args.words = [word.strip() for word in args.words.split(",") if word.strip()]
+    if args.prompt.count("{}") != 1 or args.pair.count("{}") != 2:
+        parser.error("--prompt needs {} once, --pair twice")
+    if not 1 <= args.steps <= 999 or not 0 <= args.seed < 2 ** 63 - SEEDS:
+        parser.error(f"--steps must be 1 to 999, and --seed 0 to 2**63 - {SEEDS + 1}")
+    if args.training_steps is not None and args.training_steps < 1:
+        parser.error("--training-steps must be at least 1")
+    if bool(args.images) != bool(args.super_category) or not (args.images or args.concept):
+        parser.error("give --images with --super, or a finished --concept")
+    if args.second and args.second.suffix != ".safetensors" and not args.second_super:
+        parser.error("--second with a folder of pictures needs --second-super")
     return args
 
 
-def load(args):
-    """The model and the concepts {option: Concept} of the files that were given."""
+# %% [markdown]
+# ## What is given, and what must be trained
+
+# %%
+def attempt(function, *inputs):
+    """The function's result. An error that the user can mend ends the script: a sentence and exit code 2."""
+    try:
+        return function(*inputs)
+    except (ValueError, OSError, RuntimeError) as error:
+        if type(error) is RuntimeError and "memory" not in str(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+
+
+def load_model():
     device = drawing.pick_device(args.device)
-    files = {name: getattr(args, name) for name in ("concept", "trained", "inversion", "second")}
-    concepts = {name: perfusion.Concept.load(path) for name, path in files.items() if path}
-    if "second" in concepts and concepts["second"].token == concepts["concept"].token:
-        raise ValueError(f"--concept and --second are both called {concepts['second'].token}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16)
-    concepts = {name: perfusion.prepare([concept], model)[0] for name, concept in concepts.items()}
-    ordinary = args.prompt.replace("{}", concepts["concept"].words)
-    for word in filter(None, args.words.split(",")):
-        if not model.tokenizer.find(ordinary, word):
-            raise ValueError(f'--words: the prompt "{ordinary}" has no word "{word}"')
-    return model, concepts
+    model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
+                                tokenizer=args.tokenizer)
+    fast_cpu.enable(model)
+    return model
 
 
-try:
-    args = arguments(shlex.split(os.environ.get("DIAGNOSTICS", "")) if IN_NOTEBOOK else None)
-    model, concepts = load(args)
-except (ValueError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
-concept = concepts["concept"]
-SIZE = model.size
-GUIDANCE = model.guidance if args.guidance is None else args.guidance
-LATENT = tuple(side // model.vae.factor for side in SIZE)
-WORDS = [word for word in args.words.split(",") if word]
+def concept_files(model):
+    """For each concept {lock: its file, or the folder of its training}; the trainings that are missing."""
+    given = {lock: file for option, lock in VERSIONS.items() if (file := getattr(args, option))}
+    sources = [(given, args.images, args.super_category)]
+    if args.second:
+        sources.append(({"locked": args.second}, None, None) if args.second.suffix == ".safetensors" else
+                       ({}, args.second, args.second_super))
+    missing = []
+    for files, pictures, words in sources:
+        for file in files.values():
+            if not file.is_file():
+                raise ValueError(f"{file}: there is no such file")
+        for lock in VERSIONS.values() if pictures else ():
+            if lock not in files:
+                files[lock] = training_folder(model, pictures, words, lock)
+                if not files[lock].exists():
+                    missing.append((files[lock], pictures, words, lock))
+    return [files for files, _, _ in sources], missing
+
+
+def training_folder(model, pictures, words, lock):
+    """Where a training is kept: another name for other pictures, words, weights or another length."""
+    digest = hashlib.sha256(f"{words}|{model.fingerprint}|{args.training_steps}".encode())
+    for file in list_images(pictures)[0]:
+        digest.update(file.name.encode() + file.read_bytes())
+    return args.out / "trained" / f"{pictures.resolve().stem}-{lock}-{digest.hexdigest()[:8]}"
+
+
+def train(folder, pictures, words, lock):
+    """Run train.py. The folder gets its name at the end; a training that was stopped goes on."""
+    unfinished = folder.with_name(folder.name + ".unfinished")
+    command = [sys.executable, Path(explorer.__file__).with_name("train.py"), "--images", pictures,
+               "--super", words, "--lock", lock, "--steps", str(args.training_steps), "--preview", "0",
+               "--out", unfinished, "--weights", args.weights]
+    for option in ("tokenizer", "device"):
+        command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
+    command += ["--resume"] if (unfinished / "checkpoint.pt").exists() else []
+    print(f"training {folder}", flush=True)
+    code = subprocess.run(command).returncode
+    if code:
+        sys.exit(code)
+    unfinished.rename(folder)
+
+
+def shared_locks(concepts):
+    """The rows of LOCKS that every concept has; concepts: dicts with locks as keys."""
+    return [row for row in LOCKS if row[1] is None or all(row[1] in versions for versions in concepts)]
+
+
+def announce(model, files, missing):
+    """Say how long it will take, from the time of a step on this machine; returns the number of pictures."""
+    pictures = sum(len(shared_locks(files[:n])) + SEEDS * len(SWEEP) for n in range(1, len(files) + 1))
+    pictures += ("trained" in files[0]) + SEEDS * (len(files) - 1)        # figures 3 and 6
+    ids, _ = model.tokenizer.encode(["", ""])
+    e = model.text_encoder(model.text_encoder.embed(ids.to(model.device)))
+    start = time.perf_counter()
+    drawing.draw(model, model.unet.keys(e), model.unet.values(e), [0], model.size, 3, model.guidance)
+    step = (time.perf_counter() - start) / 3
+    seconds = step * (pictures * args.steps + len(missing) * args.training_steps * TRAINING_COST)
+    minutes = max(1, round(seconds / 60))
+    print(f"{len(missing)} trainings of {args.training_steps} steps and {pictures} pictures of {args.steps}: "
+          f"about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
+    return pictures
+
+
+def read_concepts(model, files):
+    """{lock: Concept} of one concept, ready for the model; ValueError when its files do not fit together."""
+    concepts = {}
+    for lock, path in files.items():
+        path = path if path.is_file() else next(path.glob("*.safetensors"))
+        concepts[lock], = perfusion.prepare([perfusion.Concept.load(path)], model)
+        if concepts[lock].lock != lock:
+            raise ValueError(f"{path} was trained with --lock {concepts[lock].lock}: here one trained with "
+                             f"--lock {lock} is needed")
+    if len({concept.words for concept in concepts.values()}) > 1:
+        raise ValueError("--concept, --trained and --inversion are not of one super-category")
+    return concepts
+
+
+def check_room(model, template, names):
+    """ValueError when a prompt is so long that a concept is cut off."""
+    prompt = fill(template, names)
+    for name in names:
+        if len(model.tokenizer.find(prompt, name)) < names.count(name):
+            raise ValueError(f'the prompt "{prompt}" is too long: it has no room for "{name}"')
 
 
 # %% [markdown]
-# ## Tools: a drawing with its maps, and three kinds of plot
+# ## A prompt, drawn under every lock while its attention is kept
 
 # %%
-def as_text(template, mine):
-    """A prompt template with the concepts' tokens in it, and the same with their ordinary words."""
-    return template.format(*[c.token for c in mine]), template.format(*[c.words for c in mine])
+def fill(template, names):
+    """A template with the concepts' names, or their ordinary words, in the places of its {}."""
+    for name in names:
+        template = template.replace("{}", name, 1)
+    return template
 
 
-@torch.no_grad()
-def projections(prompt, mine, beta, tau, lock):
-    """Keys and values of ["", prompt] for the concepts `mine`; plain ones without concepts."""
-    e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, ["", prompt], mine)
-    n = len(mine)
-    return perfusion.keys_and_values(model.unet, e, e_super, mine, [beta] * n, [tau] * n, lock)
+@dataclass
+class Drawn:
+    """A picture (3, H, W); the maps of its words and what the U-Net saw, as `explorer.watch` returns them;
+    masks (n, h, w) of the concepts' objects; gates (T, n) or None."""
+    picture: torch.Tensor
+    maps: list
+    seen: torch.Tensor
+    masks: torch.Tensor
+    gates: torch.Tensor | None
 
 
-def token_indices(ordinary, word):
-    """Where a word stands in a prompt; the same places hold for the concept in its super-category's place."""
-    return model.tokenizer.find(ordinary, word)[0]
+class Study:
+    """A prompt with one or two concepts, each a dict {lock: Concept}, and what was drawn under every lock."""
+
+    def __init__(self, template, concepts, words=()):
+        self.template, self.concepts, self.locks = template, concepts, shared_locks(concepts)
+        locked = perfusion.prepare([versions["locked"] for versions in concepts], model)
+        self.tokens, self.names = [c.token for c in locked], [c.words for c in locked]
+        check_room(model, template, self.names)
+        self.prompt = fill(template, self.tokens)
+        self.words = explorer.prompt_words(model.tokenizer, self.prompt, locked)
+        self.named = [next(word for word in self.words if word.concept == j) for j in range(len(locked))]
+        self.drawn = {}
+        for word in words:
+            self.rows(word)
+
+    def draw(self):
+        """Draw the first seed under every lock."""
+        for name, version, lock, _ in self.locks:
+            self.drawn[name] = self.watch(args.seed, version, lock)
+
+    def project(self, version, lock="local", beta=None):
+        """Keys and values of ["", prompt], and the gates (T, n) of the prompt's tokens or None.
+
+        version: the lock in training of the concepts; None for the ordinary words.
+        """
+        mine, beta = [own[version] for own in self.concepts if version], BETA[lock] if beta is None else beta
+        prompts, n = ["", fill(self.template, [c.token for c in mine] or self.names)], len(mine)
+        e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, mine)
+        keys, values = perfusion.keys_and_values(model.unet, e, e_super, mine, [beta] * n, [TAU] * n, lock)
+        if version in (None, "none"):
+            return keys, values, None
+        I, D = torch.stack([c.i_star for c in mine]), torch.stack([c.d_star for c in mine])
+        _, sims = perfusion.split(e, I, D)
+        return keys, values, perfusion.gate(sims, beta, TAU)[1].cpu()
+
+    def watch(self, seed, version, lock="local", map_version=None):
+        """Draw one seed, and keep the attention of the keys that draw, or of those of another version."""
+        keys, values, gates = self.project(version, lock)
+        map_keys = self.project(map_version, lock)[0] if map_version else None
+        latents, maps, seen = explorer.watch(model, keys, values, self.words, seed, args.steps, GUIDANCE,
+                                             map_keys)
+        progress.update()
+        return Drawn(drawing.decode(model.vae, latents)[0], maps, seen, self.masks(latents), gates)
+
+    def masks(self, latents):
+        """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
+        keys, values, _ = self.project(None)
+        keys, values, sums = [k[1:] for k in keys], [v[1:] for v in values], 0
+        for t in MASK_TIMESTEPS:
+            noise = seeded_noise(0, latents.shape[1:]).to(latents)
+            z = model.schedule.add_noise(latents, noise, torch.tensor([t], device=latents.device))
+            with record_queries(model.unet) as queries:
+                model.unet(z.to(keys[0].dtype), t, keys, values)
+            maps = attention(queries, keys, model.unet.config.attention_heads)
+            sums = sums + torch.cat([word_map(maps, word.tokens, latents.shape[-2:]) for word in self.named])
+        low, high = sums.amin((1, 2), keepdim=True), sums.amax((1, 2), keepdim=True)
+        return (sums > (low + high) / 2).float().cpu()
+
+    def rows(self, text):
+        """Which of the prompt's words are a concept's name or an ordinary phrase; ValueError if none."""
+        ordinary = fill(self.template, self.names)
+        places = {t for found in model.tokenizer.find(ordinary, text)[:1] for t in found}
+        rows = [i for i, word in enumerate(self.words) if word.label == text or places >= set(word.tokens)]
+        if not rows:
+            raise ValueError(f'--words: the prompt "{self.prompt}" has no word "{text}"')
+        return rows
+
+    def map_of(self, text, maps):
+        """Maps (steps, h, w) of a word, from one level (steps, words, h, w) of `explorer.watch`'s maps."""
+        return maps[:, self.rows(text)].sum(1)
+
+    def sweep(self):
+        """Values of beta around the one where the concept's gate is half open, and with locked keys pictures
+        (betas, seeds, 3, H, W) and gates (betas, T, n)."""
+        opened = self.drawn["locked keys"].gates[self.named[0].tokens[-1], 0]
+        middle = BETA["local"] + TAU * torch.logit(opened, eps=1e-6).item()
+        betas, pictures, gates = [round(middle + TAU * k, 2) for k in SWEEP], [], []
+        for beta in betas:
+            keys, values, opened = self.project("locked", beta=beta)
+            row = [drawing.draw(model, keys, values, [args.seed + k], model.size, args.steps, GUIDANCE)
+                   for k in range(SEEDS)]
+            pictures.append(torch.cat(row))
+            gates.append(opened)
+            progress.update(SEEDS)
+        return betas, torch.stack(pictures), torch.stack(gates)
 
 
-def word_maps(queries, keys, indices):
-    """Maps (words, h, w) at latent size of the last prompt of the batch, averaged over layers and heads."""
-    maps = attention([q[-1:] for q in queries], [k[-1:] for k in keys], model.unet.config.attention_heads)
-    return torch.cat([word_map(maps, tokens, LATENT) for tokens in indices]).cpu()
+# %% [markdown]
+# ## Tools to plot and to write
+
+# %%
+@dataclass
+class Map:
+    """A cell of a figure: a map (h, w), and where it has an object its mask (h, w), and so a share on it."""
+    values: torch.Tensor
+    mask: torch.Tensor | None = None
+
+    @property
+    def inside(self):
+        return None if self.mask is None else share_inside(self.values[None], self.mask[None]).item()
 
 
-def draw_with_maps(keys, values, indices, seed):
-    """A picture (3, H, W), its latents (1, c, h, w), and the words' maps (words, h, w), mean over steps."""
-    maps = []
-    with record_queries(model.unet) as queries:
-        def keep(z):
-            maps.append(word_maps(queries, keys, indices))
-        latents = drawing.draw_latents(model.unet, model.schedule, keys, values, [seed], LATENT, args.steps,
-                                       GUIDANCE, on_step=keep)
-    return drawing.decode(model.vae, latents)[0], latents, torch.stack(maps).mean(0)
-
-
-@torch.no_grad()
-def queries_of_noised(latents, keys, values, t):
-    """The queries of every layer over a picture noised to timestep t, under the last prompt of the batch."""
-    noise = seeded_noise(args.seed, latents.shape[1:]).to(latents)
-    z = model.schedule.add_noise(latents, noise, torch.tensor([t], device=latents.device))
-    with record_queries(model.unet) as queries:
-        model.unet(z.to(keys[0].dtype), t, [k[-1:] for k in keys], [v[-1:] for v in values])
-    return queries
-
-
-def maps_of_noised(latents, keys, values, indices, t, other_keys=None):
-    """Maps (words, h, w) over a picture noised to timestep t, from its queries and its or other keys."""
-    return word_maps(queries_of_noised(latents, keys, values, t), other_keys or keys, indices)
-
-
-def object_mask(latents, ordinary, words):
-    """Where the base model sees `words` in a picture: above the middle of the range of their map."""
-    keys, values = projections(ordinary, [], 0, 1, "local")
-    indices = [token_indices(ordinary, words)]
-    where = torch.stack([maps_of_noised(latents, keys, values, indices, t)[0] for t in SEGMENT_TIMES]).mean(0)
-    return (where > (where.max() + where.min()) / 2).float()
-
-
-def shares(maps, mask):
-    """Share of each map (..., h, w) inside the mask (h, w)."""
-    return share_inside(maps.flatten(0, -3), mask[None]).view(maps.shape[:-2])
-
-
-def finish(figure, name):
-    figure.savefig(args.out / name, dpi=150)
-    if IN_NOTEBOOK:
-        pyplot.show()
-    else:
-        pyplot.close(figure)
-        print(args.out / name)
-
-
-def plot_maps(pictures, maps, inside, masks, rows, columns, title, name, scale="column"):
-    """Pictures (R, 3, H, W) beside maps (R, C, h, w) with the shares `inside` (R, C) under them.
-
-    masks (R, h, w) become outlines; pictures and masks may be None. scale: one per "column" or for "all".
-    """
-    R, C, first = len(maps), maps.shape[1], int(pictures is not None)
-    figure, axes = pyplot.subplots(R, C + first, figsize=(1.9 * (C + first), 2.0 * R + 0.6), squeeze=False,
-                                   layout="constrained")
-    for r in range(R):
-        if first:
-            axes[r, 0].imshow(drawing.to_bytes(pictures[r]))
-        for c in range(C):
-            top = (maps[:, c] if scale == "column" else maps).max().item()
-            axes[r, c + first].imshow(maps[r, c].numpy(), cmap="magma", vmin=0, vmax=top)
-            if masks is not None:
-                axes[r, c + first].contour(masks[r].numpy(), levels=[0.5], colors="white", linewidths=0.7)
-            if inside is not None:
-                axes[r, c + first].set_xlabel(f"{inside[r, c]:.0%} inside", fontsize=9)
-        axes[r, 0].set_ylabel(rows[r], fontsize=9)
-    for axis, column in zip(axes[0], ["picture"] * first + list(columns)):
-        axis.set_title(column, fontsize=9)
-    for axis in axes.flat:
+def plot(cells, rows, columns, title, tops=None):
+    """A grid of pictures (3, H, W) and Maps with labels; tops: the value where each column's colours end."""
+    R, C = len(cells), len(cells[0])
+    figure = Figure(figsize=(1.4 * C + 0.5, 1.65 * R + 0.7), layout="constrained")
+    axes = figure.subplots(R, C, squeeze=False)
+    for r, c in itertools.product(range(R), range(C)):
+        axis, cell = axes[r, c], cells[r][c]
         axis.set(xticks=[], yticks=[])
-    figure.suptitle(title, fontsize=10)
-    finish(figure, name)
+        axis.set_title(columns[c] if r == 0 else "", fontsize=8)
+        axis.set_ylabel(rows[r] if c == 0 else "", fontsize=8)
+        if not isinstance(cell, Map):
+            axis.imshow(drawing.to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
+            continue
+        axis.imshow(cell.values.numpy(), cmap="magma", vmin=0, vmax=tops[c], extent=(0, 1, 1, 0))
+        if cell.mask is not None:
+            across, down = ((torch.arange(n) + 0.5) / n for n in reversed(cell.mask.shape))
+            axis.contour(across, down, cell.mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
+            axis.set_xlabel(f"{cell.inside:.0%} on its object", fontsize=8)
+    figure.suptitle(title, fontsize=9)
+    return figure
 
 
-def plot_pictures(images, rows, columns, title, name):
-    """Pictures (R, C, 3, H, W) as a labelled grid."""
-    R, C = images.shape[:2]
-    figure, axes = pyplot.subplots(R, C, figsize=(1.6 * C, 1.6 * R + 0.7), squeeze=False,
-                                   layout="constrained")
-    for r in range(R):
-        for c in range(C):
-            axes[r, c].imshow(drawing.to_bytes(images[r, c]))
-            axes[r, c].set(xticks=[], yticks=[])
-            if r == 0:
-                axes[r, c].set_title(columns[c], fontsize=9)
-        axes[r, 0].set_ylabel(rows[r], fontsize=9)
-    figure.suptitle(title, fontsize=10)
-    finish(figure, name)
+def plot_maps(pictures, maps, rows, columns, title, name, one_scale=False):
+    """A figure of pictures beside Maps [row][column], and the shares; one scale per column, or for all."""
+    tops = [max(row[c].values.max().item() for row in maps) for c in range(len(columns))]
+    tops = [max(tops)] * len(tops) if one_scale else tops
+    heads = ["", *(f"{column}\n0 to {top:.0%}" for column, top in zip(columns, tops))]
+    figure = plot([[picture, *row] for picture, row in zip(pictures, maps)], rows, heads, title, [0, *tops])
+    finish(figure, name, ("row", "column", "mean share of attention", "share on its object"),
+           [(row, column, f"{cell.values.mean():.5f}", "" if cell.mask is None else f"{cell.inside:.4f}")
+            for row, cells in zip(rows, maps) for column, cell in zip(columns, cells)])
+
+
+def finish(figure, name, header, table):
+    """Write a figure as PNG and its numbers as CSV beside it, and show it where there is a notebook."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    with replacing(args.out / f"{name}.png") as path:       # 256 colours take a third of the bytes
+        Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, "PNG")
+    with replacing(args.out / f"{name}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([header, *table])
+    if IN_NOTEBOOK:
+        display.display(display.Image(args.out / f"{name}.png"))
+    else:
+        progress.write(str(args.out / f"{name}.png"))
+
+
+def write_page(study, name, betas, pictures, gates):
+    """Write the page of a study, and show it where there is a notebook."""
+    objects = " and ".join(f'"{words}"' for words in study.names)
+    about = {
+        "concepts": study.tokens, "objects": study.names,
+        "lead": f'One prompt, "{study.prompt}", and one seed, under {len(study.locks)} locks. Choose a word: '
+                "bright places are where the picture listens to it. A good lock keeps a concept's word on "
+                "its object.",
+        "made": f"Model {model.name}, seed {args.seed}, {args.steps} DDIM steps, guidance {GUIDANCE:g}; beta "
+                f"{BETA['local']}, with the global lock {BETA['global']}; tau {TAU}. A map is a word's share "
+                "of each place's attention: the sum over its tokens, the mean over the heads. At every place "
+                "the shares of all words sum to 1. The outline is the object: where the base model's own "
+                f"attention to {objects}, over the finished picture with noise added, is above the middle of "
+                "its range. It is the same judge for every lock, but it is attention too, not a mask made by "
+                "hand."}
+    text = explorer.page(about, study.words, model.unet.layer_names(),
+                         [explorer.View(row[0], row[3], drawn.picture, drawn.maps, drawn.masks, drawn.gates)
+                          for row, drawn in zip(study.locks, study.drawn.values())],
+                         betas, pictures, gates, [args.seed + k for k in range(SEEDS)],
+                         NOTEBOOK_MAPS if IN_NOTEBOOK else explorer.MAP_BYTES)
+    with replacing(args.out / name) as path:
+        path.write_text(text, encoding="utf-8")
+    if IN_NOTEBOOK:
+        frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="1000" style="border: 0"></iframe>'
+        display.display(display.HTML(frame))
+    else:
+        progress.write(f"{args.out / name}: open it in a browser")
+
+
+# %% [markdown]
+# ## Train what is missing, and draw
+#
+# The same prompt and seed are drawn under every lock. With a second concept, so is the prompt of two.
+
+# %%
+def setup():
+    """The model, each concept as {lock: Concept}, and how many pictures will be drawn."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = load_model()
+    args.training_steps = args.training_steps or (400 if model.vae.factor == 8 else 160)
+    if args.super_category:         # what can be wrong is said before minutes of training
+        check_room(model, args.prompt, [args.super_category])
+    files, missing = concept_files(model)
+    pictures = announce(model, files, missing)
+    if missing:
+        del model                   # two at once would take twice the memory
+        for training in missing:
+            train(*training)
+        model = load_model()
+    return model, [read_concepts(model, own) for own in files], pictures
+
+
+if IN_NOTEBOOK:
+    from IPython import display
+args = arguments(shlex.split(os.environ.get("DIAGNOSTICS", "")) if IN_NOTEBOOK else None)
+model, concepts, pictures = attempt(setup)
+GUIDANCE = model.guidance if args.guidance is None else args.guidance
+progress = tqdm(total=pictures, unit="picture", desc="drawing", disable=IN_NOTEBOOK)
+one = attempt(Study, args.prompt, concepts[:1], args.words)
+pair = attempt(Study, args.pair, concepts) if len(concepts) == 2 else None
+for study in filter(None, (one, pair)):
+    attempt(study.draw)
 
 
 # %% [markdown]
 # ## 1. The gate: which words does the edit touch?
 #
-# `sigmoid((sim / energy - beta) / tau)` of every token. It should be open at the concept's word and closed
-# elsewhere. No U-Net is needed for this.
+# `sigmoid((sim / energy - beta) / tau)` of every token: open at a concept's own word and shut elsewhere.
 
 # %%
-@torch.no_grad()
-def token_gates(template, mine):
-    """Labels (T) and gates (T, concepts) of the tokens of a prompt, up to the end mark."""
-    prompt, ordinary = as_text(template, mine)
-    e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, [prompt], mine)
-    _, sims = perfusion.split(e, torch.stack([c.i_star for c in mine]), torch.stack([c.d_star for c in mine]))
-    gates = perfusion.gate(sims, BETA["local"], TAU)[0].cpu()
-    labels = model.tokenizer.tokens(model.tokenizer.encode([ordinary])[0][0])
-    end = labels.index("<|endoftext|>") + 1 if "<|endoftext|>" in labels else len(labels)
-    return labels[:end], gates[:end]
-
-
-def plot_gates(panels, name):
-    """panels: list of (labels, gates (T, n), names of the n concepts)."""
-    figure, axes = pyplot.subplots(len(panels), 1, figsize=(8, 2.4 * len(panels)), squeeze=False,
-                                   layout="constrained")
-    for axis, (labels, gates, names) in zip(axes[:, 0], panels):
-        n = gates.shape[1]
-        for j in range(n):
-            places = [k + 0.8 * (j + 0.5) / n - 0.4 for k in range(len(labels))]
-            axis.bar(places, gates[:, j].numpy(), 0.8 / n, label=names[j],
-                     color=pyplot.get_cmap("viridis")(0.25 + 0.5 * j))
-        axis.set_xticks(range(len(labels)), [label.strip("<|>") for label in labels], rotation=35, fontsize=9)
+def figure_gates():
+    """The gates of all tokens up to the end mark, of one prompt and of the prompt of two concepts."""
+    studies, table = [study for study in (one, pair) if study], []
+    figure = Figure(figsize=(8, 2.3 * len(studies) + 0.4), layout="constrained")
+    for axis, study in zip(figure.subplots(len(studies), 1, squeeze=False)[:, 0], studies):
+        places = [(t, piece) for word in study.words if word.label != "padding"
+                  for t, piece in zip(word.tokens, word.pieces)]
+        gates, n = study.drawn["locked keys"].gates, len(study.tokens)
+        for j, token in enumerate(study.tokens):
+            axis.bar([t + 0.8 * (j + 0.5) / n - 0.4 for t, _ in places],
+                     [gates[t, j].item() for t, _ in places], 0.8 / n, label=token,
+                     color=colormaps["viridis"](0.25 + 0.5 * j))
+            table += [(study.prompt, t, piece, token, f"{gates[t, j]:.4f}") for t, piece in places]
+            if (opened := gates[study.named[j].tokens[-1], j]) < 0.5:
+                progress.write(f'in "{study.prompt}" the gate of {token} is only {opened:.2f} open: '
+                               f"its word stays nearly ordinary")
+        axis.set_xticks(*zip(*places), rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(f"The gate of every token (beta {BETA['local']}, tau {TAU})", fontsize=10)
-    finish(figure, name)
+    figure.suptitle(f"How far the gate is open at every token, beta {BETA['local']}, tau {TAU}", fontsize=10)
+    finish(figure, "1_gates", ("prompt", "place", "token", "concept", "gate"), table)
 
 
-gate_panels = [(*token_gates(args.prompt, [concept]), [concept.token])]
-if "second" in concepts:
-    both = [concept, concepts["second"]]
-    gate_panels.append((*token_gates(args.pair, both), [c.token for c in both]))
-plot_gates(gate_panels, "1_gates.png")
+attempt(figure_gates)
+
 
 # %% [markdown]
 # ## 2. Where does the word act, under each lock?
 #
-# The same prompt and seed for every row. Locked keys should act where the super-category acts; trained keys
-# spread over the picture, and the concept's looks with them. The object is outlined.
+# The same prompt and seed in every row. A locked word should act where the super-category's words act: on the
+# object. A trained key lets it act everywhere.
 
 # %%
-prompt, ordinary = as_text(args.prompt, [concept])
-indices = [token_indices(ordinary, word) for word in (concept.words, *WORDS)]
-variants = {"super-category": (ordinary, [], "local"), "locked keys": (prompt, [concept], "local"),
-            "global lock": (prompt, [concept], "global")}
-for option, label in (("trained", "trained keys"), ("inversion", "textual inversion")):
-    if option in concepts:
-        mine = [concepts[option]]
-        variants[label] = (as_text(args.prompt, mine)[0], mine, "local")
+def figure_words(study, drawn, words, title, name):
+    """Pictures, and the maps of words: the mean over steps, layers and heads."""
+    masks = {token: j for j, token in enumerate(study.tokens)}
+    maps = [[Map(study.map_of(word, row.maps[0]).mean(0), row.masks[masks[word]] if word in masks else None)
+             for word in words] for row in drawn.values()]
+    plot_maps([row.picture for row in drawn.values()], maps, list(drawn), words, title, name)
 
-drawn = {}
-for label, (text, mine, lock) in variants.items():
-    text_keys, text_values = projections(text, mine, BETA[lock], TAU, lock)
-    drawn[label] = draw_with_maps(text_keys, text_values, indices, args.seed)
-lock_maps = torch.stack([maps for _, _, maps in drawn.values()])
-lock_masks = torch.stack([object_mask(latents, ordinary, concept.words) for _, latents, _ in drawn.values()])
-lock_shares = torch.stack([shares(maps, mask) for maps, mask in zip(lock_maps, lock_masks)])
-plot_maps([picture for picture, _, _ in drawn.values()], lock_maps, lock_shares, lock_masks, list(drawn),
-          [f'"{word}"' for word in (concept.words, *WORDS)],
-          f"Attention of {concept.token} and other words, mean over steps and heads", "2_locks.png")
+
+attempt(figure_words, one, one.drawn, [*one.tokens, *args.words],
+        f"Where words act under each lock\n{one.prompt}", "2_locks")
+
 
 # %% [markdown]
 # ## 3. The pure effect of the key
 #
-# One set of queries (the locked concept's picture, noised), met by the locked and by the trained keys.
-# Nothing else differs.
+# One drawing, that of the locked concept. Its queries meet the locked keys and the trained keys. Nothing else
+# differs.
 
 # %%
-if "trained" in concepts:
-    locked_keys, locked_values = projections(prompt, [concept], BETA["local"], TAU, "local")
-    trained_prompt, trained, _ = variants["trained keys"]
-    trained_keys, _ = projections(trained_prompt, trained, BETA["local"], TAU, "local")
-    picture, latents, _ = drawn["locked keys"]
-    mask = object_mask(latents, ordinary, concept.words)
-    key_maps = torch.stack([
-        torch.cat([maps_of_noised(latents, locked_keys, locked_values, indices[:1], t, keys)
-                   for keys in (locked_keys, trained_keys)]) for t in SEGMENT_TIMES])
-    plot_maps([picture] * len(key_maps), key_maps, shares(key_maps, mask), [mask] * len(key_maps),
-              [f"t = {t}" for t in SEGMENT_TIMES], ["locked keys", "trained keys"],
-              f"The same queries under two sets of keys: attention of {concept.token}", "3_keys.png", "all")
+def figure_steps(columns, title, name):
+    """What the U-Net saw at several steps of the locked drawing, beside maps {column: (steps, h, w)}."""
+    locked = one.drawn["locked keys"]
+    steps = torch.linspace(0, args.steps - 1, min(ROWS, args.steps)).round().int()
+    seen = drawing.decode(model.vae, locked.seen[steps].to(model.device))
+    maps = [[Map(maps[k], locked.masks[0]) for maps in columns.values()] for k in steps]
+    rows = [f"t = {ddim_timesteps(args.steps)[k]}" for k in steps]
+    plot_maps(seen, maps, rows, list(columns), title, name, one_scale=True)
+
+
+def figure_keys():
+    locked, trained = one.drawn["locked keys"], one.watch(args.seed, "locked", map_version="trained")
+    columns = {"locked keys": one.map_of(one.tokens[0], locked.maps[0]),
+               "trained keys": one.map_of(one.tokens[0], trained.maps[0])}
+    figure_steps(columns, f"The same queries under two keys:\nattention to {one.tokens[0]}", "3_keys")
+
+
+if "trained keys" in one.drawn:
+    attempt(figure_keys)
 else:
-    print("figure 3 needs --trained")
+    print("figure 3 needs --trained, or --images to train it")
+
 
 # %% [markdown]
-# ## 4. Over timesteps and layers
+# ## 4. Over steps and layers
 #
 # The map of the concept's word in every cross-attention layer (across) at several noise levels (down).
 
 # %%
-@torch.no_grad()
-def layer_maps(latents, keys, values, tokens):
-    """Maps (times, layers, h, w) of one word at MAP_TIMES."""
-    rows = []
-    for t in MAP_TIMES:
-        queries = queries_of_noised(latents, keys, values, t)
-        maps = attention(queries, [k[-1:] for k in keys], model.unet.config.attention_heads)
-        rows.append(torch.cat([word_map([layer], tokens, LATENT) for layer in maps]).cpu())
-    return torch.stack(rows)
+columns = {name: one.map_of(one.tokens[0], level)
+           for name, level in zip(model.unet.layer_names(), one.drawn["locked keys"].maps[1:])}
+attempt(figure_steps, columns, f"Attention to {one.tokens[0]} in every layer, with locked keys", "4_layers")
 
-
-picture, latents, _ = drawn["locked keys"]
-over_layers = layer_maps(latents, *projections(prompt, [concept], BETA["local"], TAU, "local"), indices[0])
-over_layers_inside = shares(over_layers, object_mask(latents, ordinary, concept.words))
-plot_maps(None, over_layers, over_layers_inside, None, [f"t = {t}" for t in MAP_TIMES],
-          model.unet.layer_names(), f"Attention of {concept.token} in every layer", "4_layers.png",
-          "all")
 
 # %% [markdown]
-# ## 5. The knobs: beta and tau
+# ## 5. The knob: beta
 #
-# Both are chosen when a picture is drawn, without training. Lower beta: more of the concept; higher: more of
-# the prompt. tau softens the gate.
+# Beta is where a word's gate is half open. It is chosen when a picture is drawn, without training: lower,
+# more of the concept; higher, more of the prompt. The columns go from an open gate to one nearly shut.
 
 # %%
-def sweep(settings):
-    """Pictures (3 seeds, settings, 3, H, W) for a list of (beta, tau)."""
-    columns = []
-    for beta, tau in settings:
-        keys, values = projections(prompt, [concept], beta, tau, "local")
-        columns.append(drawing.draw(model, keys, values, range(args.seed, args.seed + 3), SIZE, args.steps,
-                                    GUIDANCE))
-    return torch.stack(columns, dim=1)
+def figure_beta(betas, pictures, gates):
+    opened = gates[:, one.named[0].tokens[-1], 0].tolist()
+    figure = plot(pictures.transpose(0, 1), [f"seed {args.seed + k}" for k in range(SEEDS)],
+                  [f"beta {beta:g}\ngate {x:.0%}" for beta, x in zip(betas, opened)],
+                  f"Beta: from the concept to the prompt alone\n{one.prompt}")
+    finish(figure, "5_beta", ("beta", "tau", "gate of the concept's word"),
+           [(beta, TAU, f"{x:.4f}") for beta, x in zip(betas, opened)])
 
 
-seed_names = [f"seed {args.seed + k}" for k in range(3)]
-plot_pictures(sweep([(beta, TAU) for beta in BETAS]), seed_names, [f"beta {beta}" for beta in BETAS],
-              f"{prompt}, tau {TAU}", "5_beta.png")
-plot_pictures(sweep([(BETA["local"], tau) for tau in TAUS]), seed_names, [f"tau {tau}" for tau in TAUS],
-              f"{prompt}, beta {BETA['local']}", "5_tau.png")
+swept = attempt(one.sweep)
+attempt(figure_beta, *swept)
+
 
 # %% [markdown]
 # ## 6. Two concepts, trained apart, in one prompt
 #
-# Each word's map should cover its own object.
+# Each word should act on its own object.
 
 # %%
-if "second" in concepts:
-    pair_prompt, pair_ordinary = as_text(args.pair, both)
-    pair_indices = [token_indices(pair_ordinary, c.words) for c in both]
-    if pair_indices[0] == pair_indices[1]:          # two of one kind: the second occurrence is the second's
-        pair_indices[1] = model.tokenizer.find(pair_ordinary, both[1].words)[1]
-    pair_keys, pair_values = projections(pair_prompt, both, BETA["local"], TAU, "local")
-    pair_drawn = [draw_with_maps(pair_keys, pair_values, pair_indices, args.seed + k) for k in range(4)]
-    pair_maps = torch.stack([maps for _, _, maps in pair_drawn])
-    pair_masks = torch.stack([torch.stack([object_mask(latents, pair_ordinary, c.words) for c in both])
-                              for _, latents, _ in pair_drawn])
-    pair_shares = torch.stack([torch.stack([shares(m[j:j + 1], mask[j])[0] for j in range(2)])
-                               for m, mask in zip(pair_maps, pair_masks)])
-    plot_maps([picture for picture, _, _ in pair_drawn], pair_maps, pair_shares, None,
-              [f"seed {args.seed + k}" for k in range(4)], [c.token for c in both], pair_prompt, "6_two.png")
+if pair:
+    seeds = {f"seed {args.seed}": pair.drawn["locked keys"]}
+    for k in range(1, SEEDS + 1):
+        seeds[f"seed {args.seed + k}"] = attempt(pair.watch, args.seed + k, "locked")
+    attempt(figure_words, pair, seeds, pair.tokens, f"Where the words of two concepts act\n{pair.prompt}",
+            "6_two")
 else:
-    print("figures 1 and 6 show two concepts with --second")
+    print("figure 6 shows two concepts: give --second")
+
+
+# %% [markdown]
+# ## The page: every word, lock, step and layer
+
+# %%
+attempt(write_page, one, "explorer.html", *swept)
+if pair:
+    attempt(write_page, pair, "explorer_two.html", *attempt(pair.sweep))
+progress.close()

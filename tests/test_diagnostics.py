@@ -1,111 +1,192 @@
-"""diagnostics.py writes its six figures, and the numbers on them are what their labels say."""
+"""diagnostics.py trains what is missing; its figures, their numbers and its pages say what was measured."""
 
+import csv
+import os
 import runpy
+import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 from PIL import Image
 
+import explorer
 import perfusion
-from models import ROOT, run_script, write_concept, write_weights
+from attention_maps import share_inside
+from random_model import ROOT, run_script, write_concept, write_weights
 
-FIGURES = ("1_gates.png", "2_locks.png", "3_keys.png", "4_layers.png", "5_beta.png", "5_tau.png", "6_two.png")
+FIGURES = {"1_gates", "2_locks", "3_keys", "4_layers", "5_beta", "6_two"}
+LOCKS = ["super-category", "locked keys", "global lock", "trained keys", "textual inversion"]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
+    """Random weights, concepts of three kinds of lock, a second concept, and two pictures."""
     folder = tmp_path_factory.mktemp("diagnostics")
     write_weights(folder / "weights")
+    run_script("covariance.py", "--weights", folder / "weights", "--n", 64)
     for name, words, lock in (("teddy", "teddy bear", "locked"), ("trained", "teddy bear", "trained"),
                               ("inversion", "teddy bear", "none"), ("cat", "cat", "locked")):
         write_concept(folder / "weights", folder / f"{name}.safetensors", words, lock)
+    (folder / "pictures").mkdir()
+    for i in range(2):
+        shutil.copy(ROOT / "examples" / "teddy" / f"{i}.png", folder / "pictures")
     return folder
-
-
-def flags(files, out):
-    return ["--weights", files / "weights", "--concept", files / "teddy.safetensors", "--steps", 1,
-            "--out", out, "--trained", files / "trained.safetensors",
-            "--inversion", files / "inversion.safetensors",
-            "--second", files / "cat.safetensors"]
 
 
 @pytest.fixture(scope="module")
 def result(files, tmp_path_factory):
-    """The script's names after a whole run, and its folder of figures."""
+    """The script's names after a whole run, and its output folder."""
     out, before = tmp_path_factory.mktemp("figures"), sys.argv
-    sys.argv = ["diagnostics.py", *map(str, flags(files, out))]
+    sys.argv = ["diagnostics.py", "--weights", str(files / "weights"), "--steps", "2", "--out", str(out)]
+    for option, name in (("concept", "teddy"), ("trained", "trained"), ("inversion", "inversion"),
+                         ("second", "cat")):
+        sys.argv += [f"--{option}", str(files / f"{name}.safetensors")]
     try:
         return runpy.run_path(str(ROOT / "diagnostics.py"), run_name="__main__"), out
     finally:
         sys.argv = before
 
 
-def test_all_figures_are_written_and_hold_something(result):
+def rows(out, name):
+    return list(csv.DictReader(open(out / f"{name}.csv", encoding="utf-8")))
+
+
+def test_all_figures_are_written_with_their_numbers_and_the_pages(result):
     _, out = result
-    assert sorted(path.name for path in out.iterdir()) == sorted(FIGURES)
+    assert {path.name for path in out.iterdir()} == {"explorer.html", "explorer_two.html"} | {
+        f"{name}.{kind}" for name in FIGURES for kind in ("png", "csv")}
     for name in FIGURES:
-        image = Image.open(out / name).convert("L")
-        assert image.width > 400 and len(image.getcolors(maxcolors=2 ** 24)) > 20, name
+        image = Image.open(out / f"{name}.png").convert("L")
+        assert image.width > 250 and len(image.getcolors(maxcolors=2 ** 24)) > 20, name
 
 
-def test_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(result):
-    names, _ = result
-    labels, gates, _ = names["gate_panels"][0]
-    concept, model = names["concept"], names["model"]
-    assert (labels[0], labels[-1], labels[5:7]) == ("<|startoftext|>", "<|endoftext|>", ["teddy", "bear"])
-    e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, [names["prompt"]], [concept])
-    sim = e[0] @ concept.d_star / (concept.i_star @ concept.d_star)
-    expected = torch.sigmoid((sim - names["BETA"]["local"]) / names["TAU"])[:len(labels)]
-    assert (gates[:, 0] - expected).abs().max() < 1e-5
-    assert names["gate_panels"][1][1].shape[1] == 2
+def test_the_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(result):
+    names, out = result
+    one, table = names["one"], [row for row in rows(out, "1_gates") if "<cat>" not in row["prompt"]]
+    model, concept = names["model"], one.concepts[0]["locked"]
+    words = "start a photo of a teddy bear wearing a hat on the beach end"
+    assert [row["token"] for row in table] == words.split()
+    e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, [one.prompt], [concept])
+    sims = e[0] @ concept.d_star / (concept.i_star @ concept.d_star)
+    expected = torch.sigmoid((sims - 0.7) / 0.15)[:len(table)]
+    assert [float(row["gate"]) for row in table] == pytest.approx(expected.tolist(), abs=1e-4)  # 4 decimals
 
 
-def test_every_lock_has_a_row_and_a_share_between_0_and_1(result):
-    names, _ = result
-    assert list(names["drawn"]) == ["super-category", "locked keys", "global lock", "trained keys",
-                                    "textual inversion"]
-    assert names["lock_shares"].shape == (5, 3)
-    assert names["lock_shares"].min() >= 0 and names["lock_shares"].max() <= 1
+def test_every_lock_has_a_row_and_only_the_concepts_word_a_share(result):
+    names, out = result
+    assert list(names["one"].drawn) == LOCKS and list(names["pair"].drawn) == LOCKS[:3]
+    table = rows(out, "2_locks")
+    assert [(row["row"], row["column"]) for row in table] == [
+        (lock, word) for lock in LOCKS for word in ("<teddy>", "hat", "beach")]
+    for row in table:
+        assert bool(row["share on its object"]) == (row["column"] == "<teddy>")
+    drawn = names["one"].drawn["locked keys"]
+    share = share_inside(drawn.maps[0][:, 5].mean(0)[None], drawn.masks[:1]).item()
+    assert float(table[3]["share on its object"]) == pytest.approx(share, abs=1e-4)
 
 
-def test_the_global_lock_has_the_super_categorys_keys_and_the_concepts_values(result):
-    names, _ = result
-    project, concept = names["projections"], names["concept"]
-    plain = project(names["ordinary"], [], 0, 1, "local")
-    locked = project(names["prompt"], [concept], 0.7, 0.15, "global")
+def test_the_global_lock_has_the_keys_of_the_ordinary_words_and_the_values_of_the_concept(result):
+    project = result[0]["one"].project
+    plain, locked = project(None), project("locked", "global")
     assert all(torch.equal(a, b) for a, b in zip(plain[0], locked[0]))
     assert not any(torch.equal(a, b) for a, b in zip(plain[1], locked[1]))
 
 
-def test_the_maps_of_all_tokens_sum_to_one(result):
-    names, _ = result
-    keys, values = names["projections"](names["ordinary"], [], 0, 1, "local")
-    maps = names["maps_of_noised"](names["latents"], keys, values, [[t] for t in range(24)], 401)
-    assert (maps.sum(0) - 1).abs().max() < 1e-5
+def test_figure_3_changes_the_keys_alone(result):
+    one = result[0]["one"]
+    again = one.watch(0, "locked", map_version="trained")
+    assert torch.equal(again.picture, one.drawn["locked keys"].picture)
+    assert not torch.allclose(again.maps[0], one.drawn["locked keys"].maps[0])
 
 
-def test_the_share_inside_a_mask_is_the_maps_mass_there(result):
-    names, _ = result
-    maps, mask = torch.rand(2, 3, 8, 8), torch.zeros(8, 8)
-    mask[:4] = 1
-    expected = maps[..., :4, :].sum((-1, -2)) / maps.sum((-1, -2))
-    assert (names["shares"](maps, mask) - expected).abs().max() < 1e-6
+def test_figure_5_ranges_from_an_open_gate_to_one_nearly_shut(result):
+    gates = [float(row["gate of the concept's word"]) for row in rows(result[1], "5_beta")]
+    assert gates[0] > 0.95 and gates == sorted(gates, reverse=True) and gates[-1] < 0.2
+
+
+def test_each_of_two_concepts_is_measured_on_its_own_object(result):
+    names, out = result
+    pair, table = names["pair"], rows(out, "6_two")
+    drawn = pair.drawn["locked keys"]
+    for row, word, j in ((table[0], 5, 0), (table[1], 9, 1)):
+        assert row["column"] == pair.words[word].label
+        share = share_inside(drawn.maps[0][:, word].mean(0)[None], drawn.masks[j:j + 1]).item()
+        assert float(row["share on its object"]) == pytest.approx(share, abs=1e-4)
 
 
 def test_without_optional_files_the_other_figures_are_still_drawn(files, tmp_path):
     code, out, err = run_script("diagnostics.py", "--weights", files / "weights", "--concept",
-                                files / "teddy.safetensors", "--steps", 1, "--out", tmp_path)
+                                files / "teddy.safetensors", "--steps", 1, "--out", tmp_path,
+                                "--tokenizer", files / "weights" / "tokenizer")
     assert code == 0, err
-    assert {path.name for path in tmp_path.iterdir()} == set(FIGURES) - {"3_keys.png", "6_two.png"}
+    assert {path.stem for path in tmp_path.glob("*.png")} == FIGURES - {"3_keys", "6_two"}
     assert "figure 3 needs --trained" in out
 
 
-@pytest.mark.parametrize("wrong", [
-    [], ["--concept", "nowhere.safetensors"], ["--concept", "TEDDY", "--prompt", "no place"],
-    ["--concept", "TEDDY", "--words", "submarine"], ["--concept", "TEDDY", "--second", "TEDDY"],
-    ["--concept", "TEDDY", "--weights", "nowhere"], ["--concept", "TEDDY", "--steps", "0"]])
-def test_a_wrong_command_is_one_sentence_and_exit_code_2(wrong, files, tmp_path):
-    arguments = [files / "teddy.safetensors" if part == "TEDDY" else part for part in wrong]
-    code, _, err = run_script("diagnostics.py", "--weights", files / "weights", "--out", tmp_path, *arguments)
-    assert code == 2 and "Traceback" not in err and err.count("error: ") == 1, err
+def test_what_is_missing_is_trained_once_and_kept(files, tmp_path):
+    flags = ["--weights", files / "weights", "--images", files / "pictures", "--super", "teddy bear", "--steps", 1,
+             "--concept", files / "teddy.safetensors", "--trained", files / "trained.safetensors",
+             "--training-steps", 1, "--out", tmp_path]
+    code, out, err = run_script("diagnostics.py", *flags)
+    assert code == 0 and out.startswith("1 trainings of 1 steps and 24 pictures of 1: about 1 minute"), err
+    kept, = (tmp_path / "trained").iterdir()
+    assert perfusion.Concept.load(kept / "pictures.safetensors").lock == "none"
+    code, out, err = run_script("diagnostics.py", *flags)
+    assert code == 0 and out.startswith("0 trainings") and f"training {kept}" not in out, err
+
+
+def test_it_starts_in_a_jupyter_cell_whose_drawing_backend_is_not_installed():
+    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
+    subprocess.run([sys.executable, ROOT / "diagnostics.py", "--help"], env=environment, check=True)
+
+
+def test_other_pictures_words_weights_or_steps_are_another_training(result, files, tmp_path):
+    names, folder = result[0]["training_folder"], tmp_path / "pictures"
+    shutil.copytree(files / "pictures", folder)
+    model, args = result[0]["model"], result[0]["args"]
+    seen = {names(model, folder, "teddy bear", "locked"), names(model, folder, "bear", "locked"),
+            names(model, folder, "teddy bear", "none")}
+    args.training_steps += 1
+    seen.add(names(model, folder, "teddy bear", "locked"))
+    args.training_steps -= 1
+    Image.open(folder / "0.png").rotate(90).save(folder / "0.png")
+    seen.add(names(model, folder, "teddy bear", "locked"))
+    model.fingerprint += "x"
+    seen.add(names(model, folder, "teddy bear", "locked"))
+    model.fingerprint = model.fingerprint[:-1]
+    assert len(seen) == 6
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+@pytest.mark.parametrize("wrong, what", [
+    ([], "--images"),
+    (["--images", "PICTURES"], "--super"),
+    (["--images", "nowhere", "--super", "cat"], "nowhere"),
+    (["--images", "PICTURES", "--super", "teddy bear " * 20], "too long"),
+    (["--concept", "nowhere.safetensors"], "nowhere"),
+    (["--concept", "PICTURES"], "no such file"),
+    (["--concept", "INVERSION"], "--lock none"),
+    (["--concept", "TEDDY", "--trained", "TEDDY"], "--lock trained"),
+    (["--concept", "TEDDY", "--prompt", "no place"], "--prompt"),
+    (["--concept", "TEDDY", "--prompt", "a photo " * 20 + "{}"], "too long"),
+    (["--concept", "TEDDY", "--words", "submarine"], "submarine"),
+    (["--concept", "TEDDY", "--words", "bear"], "bear"),
+    (["--concept", "TEDDY", "--second", "TEDDY"], "<teddy>"),
+    (["--concept", "TEDDY", "--second", "PICTURES"], "--second-super"),
+    (["--concept", "TEDDY", "--weights", "nowhere"], "nowhere"),
+    (["--concept", "TEDDY", "--steps", "0"], "--steps")])
+def test_a_wrong_command_is_one_sentence_and_exit_code_2(wrong, what, files, tmp_path):
+    places = {"TEDDY": files / "teddy.safetensors", "INVERSION": files / "inversion.safetensors",
+              "PICTURES": files / "pictures"}
+    code, _, err = run_script("diagnostics.py", "--weights", files / "weights", "--out", tmp_path,
+                              *(places.get(part, part) for part in ["--steps", 1, *wrong]))
+    last = err.splitlines()[-1]
+    assert code == 2 and "Traceback" not in err and "error: " in last and what in last, err
+
+
+def test_other_braces_in_a_prompt_are_ordinary_characters(files, tmp_path):
+    code, _, err = run_script("diagnostics.py", "--weights", files / "weights", "--out", tmp_path, "--words", "",
+                              "--concept", files / "teddy.safetensors", "--prompt", "a {} {x}", "--steps", 1)
+    assert code == 0, err

@@ -1,0 +1,353 @@
+"""The page shows what was measured; it works with mouse, finger and keyboard, and asks for nothing."""
+
+import base64
+import gzip
+import json
+import re
+import shutil
+import subprocess
+import urllib.request
+
+import pytest
+import torch
+
+import drawing
+import explorer
+from attention_maps import share_inside
+from diffusion import seeded_noise
+from explorer import View, Word
+from perfusion import Concept
+from random_model import tiny_model
+
+PROMPT = "a photo of a <teddy> next to a <cat>"
+CONCEPTS = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
+SIZES = ((8, 8), (8, 8), (4, 4), (2, 2))        # of the mean map and of three layers
+LOCKS = ("super-category", "locked keys", "global lock", "trained keys", "textual inversion")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture(scope="module")
+def words(model):
+    return explorer.prompt_words(model.tokenizer, PROMPT, CONCEPTS)
+
+
+def projections(model, prompt):
+    ids, _ = model.tokenizer.encode(["", prompt])
+    e = model.text_encoder(model.text_encoder.embed(ids))
+    return model.unet.keys(e), model.unet.values(e)
+
+
+def views_of(words, steps=4, sizes=SIZES, side=16, locks=LOCKS):
+    """Locks with random pictures, maps and gates; the two objects are the halves of the picture."""
+    tokens = sum(len(word.tokens) for word in words)
+    masks = torch.zeros(2, *sizes[0])
+    masks[0, :, :sizes[0][1] // 2], masks[1, :, sizes[0][1] // 2:] = 1, 1
+    return [View(lock, f"about {lock}", torch.rand(3, side, side),
+                 [torch.rand(steps, len(words), *size).softmax(1) for size in sizes], masks,
+                 None if lock in (LOCKS[0], LOCKS[4]) else torch.rand(tokens, 2)) for lock in locks]
+
+
+def page_of(words, views, side=16, **limit):
+    about = {"lead": "lead", "made": "made", "concepts": ["<teddy>", "<cat>"],
+             "objects": ["teddy bear", "cat"]}
+    tokens = sum(len(word.tokens) for word in words)
+    layers = [f"layer {i}" for i in range(1, len(views[0].maps))]
+    return explorer.page(about, words, layers, views, [0.4, 0.7, 1.0], torch.rand(3, 3, 3, side, side),
+                         torch.rand(3, tokens, 2), [5, 6, 7], **limit)
+
+
+def data_of(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+# ------------------------------------------------------------------------------------------- words and maps
+
+def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word(model, words):
+    assert [word.label for word in words] == ["start", *PROMPT.split(), "end", "padding"]
+    assert words[5] == Word("<teddy>", [5, 6], ["teddy", "bear"], concept=0) and words[9].concept == 1
+    assert [t for word in words for t in word.tokens] == list(range(24))
+    pieces = explorer.prompt_words(model.tokenizer, "a xyz of", [])[2]
+    assert (pieces.label, pieces.pieces) == ("xyz", ["x", "y", "z"])
+
+
+def test_a_concept_beside_itself_is_two_words(model):
+    words = explorer.prompt_words(model.tokenizer, "<teddy> <teddy>", CONCEPTS)
+    assert [word.tokens for word in words[1:3]] == [[1, 2], [3, 4]]
+
+
+def test_a_prompt_that_fills_the_context_has_no_padding(model):
+    assert explorer.prompt_words(model.tokenizer, "a " * 22, [])[-1].label == "end"
+
+
+@pytest.fixture(scope="module")
+def watched(model, words):
+    keys, values = projections(model, "a photo of a teddy bear next to a cat")
+    return keys, values, explorer.watch(model, keys, values, words, seed=3, steps=2, guidance=2.0)
+
+
+def test_at_every_place_the_shares_of_all_words_sum_to_one(watched):
+    _, _, (_, maps, _) = watched
+    assert len(maps) == 1 + 4 and maps[0].shape[:2] == (2, 12)
+    for level in maps:
+        assert (level.sum(1) - 1).abs().max() < 1e-5        # float32
+
+
+def test_watching_does_not_change_the_picture(model, watched):
+    keys, values, (latents, _, seen) = watched
+    size = latents.shape[-2:]
+    unwatched = drawing.draw_latents(model.unet, model.schedule, keys, values, [3], size, 2, 2.0)
+    assert torch.equal(latents, unwatched)
+    assert torch.equal(seen[0], seeded_noise(3, latents.shape[1:])[0]) and len(seen) == 2
+
+
+def test_other_keys_change_the_maps_but_not_the_picture(model, words, watched):
+    keys, values, (latents, maps, _) = watched
+    other = [k.flip(1) for k in keys]
+    again, others, _ = explorer.watch(model, keys, values, words, 3, 2, 2.0, map_keys=other)
+    assert torch.equal(latents, again) and not torch.allclose(maps[0], others[0])
+
+
+# -------------------------------------------------------------------------------------------------- the file
+
+def test_the_page_holds_the_maps_on_one_scale_for_all_locks(words):
+    views = views_of(words)
+    data = data_of(page_of(words, views))
+    raw = torch.frombuffer(bytearray(gzip.decompress(base64.b64decode(data["maps"]))), dtype=torch.uint8)
+    start = 0
+    for i, (h, w) in enumerate(data["sizes"]):
+        expected = torch.stack([view.maps[i] for view in views])
+        scale = torch.tensor(data["scales"][i])[:, None, None]
+        found = raw[start:start + expected.numel()].view(expected.shape) / 255 * scale
+        assert ((found - expected).abs() <= scale / 510 + 1e-6).all()       # half a step of 255
+        start += expected.numel()
+    assert start == len(raw)
+
+
+def test_fewer_steps_are_shown_rather_than_more_bytes(words):
+    views = views_of(words, steps=20)
+    per_step = 5 * 12 * sum(h * w for h, w in SIZES)
+    for limit, shown in ((10 ** 9, explorer.STEPS_SHOWN), (3 * per_step, 3), (1, 1)):
+        data = data_of(page_of(words, views, map_bytes=limit))
+        assert len(data["steps"]) == shown
+        assert len(gzip.decompress(base64.b64decode(data["maps"]))) == shown * per_step
+    data = data_of(page_of(words, views))
+    assert (data["steps"][0], data["steps"][-1]) == ({"number": 1, "t": 951}, {"number": 20, "t": 1})
+
+
+def test_at_sd_v1s_size_the_page_stays_under_5_mb():
+    words = [Word(f"word{t}", [t], [f"word{t}"], (0, 1)[t] if t < 2 else None) for t in range(20)]
+    sizes = [(24, 24)] * 11 + [(16, 16)] * 5 + [(8, 8)]
+    views = views_of(words, steps=50, sizes=sizes, side=512)
+    assert len(page_of(words, views, side=512)) < 5_000_000
+
+
+def test_a_prompt_cannot_end_the_script_that_holds_it():
+    words = [Word("</script><b>", [0], ["</script><b>"], 0)]
+    page = page_of(words, views_of(words))
+    assert "</script><b>" not in page and data_of(page)["words"][0]["label"] == "</script><b>"
+
+
+def test_the_page_names_no_other_address(words):
+    assert not re.search(r"https?:|@import|url\(|<link|<script src", page_of(words, views_of(words)))
+
+
+# ------------------------------------------------------------------------------------------------ the browser
+
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update")
+RIGHT = "\ue014"        # WebDriver's name of the key
+
+
+class Browser:
+    """Headless Chromium through ChromeDriver's HTTP interface (W3C WebDriver)."""
+
+    def __init__(self, profile):
+        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
+        line = next(line for line in self.driver.stdout if "successfully on port" in line)
+        self.base = f"http://127.0.0.1:{re.search(r'port ([0-9]+)', line)[1]}/session"
+        options = {"args": [*FLAGS, f"--user-data-dir={profile}"]}
+        logs = {"browser": "ALL", "performance": "ALL"}
+        session = self.call("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options,
+                                                                  "goog:loggingPrefs": logs}}})
+        self.base += "/" + session["sessionId"]
+
+    def call(self, path, body):
+        request = urllib.request.Request(self.base + path, json.dumps(body).encode(),
+                                         {"Content-Type": "application/json"})
+        return json.load(urllib.request.urlopen(request, timeout=60))["value"]
+
+    def emulate(self, width, theme="light", touch=False):
+        screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": touch}
+        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        for command, settings in (("setDeviceMetricsOverride", screen), ("setEmulatedMedia", media)):
+            self.call("/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": settings})
+
+    def open(self, path):
+        self.call("/url", {"url": path.as_uri()})
+        self.js("const wait = () => document.querySelector('.rank li') ? arguments[0]()"
+                " : setTimeout(wait, 20); wait();", wait=True)
+
+    def js(self, script, *arguments, wait=False):
+        return self.call("/execute/async" if wait else "/execute/sync", {"script": script, "args": arguments})
+
+    def find(self, css, i=0):
+        return self.js("return document.querySelectorAll(arguments[0])[arguments[1]]", css, i)
+
+    def texts(self, css):
+        return self.js("return [...document.querySelectorAll(arguments[0])].map(x => x.innerText)", css)
+
+    def point(self, element, x=0, y=0, kind="mouse", press=False):
+        """Move a pointer to an element, x and y pixels from its centre, and press it there."""
+        actions = [{"type": "pointerMove", "duration": 0, "origin": element, "x": x, "y": y}]
+        actions += [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}] * press
+        pointer = {"type": "pointer", "id": kind, "parameters": {"pointerType": kind}, "actions": actions}
+        self.call("/actions", {"actions": [pointer]})
+
+    def keys(self, element, text):
+        name, = element.values()
+        self.call(f"/element/{name}/value", {"text": text})
+
+    def log(self, kind):
+        return self.call("/se/log", {"type": kind})
+
+    def close(self):
+        try:
+            urllib.request.urlopen(urllib.request.Request(self.base, method="DELETE"), timeout=20)
+        finally:
+            self.driver.terminate()
+            self.driver.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not shutil.which("chromedriver") or not shutil.which("chromium"):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    browser = Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture(scope="module")
+def shown(words, tmp_path_factory):
+    """Locks and the file of their page."""
+    torch.manual_seed(0)
+    views, path = views_of(words), tmp_path_factory.mktemp("page") / "explorer.html"
+    page = page_of(words, views)
+    path.write_text(page, encoding="utf-8")
+    return views, path, data_of(page)
+
+
+@pytest.fixture
+def page(browser, shown):
+    browser.emulate(1280)
+    browser.open(shown[1])
+    return browser
+
+
+def shares_shown(browser):
+    """The percentages (locks, objects) on the page."""
+    numbers = [float(text.split(" %")[0]) for text in browser.texts(".share div")]
+    return torch.tensor(numbers).view(5, 2)
+
+
+def shares_expected(views, level, step, word):
+    return torch.tensor([[100 * share_inside(view.maps[level][step, word][None], mask[None]).item()
+                          for mask in view.masks] for view in views])
+
+
+def test_pointing_at_a_word_shows_its_shares_under_every_lock(page, shown):
+    for word in (3, 0, 11):     # an ordinary word, the start, the padding
+        page.point(page.find("#chips .chip", word))
+        assert page.find("#chips [aria-pressed=true]") == page.find("#chips .chip", word)
+        # shown without decimals, from maps in steps of 1/255
+        assert (shares_shown(page) - shares_expected(shown[0], 0, 2, word)).abs().max() < 0.6
+    assert page.texts("#views h3") == list(LOCKS)
+
+
+def test_the_sliders_choose_the_step_and_the_layer(page, shown):
+    page.keys(page.find("#step"), RIGHT)
+    page.keys(page.find("#layer"), RIGHT * 2)
+    assert page.texts("#step-name, #layer-name") == ["4 of 4 (t = 1)", "layer 2"]
+    assert (shares_shown(page) - shares_expected(shown[0], 2, 3, 5)).abs().max() < 0.6
+
+
+def test_a_place_ranks_the_words_by_their_share_there(page, shown):
+    picture = page.find("#views .picture", 3)
+    width = page.js("return arguments[0].clientWidth", picture)
+    page.point(picture, x=int(width / 8 * 1.5), y=int(-width / 8 * 2.5))        # row 1, column 5 of 8
+    for i, view in enumerate(shown[0]):
+        shares, order = view.maps[0][2, :, 1, 5].sort(descending=True)
+        found = page.texts(f"#views figure:nth-child({i + 1}) li span:last-child")
+        assert [float(text.split()[0]) for text in found] == pytest.approx((100 * shares[:5]).tolist(),
+                                                                           abs=0.6)
+        names = page.texts(f"#views figure:nth-child({i + 1}) li span:first-of-type")
+        assert names == [shown[2]["words"][w]["label"] for w in order[:5]]
+
+
+def test_the_keyboard_alone_is_enough(page):
+    page.js("document.activeElement.blur()")
+    first, second = page.find("#chips .chip", 0), page.find("#chips .chip", 1)
+    page.keys(first, RIGHT)
+    assert page.js("return document.activeElement") == second == page.find("[aria-pressed=true]")
+    page.js("document.querySelector('#views .picture').focus()")
+    before = page.js("return document.querySelector('.spot').style.left")
+    page.keys(page.find("#views .picture"), RIGHT)
+    after = page.js("return document.querySelector('.spot').style.left")
+    assert float(after[:-1]) - float(before[:-1]) == pytest.approx(100 / 8)
+    indices = page.js("return [...document.querySelectorAll('button, input, [tabindex]')]"
+                      ".map(x => x.tabIndex)")
+    assert indices == [0] * (12 + 4 + 5)        # words, sliders with the box, pictures
+
+
+def test_beta_walks_through_the_pictures_and_the_gates(page, shown):
+    def state():
+        picture = page.js("return document.querySelectorAll('#seeds img')[2].src")
+        return page.texts("#beta-name")[0], picture, page.texts("#gates .token")[0]
+    assert state()[0] == "0.70"
+    page.keys(page.find("#beta"), RIGHT)
+    last = shown[2]["betas"][2]
+    assert state()[:2] == ("1.00", last["pictures"][2])
+    assert state()[2].split(" · ") == [f"{gate:.2f}" for gate in last["gates"][0][0]]
+    assert page.texts("#seeds p") == ["seed 5", "seed 6", "seed 7"]
+
+
+def test_the_map_can_be_taken_off_the_picture(page):
+    painted = ("return document.querySelector('canvas').getContext('2d').getImageData(0, 0, 320, 320)"
+               ".data.some(x => x)")
+    assert page.js(painted)
+    page.point(page.find("#map"), press=True)
+    assert not page.js(painted)
+
+
+@pytest.mark.parametrize("width, columns", [(390, 2), (1280, 5)])
+@pytest.mark.parametrize("theme, dark", [("light", False), ("dark", True)])
+def test_the_layout_fits_a_phone_and_a_desk_in_both_themes(browser, shown, width, columns, theme, dark):
+    browser.emulate(width, theme, touch=width < 600)
+    browser.open(shown[1])
+    assert browser.js("return document.documentElement.scrollWidth") <= width
+    places = browser.js("return [...document.querySelectorAll('#views figure')].map(x => x.offsetLeft)")
+    assert len(set(places)) == columns
+    background = browser.js("return getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", background))) < 80) == dark
+    if width < 600:
+        browser.point(browser.find("#chips .chip", 6), kind="touch", press=True)
+        assert browser.js("return arguments[0].ariaPressed", browser.find("#chips .chip", 6)) == "true"
+        before = browser.texts(".rank")
+        browser.point(browser.find("#views .picture"), x=-60, y=-60, kind="touch", press=True)
+        assert browser.texts(".rank") != before
+
+
+def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, shown):
+    browser.emulate(1280)
+    browser.log("browser"), browser.log("performance")
+    browser.open(shown[1])
+    browser.point(browser.find("#chips .chip", 2), press=True)
+    assert browser.log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events
+             if event["method"] == "Network.requestWillBeSent"]
+    assert asked and {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
