@@ -35,6 +35,9 @@ def replacing(path: str | os.PathLike):
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)       # the package safetensors leaves files that only their owner can read
         os.replace(partial, path)
     except (OSError, SafetensorError, RuntimeError) as error:   # torch.save's full disk is a RuntimeError
         raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error

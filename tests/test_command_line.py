@@ -9,7 +9,9 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 from models import ROOT
+from safetensors.torch import save_file
 
 import command_line
 import files
@@ -103,6 +105,13 @@ def test_on_a_full_disk_nothing_is_lost_and_nothing_left_behind(tmp_path, full_d
         write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]
     assert (tmp_path / "old.txt").read_text() == "old"
+
+
+def test_a_file_has_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").touch()
+    with files.replacing(tmp_path / "a.safetensors") as partial:
+        save_file({"a": torch.zeros(1)}, partial)
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
 
 
 def write_text(path, text):

@@ -93,10 +93,11 @@ def stopped_runs(folder, script, stops, rng, preview=0):
     process.join()
     seconds = time.time() - start
     assert process.exitcode == 0
-    sizes = [path.stat().st_size for path in (folder / script).rglob("*") if path.is_file()]
+    written = folder / ("weights" if script == "covariance" else script)
+    sizes = [path.stat().st_size for path in written.rglob("*") if path.is_file() and path.stat().st_size]
     for k, stop in enumerate(stops):
         logs = [folder / "logs" / f"{k}{name}" for name in ("ab" if stop == "two" else "a")]
-        largest = rng.randrange(max(sizes, default=1000)) if stop == "full" else resource.RLIM_INFINITY
+        largest = rng.choice(sizes) - 1 if stop == "full" else resource.RLIM_INFINITY
         processes = [run(script, folder, log, largest, preview) for log in logs]
         if stop != "full":
             time.sleep(rng.uniform(0, seconds))
