@@ -43,7 +43,7 @@ from diffusion import Schedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-MAX_LENGTH = 32  # tokens; the world's longest caption has 29
+MAX_LENGTH = 48  # tokens; more than the world's longest caption has
 VOCABULARY = 600
 VAE_CONFIG = VAEConfig(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1,
                        norm_num_groups=8, scaling_factor=1.0)
@@ -366,6 +366,9 @@ def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, to
     state, vocabulary = start.text_encoder.state_dict(), start.tokenizer.vocabulary
     name = next(key for key in state if key.endswith("token_embedding.weight"))
     old, state[name] = state[name], text_encoder.state_dict()[name].clone()
+    places = next(key for key in state if key.endswith("position_embedding.weight"))
+    more = MAX_LENGTH - len(state[places])
+    state[places] = torch.cat([state[places], state[places][-1:].expand(more, -1)])
     for token, row in tokenizer.vocabulary.items():
         if token in vocabulary:
             state[name][row] = old[vocabulary[token]]
