@@ -1,16 +1,16 @@
-"""Reproduce the claims of the paper on the embedded model, each with a number, in one command.
+"""Measure the claims of the paper on the embedded model: one command, from training to tables.
 
-    python tiny/claims.py --concepts 8 --seeds 8 --workdir runs/claims
+    python tiny/claims.py --quick       # the main rows, and two concepts in one picture
+    python tiny/claims.py               # everything: some hours on two cores
+    python tiny/claims.py --only pair "beta 0.7" --skip "400 steps"
 
-Trains every concept in several ways (`train.py`, two at a time, one thread each), draws the same prompts from
-the same seeds with all of them, and measures with the judge (see judge.py), the small CLIP and the renderer's
-true masks. Everything trained or measured stays in --workdir: after an interruption the same command goes on
-from there. Results: claims.md and claims.csv in --workdir, and grids of the pictures. Intervals are 95 %,
-Student's t over concepts, as the pictures of one concept are not independent; differences are paired by
-concept, prompt and seed.
+Trains every concept in several ways (`train.py`), draws the same prompts from the same seeds with all of
+them, and measures with the judge (judge.py), the small CLIP and the renderer's true masks. Everything trained
+or measured stays in --workdir: after an interruption the same command goes on from there. The results so far
+are claims.md and pareto.png there, and the pictures of every row. Intervals are 95 %, Student's t over
+concepts, as the pictures of one concept are not independent; differences are paired by concept.
 """
 import argparse
-import csv
 import json
 import math
 import multiprocessing
@@ -19,7 +19,7 @@ import random
 import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,35 +29,41 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import clip_image
+import command_line  # before matplotlib
 import covariance
 import drawing
+import fast_cpu
 import judge as judges
 import make_examples
 import perfusion
 import weights_loader
 import world
-from attention_maps import attention, record_queries, share_inside, word_map
+from attention_maps import noised_map, share_inside
+from command_line import between
+from files import replacing
+from matplotlib.figure import Figure
+from perfusion import DRAWING_BETA, DRAWING_GLOBAL_BETA, DRAWING_TAU
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAININGS = {  # name: (arguments of train.py, number of pictures)
-    "locked": (("--lock", "locked", "--masks", "auto"), 5),
-    "trained": (("--lock", "trained", "--masks", "auto"), 5),
-    "inversion": (("--lock", "none", "--masks", "auto"), 5),
-    "no masks": (("--lock", "locked", "--masks", "none"), 5),
-    "one image": (("--lock", "locked", "--masks", "auto"), 1),
+    "locked keys": (("--lock", "locked"), 5),
+    "trained keys": (("--lock", "trained"), 5),
+    "textual inversion": (("--lock", "none"), 5),
+    "locked keys, 400 steps": (("--lock", "locked", "--steps", "400"), 5),
+    "trained keys, 400 steps": (("--lock", "trained", "--steps", "400"), 5),
+    "no masks": (("--masks", "none"), 5),
+    "one image": ((), 1),
+    "training beta 0.5": (("--beta", "0.5"), 5),
 }
-BETA, TAU, GLOBAL_BETA = 0.7, 0.15, 0.5  # the middle of the paper's ranges
-SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)  # beyond 0.8 the gate of the concept itself closes
-RENDERS = 8  # noised renders of a concept whose attention is measured
-RENDER_TIMESTEPS, PICTURE_TIMESTEPS = (200, 400, 600, 800), (200, 400, 600)
+SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+RENDERS, TIMESTEPS = 8, (200, 400, 600, 800)  # noised renders of a concept whose attention is measured
 PAIR_SCENE = "on the grass"
 MEASURES = {  # key of a record: (its title, factor)
     "first": ("identity: first among 50, %", 100), "identity": ("identity: cosine", 1),
-    "scene": ("scene kept, %", 100), "accessory": ("accessory kept, %", 100),
+    "pattern": ("pattern right, %", 100), "kept": ("kept of what was asked for, %", 100),
+    "scene": ("scene, %", 100), "accessory": ("accessory, %", 100), "second": ("second thing, %", 100),
     "image": ("image similarity", 1), "text": ("text similarity", 1),
-    "share_renders": ("attention inside the true mask, renders", 1),
-    "share_pictures": ("attention inside the judge's mask, pictures", 1),
-    "pose": ("pose variety: 1 - IoU of silhouettes", 1), "pixels": ("pixel variety", 1),
+    "share": ("attention inside the true mask", 1), "pose": ("pose variety: 1 - IoU of silhouettes", 1),
 }
 PAIR_MEASURES = {"kinds": "both kinds", "one": "and at least one individual first among 50",
                  "both": "and both individuals, each first among 50"}
@@ -65,293 +71,305 @@ PAIR_MEASURES = {"kinds": "both kinds", "one": "and at least one individual firs
 
 @dataclass(frozen=True)
 class Row:
-    """One way of drawing every concept: training (None: the super-category), lock and gate."""
+    """One way of drawing, of a concept alone or of two.
+
+    training: a name of TRAININGS, None for the super-category itself. lock: "local", "global", or "ungated":
+    ROME's linear weight in the gate's place. who: "alone", or a group of `couples`.
+    """
     title: str
     training: str | None
     lock: str = "local"
-    beta: float = BETA
-    tau: float = TAU
+    beta: float = DRAWING_BETA
+    tau: float = DRAWING_TAU
+    who: str = "alone"
 
+
+def sweep(training: str) -> list[Row]:
+    """One training over all beta."""
+    return [Row(f"{training}, beta {beta}", training, beta=beta) for beta in SWEEP]
+
+
+LOCKED, TRAINED, UNGATED = "locked keys, beta 0.7", "trained keys, beta 0.7", "locked keys, ungated"
+GLOBAL = f"global lock, beta {DRAWING_GLOBAL_BETA}"
+MAIN_ROWS = (
+    Row("pair: locked keys", "locked keys", who="different kinds"),
+    Row("pair of examples: locked keys", "locked keys", who="examples"),
+    Row(LOCKED, "locked keys"), Row("super-category", None), Row(TRAINED, "trained keys"),
+    Row("pair: trained keys", "trained keys", who="different kinds"),
+    Row("pair: super-categories", None, who="different kinds"),
+    Row("textual inversion", "textual inversion"),
+    Row("pair: textual inversion", "textual inversion", who="different kinds"),
+    Row("pair of one kind: locked keys", "locked keys", who="one kind"),
+    Row(UNGATED, "locked keys", "ungated"), Row(GLOBAL, "locked keys", "global", DRAWING_GLOBAL_BETA),
+    Row("locked keys, beta 0.5", "locked keys", beta=0.5),
+    Row("locked keys, beta 1.0", "locked keys", beta=1.0),
+)
+MORE_ROWS = (
+    *sweep("locked keys"), *sweep("trained keys"),
+    Row("no masks", "no masks"), Row("one image", "one image"),
+    Row("training beta 0.5", "training beta 0.5"), Row("tau 0.1", "locked keys", tau=0.1),
+    *sweep("locked keys, 400 steps"), *sweep("trained keys, 400 steps"),
+)
+COMPARISONS = (  # claim of the paper, measures, row A, row B
+    ("a trained key's attention leaks beyond the object", ("share",), LOCKED, TRAINED),
+    ("the same against textual inversion", ("share",), LOCKED, "textual inversion"),
+    ("locked keys keep more of the prompt at the same beta", ("kept", "text", "image", "first"), LOCKED,
+     TRAINED),
+    ("after 400 steps too", ("kept", "text", "image", "first"), "locked keys, 400 steps, beta 0.7",
+     "trained keys, 400 steps, beta 0.7"),
+    ("beta trades the concept for the prompt", ("first", "kept", "image", "text"), "locked keys, beta 0.5",
+     "locked keys, beta 1.0"),
+    ("global lock gives more freedom than local", ("pose", "kept", "text", "first"), GLOBAL, LOCKED),
+    ("masks reduce overfitting", ("kept", "text", "image", "first"), LOCKED, "no masks"),
+    ("a higher training beta helps", ("kept", "text", "image", "first"), LOCKED, "training beta 0.5"),
+    ("tau above training's helps", ("kept", "text", "image", "first"), LOCKED, "tau 0.1"),
+    ("one image works, with slight overfitting", ("first", "kept", "image", "text"), "one image", LOCKED),
+    ("textual inversion follows the prompt worst", ("kept", "text", "image", "first"), LOCKED,
+     "textual inversion"),
+    ("the ungated edit (a LoRA of rank one) does the same", ("first", "kept", "share", "image"), UNGATED,
+     LOCKED),
+)
+PARETO = (("identity", "kept"), ("first", "kept"), ("identity", "text"), ("image", "text"))  # x, y
+
+
+def cases(who: str, count: int) -> list[tuple]:
+    """The names of the concepts in every case of a group: c0, c1, ... are unseen, the others examples."""
+    if who == "alone":
+        return [(f"c{k}",) for k in range(count)]
+    if who == "different kinds":
+        return [(f"c{k}", f"c{(k + 1) % count}") for k in range(count)]
+    if who == "one kind":
+        step = len(make_examples.UNSEEN_KINDS)
+        return [(f"c{k}", f"c{k + step}") for k in range(count - step)]
+    return [("teddy", "cat"), ("cat", "teddy"), ("robot", "dog"), ("dog", "robot")]
+
+
+def person(name: str) -> tuple:
+    """The individual behind a concept's name, and the specs of its training pictures."""
+    if name in make_examples.EXAMPLES:
+        individual, scenes = make_examples.EXAMPLES[name]
+        return individual, make_examples.example_specs(individual, scenes, name)
+    return make_examples.unseen_concept(int(name[1:]))[1:]
+
+
+def prompts(name: str) -> list:
+    """Two prompts for an unseen concept, each with what it asks for.
+
+    The scenes are new to the concept, but no combination is new to the base model.
+    """
+    k, kind = int(name[1:]), person(name)[0].kind
+    scenes = [scene for scene in make_examples.NEW_SCENES if (kind, scene) not in world.HELD_OUT_SCENE]
+    worn = [one for one in world.ACCESSORIES if (kind, one) not in world.HELD_OUT_ACCESSORY]
+    others = [one for one in world.KINDS if one != kind and {one, kind} not in world.HELD_OUT_PAIR]
+    asked = [{"accessory": worn[(k + k // 4) % len(worn)], "scene": scenes[k // 4 % len(scenes)]},
+             {"second": others[(k + k // 4) % len(others)], "scene": scenes[(k // 4 + 1) % len(scenes)]}]
+    texts = [world.ACCESSORIES[asked[0]["accessory"]], f"next to {world.article(asked[1]['second'])}"]
+    return [(f"a photo of a {{}} {text} {world.scene_words(wish['scene'])}", wish)
+            for text, wish in zip(texts, asked)]
+
+
+def kept(found: list, scene: str, kind: str, wish: dict) -> dict:
+    """What of a wish the judge finds: the scene, a thing of this kind with the accessory, a second thing."""
+    checks = {"scene": lambda: scene == wish["scene"],
+              "accessory": lambda: judges.shows(found, kind, accessory=wish["accessory"]),
+              "second": lambda: judges.shows(found, wish["second"])}
+    return {name: checks[name]() for name in wish}
+
+
+# ----------------------------------------------------------------------------------- training and measuring
 
 @dataclass
 class Study:
-    """What all measurements share."""
+    """What all trainings and measurements share; opened once in every process."""
     model: weights_loader.Model
     judge: judges.Judge
     clip: clip_image.CLIP | None
     folder: Path
-    concepts: list
     args: argparse.Namespace
     lineups: dict = field(default_factory=dict)
 
-    def lineup(self, k: int, second: bool = False) -> torch.Tensor:
-        """`judges.lineup` of concept k, computed once."""
-        if (k, second) not in self.lineups:
-            self.lineups[k, second] = judges.lineup(self.judge, self.concepts[k][1], k, second)
-        return self.lineups[k, second]
+    @classmethod
+    def open(cls, args: argparse.Namespace) -> "Study":
+        """Every base model and length of training has a folder of its own in --workdir."""
+        model = weights_loader.load(args.weights)
+        fast_cpu.enable(model)
+        folder = args.workdir / f"{model.fingerprint}_{args.steps or 'standard'}"
+        for name in ("records", "pictures"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        own = Path(model.folder) / "clip"
+        clip = clip_image.load(own, model.text_encoder) if own.is_dir() else None
+        return cls(model, judges.Judge.load(args.judge), clip, folder, args)
 
-    @property
-    def training_length(self) -> str:
-        """Part of the names of all results, so that those of other lengths are not mixed in."""
-        return f"{self.args.steps or 'standard'}x{self.args.batch or 'standard'}"
+    def lineup(self, name: str) -> torch.Tensor:
+        """`judges.lineup` of a concept, computed once."""
+        if name not in self.lineups:
+            self.lineups[name] = judges.lineup(self.judge, person(name)[0], name)
+        return self.lineups[name]
 
-    def prompts(self, k: int) -> list:
-        """Two prompts for concept k, each with its scene and accessory (or None).
-
-        The scenes are new to the concept, but no combination is new to the base model.
-        """
-        kind = self.concepts[k][1].kind
-        scenes = [s for s in make_examples.NEW_SCENES if (kind, s) not in world.HELD_OUT_SCENE]
-        worn = [a for a in world.ACCESSORIES if (kind, a) not in world.HELD_OUT_ACCESSORY]
-        first, second = scenes[k // 4 % len(scenes)], scenes[(k // 4 + 1) % len(scenes)]
-        accessory = worn[(k + k // 4) % len(worn)]
-        wearing = f"{world.ACCESSORIES[accessory]} {world.scene_words(second)}"
-        return [(f"a photo of a {{}} {world.scene_words(first)}", first, None),
-                (f"a photo of a {{}} {wearing}", second, accessory)]
-
-    def file(self, training: str, k: int) -> Path:
+    def file(self, training: str, name: str) -> Path:
         """The concept file of one training."""
-        name = self.concepts[k][0]
-        folder = f"{training.replace(' ', '_')}_{self.training_length}"
-        return self.folder / folder / name / f"{name}.safetensors"
+        return self.folder / training.replace(" ", "_") / name / f"{name}.safetensors"
 
-    def load(self, training: str | None, k: int) -> list:
-        """The concept of one training, ready to use, as a list of one; no concept for None."""
-        if training is None:
-            return []
-        return perfusion.prepare([perfusion.Concept.load(self.file(training, k))], self.model)
+    def load(self, training: str | None, names: tuple) -> list:
+        """The concepts of one training, ready to use; none for None."""
+        files = [self.file(training, name) for name in names] if training else []
+        return perfusion.prepare([perfusion.Concept.load(file) for file in files], self.model)
 
 
-PAIR_ROWS = (Row("super-categories", None), Row("locked keys", "locked"), Row("trained keys", "trained"),
-             Row("textual inversion", "inversion"))
-STUDY = None  # of a measuring process
+STUDY = None  # of a working process
 
 
-def rows(training_betas) -> list:
-    """Every way of drawing that the table needs."""
-    sweep = [Row(f"{training} keys, beta {beta}", training, beta=beta)
-             for training in ("locked", "trained") for beta in SWEEP]
-    return [Row("super-category", None), *sweep,
-            *[Row(f"global lock, beta {beta}", "locked", "global", beta) for beta in (0.4, 0.5, 0.6)],
-            Row("textual inversion", "inversion"), Row("locked keys, no masks", "no masks"),
-            Row("locked keys, one image", "one image"),
-            *[Row(f"locked keys, tau {tau}", "locked", tau=tau) for tau in (0.1, 0.2)],
-            *[Row(f"locked keys, training beta {beta}", f"beta {beta}") for beta in training_betas]]
+def start_work(args: argparse.Namespace):
+    """Make this process one of the working ones, with one thread."""
+    global STUDY
+    torch.set_num_threads(1)
+    STUDY = Study.open(args)
 
 
-# --------------------------------------------------------------------------------------------------- training
-
-def train_all(study: Study, trainings: dict):
-    """Run train.py for every concept file that is not there yet, two at a time with one thread each."""
-    jobs = [(training, k) for training in trainings for k in range(len(study.concepts))
-            if not study.file(training, k).exists()]
-    start = time.time()
-    with ThreadPoolExecutor(study.args.workers) as pool:
-        for n, (training, k) in enumerate(pool.map(lambda job: train_one(study, trainings, *job), jobs), 1):
-            print(f"trained {n} of {len(jobs)} after {(time.time() - start) / 60:.1f} minutes: "
-                  f"{study.concepts[k][0]}, {training}", flush=True)
-
-
-def train_one(study: Study, trainings: dict, training: str, k: int) -> tuple:
+def train_one(job: tuple):
     """One concept by one training, in a process of its own. ValueError with its last words if it fails."""
-    name, individual, specs = study.concepts[k]
-    arguments, pictures = trainings[training]
-    images = study.folder / "images" / str(pictures) / name
-    make_examples.write_pictures(specs[:pictures], images)
+    training, name = job
+    individual, specs = person(name)
+    arguments, count = TRAININGS[training]
+    images, size = STUDY.folder / "images" / str(count) / name, STUDY.model.size[0]
+    make_examples.write_pictures(specs[:count], images, size=size)
     command = [sys.executable, ROOT / "train.py", "--images", images, "--super", individual.kind,
-               "--token", name, "--out", study.file(training, k).parent, "--weights", study.args.weights,
-               "--preview", 0, "--checkpoint", 0, "--seed", k, *arguments]
-    for option in ("steps", "batch"):
-        command += [f"--{option}", getattr(study.args, option)] if getattr(study.args, option) else []
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+               "--token", name, "--out", STUDY.file(training, name).parent, "--weights", STUDY.args.weights,
+               "--preview", "0", "--checkpoint", "0", "--seed", name[1:] if name[1:].isdecimal() else "0",
+               *arguments]
+    if STUDY.args.steps:
+        command += ["--steps", str(STUDY.args.steps)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise ValueError(f"train.py failed for {name}, {training}: {done.stderr.strip().splitlines()[-1]}")
-    return training, k
 
 
-# -------------------------------------------------------------------------------------------------- measuring
+def encoded(row: Row, concepts: list, texts: list) -> tuple:
+    """Keys, values and positions of prompts, as `perfusion.project` gives them."""
+    model = STUDY.model
+    if row.lock != "ungated":
+        return perfusion.project(model, texts, concepts, row.beta, row.tau, row.lock)[:3]
+    (concept,), unet = concepts, model.unet
+    e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, texts, concepts)
+    e_perp, sims = perfusion.split(e, concept.i_star[None], concept.d_star[None])
+    keys, values = (perfusion.edit(linear, e_perp, sims, [o[None] for o in targets])
+                    for linear, targets in ((unet.keys, concept.keys), (unet.values, concept.values)))
+    return keys, values, positions
 
-@torch.no_grad()
-def draw_prompts(study: Study, concepts: list, row: Row, prompts: list) -> tuple:
-    """Draw every prompt from every seed.
 
-    Returns latents (p * seeds, c, h, w), keys and values of the prompts, per layer (p, T, width), and the
-    positions of the concepts' words in each prompt.
-    """
-    model, seeds = study.model, study.args.seeds
-    e, e_super, positions = perfusion.encode(model.text_encoder, model.tokenizer, ["", *prompts], concepts)
-    keys, values = perfusion.keys_and_values(model.unet, e, e_super, concepts, [row.beta] * len(concepts),
-                                             [row.tau] * len(concepts), row.lock)
-    each = [n for n in range(1, len(prompts) + 1) for _ in range(seeds)]
+def draw(row: Row, concepts: list, texts: list, name: str) -> torch.Tensor:
+    """Every prompt from every seed, (prompts * seeds, 3, H, W); keeps them as one PNG, a row per prompt."""
+    model, seeds = STUDY.model, STUDY.args.seeds
+    keys, values, _ = encoded(row, concepts, ["", *texts])
+    each = [n for n in range(1, len(texts) + 1) for _ in range(seeds)]
     order = [0] * len(each) + each
-    size = (make_size(model),) * 2
-    latents = drawing.draw_latents(model.unet, model.schedule, [x[order] for x in keys],
-                                   [x[order] for x in values], [s for _ in prompts for s in range(seeds)],
-                                   size, study.args.sampling_steps, judges.GUIDANCE)
-    return latents, [x[1:] for x in keys], [x[1:] for x in values], positions[1:]
+    images = drawing.draw(model, [x[order] for x in keys], [x[order] for x in values],
+                          [*range(seeds)] * len(texts), model.size, STUDY.args.sampling_steps, model.guidance)
+    path = STUDY.folder / "pictures" / f"{row.title.replace(' ', '_').replace(':', '')}__{name}.png"
+    Image.fromarray(drawing.to_bytes(drawing.grid(images, seeds))).save(path)
+    return images
 
 
-def make_size(model) -> int:
-    """The side of a latent of the judge's 64 pixels."""
-    return 64 // model.vae.factor
-
-
-@torch.no_grad()
-def word_share(model, latents, keys, values, words, masks, timesteps, seed: int = 0) -> list:
-    """Share of a word's attention inside masks (B, H, W), on noised latents (B, ...), mean over timesteps.
-
-    keys, values per layer (B, T, width); words: the word's token indices, the same in all prompts.
-    """
-    generator, shares = torch.Generator().manual_seed(seed), []
-    for t in timesteps:
-        noise = torch.randn(latents.shape, generator=generator)
-        noised = model.schedule.add_noise(latents, noise, torch.full((len(latents),), t))
-        with record_queries(model.unet) as queries:
-            model.unet(noised, t, keys, values)
-        maps = attention(queries, keys, model.unet.config.attention_heads)
-        shares.append(share_inside(word_map(maps, words, tuple(latents.shape[-2:])), masks))
-    return torch.stack(shares).mean(0).tolist()
-
-
-def places(study: Study, k: int, concepts: list, prompts: list, positions: list) -> list:
-    """Token indices of the concept's or super-category's word: the same in all prompts, which begin alike."""
-    if concepts:
-        return positions[0][concepts[0].token][0]
-    return study.model.tokenizer.find(prompts[0], study.concepts[k][1].kind)[0]
-
-
-@torch.no_grad()
-def share_on_renders(study: Study, k: int, concepts: list, row: Row) -> list:
+def share_on_renders(row: Row, concepts: list, name: str) -> list:
     """Share of the word's attention inside the true mask, on renders of the concept in new scenes."""
-    name, individual, _ = study.concepts[k]
-    rng, model = random.Random(f"renders {k}"), study.model
-    specs = [world.place(rng, individual, make_examples.NEW_SCENES[n % 3]) for n in range(RENDERS)]
-    images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
+    (individual, _), model, rng = person(name), STUDY.model, random.Random(f"renders {name}")
+    specs = [world.place(rng, [individual], make_examples.NEW_SCENES[n % 3]) for n in range(RENDERS)]
+    images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
     word = concepts[0].token if concepts else individual.kind
-    prompts = [f"a photo of a {word} {world.scene_words(spec.scene)}" for spec in specs]
-    e, e_super, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, concepts)
-    keys, values = perfusion.keys_and_values(model.unet, e, e_super, concepts, [row.beta] * len(concepts),
-                                             [row.tau] * len(concepts), row.lock)
-    truth = torch.stack([torch.from_numpy(mask["subject"]) for mask in masks])
+    texts = [f"a photo of a {word} {world.scene_words(spec.scene)}" for spec in specs]
+    keys, values, positions = encoded(row, concepts, texts)
+    words = positions[0][word][0] if concepts else model.tokenizer.find(texts[0], word)[0]  # all begin alike
     latents = model.vae.encode(judges.to_images(images) * 2 - 1)
-    return word_share(model, latents, keys, values, places(study, k, concepts, prompts, positions), truth,
-                      RENDER_TIMESTEPS)
+    truth = torch.stack([torch.from_numpy(mask["first"]) for mask in masks])
+    return torch.stack([share_inside(noised_map(model, latents, t, keys, values, words), truth)
+                        for t in TIMESTEPS]).mean(0).tolist()
 
 
-def variety(x: torch.Tensor, distance) -> float:
-    """Mean distance of all pairs of x (prompts, seeds, ...), within a prompt."""
-    p, n = x.shape[:2]
-    pairs = [distance(x[i, a], x[i, b]).item() for i in range(p) for a in range(n) for b in range(a)]
-    return sum(pairs) / len(pairs) if pairs else math.nan
+def variety(silhouettes: torch.Tensor) -> float:
+    """Mean of 1 - IoU over all pairs of soft masks (prompts, seeds, h, w), within a prompt."""
+    a, b = silhouettes[:, :, None], silhouettes[:, None]
+    overlap = torch.minimum(a, b).sum((-1, -2)) / torch.maximum(a, b).sum((-1, -2)).clamp(min=1e-6)
+    p, n, _ = overlap.shape
+    return (1 - overlap).sum().item() / (p * n * (n - 1))  # the diagonal adds nothing
 
 
-def silhouette_distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """1 - IoU of two soft masks."""
-    return 1 - torch.minimum(a, b).sum() / torch.maximum(a, b).sum().clamp(min=1e-6)
-
-
-def root_mean_square(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """The size of the difference of two pictures."""
-    return (a - b).square().mean().sqrt()
-
-
-@torch.no_grad()
-def measure(study: Study, row: Row, k: int) -> dict:
-    """Everything about one concept drawn in one way: measure -> one number per picture (pictures of a prompt
-    together), or per render, or one for all."""
-    name, individual, specs = study.concepts[k]
-    asked, concepts, seeds = study.prompts(k), study.load(row.training, k), study.args.seeds
-    word = name if not concepts else concepts[0].token
-    prompts = [text.format(word if concepts else individual.kind) for text, _, _ in asked]
-    latents, keys, values, positions = draw_prompts(study, concepts, row, prompts)
-    images = drawing.decode(study.model.vae, latents)
-    keep_pictures(study, images, row.title, name)
-    found, known = study.judge.classify(images), study.lineup(k)
-    similarity, silhouettes = study.judge.embed(images) @ known.T, study.judge.masks(images)["subject"]
-    each = [n for n in range(len(prompts)) for _ in range(seeds)]
-    record = {
-        "first": [best == 0 for best in similarity.argmax(1).tolist()], "identity": similarity[:, 0].tolist(),
-        "scene": [judged["scene"] == asked[n][1] for judged, n in zip(found, each)],
-        "accessory": [judged["accessory"] == asked[n][2] for judged, n in zip(found, each) if asked[n][2]],
-        "share_renders": share_on_renders(study, k, concepts, row),
-        "share_pictures": word_share(study.model, latents, [x[each] for x in keys], [x[each] for x in values],
-                                     places(study, k, concepts, prompts, positions), silhouettes,
-                                     PICTURE_TIMESTEPS),
-        "pose": [variety(silhouettes.unflatten(0, (len(prompts), seeds)), silhouette_distance)],
-        "pixels": [variety(images.unflatten(0, (len(prompts), seeds)), root_mean_square)],
-    }
-    if study.clip:
-        pictures = study.clip.image_embedding(images)
-        training = study.clip.image_embedding(judges.to_images([world.render(spec)[0] for spec in specs]))
-        ids, _ = study.model.tokenizer.encode([text.format(individual.kind) for text, _, _ in asked])
-        texts = torch.cat([study.clip.text_embedding(one[None]) for one in ids])
+def measure(row: Row, names: tuple) -> dict:
+    """A concept alone: measure -> one number per picture, or per render, or one for all."""
+    (name,), judge, seeds = names, STUDY.judge, STUDY.args.seeds
+    (individual, specs), concepts, known = person(name), STUDY.load(row.training, names), STUDY.lineup(name)
+    texts, wishes = zip(*prompts(name))
+    word = concepts[0].token if concepts else individual.kind
+    images = draw(row, concepts, [text.format(word) for text in texts], name)
+    wishes = [wish for wish in wishes for _ in range(seeds)]
+    found = judge.find(images)
+    likeness = [max([(one.embedding @ known[0]).item() for one in things if one.kind == individual.kind],
+                    default=0) for things in found]
+    checks = [kept(things, scene, individual.kind, wish)
+              for things, scene, wish in zip(found, judge.scenes(images), wishes)]
+    record = {wish: [check[wish] for check in checks if wish in check]
+              for wish in ("scene", "accessory", "second")}
+    record |= {
+        "first": [bool(judges.recognise(things, individual.kind, known)) for things in found],
+        "identity": likeness, "kept": [sum(check.values()) / len(check) for check in checks],
+        "pattern": [judges.shows(things, individual.kind, pattern=individual.pattern) for things in found],
+        "share": share_on_renders(row, concepts, name),
+        "pose": [variety(judge.silhouettes(images).unflatten(0, (len(texts), seeds)))]}
+    if STUDY.clip:
+        pictures = STUDY.clip.image_embedding(images)
+        training = STUDY.clip.image_embedding(judges.renders(specs, STUDY.model.size[0]))
+        ids = STUDY.model.tokenizer.encode([text.format(individual.kind) for text in texts])[0]
+        asked = torch.cat([STUDY.clip.text_embedding(one[None]) for one in ids]).repeat_interleave(seeds, 0)
         record |= {"image": (pictures @ training.mean(0)).tolist(),
-                   "text": (pictures * texts[each]).sum(-1).tolist()}
+                   "text": (pictures * asked).sum(-1).tolist()}
+    return record
+
+
+def measure_pair(row: Row, names: tuple) -> dict:
+    """Two concepts in one picture: both kinds, both individuals; sim/energy of the second's own word."""
+    people, concepts = [person(name)[0] for name in names], STUDY.load(row.training, names)
+    words = [concept.token for concept in concepts] or [one.kind for one in people]
+    text = f"a photo of a {words[0]} next to a {words[1]} {PAIR_SCENE}"
+    record, kinds = {name: [] for name in PAIR_MEASURES}, [one.kind for one in people]
+    for things in STUDY.judge.find(draw(row, concepts, [text], "_".join(names))):
+        seen = [one.kind for one in things]
+        there = all(seen.count(kind) >= kinds.count(kind) for kind in kinds)
+        first, second = (judges.recognise(things, kind, STUDY.lineup(name))
+                         for kind, name in zip(kinds, names))
+        record["kinds"].append(there)
+        record["one"].append(there and bool(first | second))
+        record["both"].append(there and any(a != b for a in first for b in second))
+    if concepts and concepts[1].lock != "none":
+        model = STUDY.model
+        e, _, (places,) = perfusion.encode(model.text_encoder, model.tokenizer, [text], concepts)
+        sims = perfusion.split(e, *(torch.stack([getattr(one, name) for one in concepts])
+                                    for name in ("i_star", "d_star")))[1]
+        record["sim"] = [sims[0, places[words[1]][0][-1], 1].item()]
     return record
 
 
 @torch.no_grad()
-def measure_pair(study: Study, row: Row, k: int) -> dict:
-    """Concepts k and k + 1 in one picture: are both kinds there, and each individual first among 50?"""
-    pair = [k, (k + 1) % len(study.concepts)]
-    names, people = zip(*[study.concepts[j][:2] for j in pair])
-    concepts = [concept for j in pair for concept in study.load(row.training, j)]
-    words = [concept.token for concept in concepts] or [person.kind for person in people]
-    prompt = f"a photo of a {words[0]} next to a {words[1]} {PAIR_SCENE}"
-    latents, *_ = draw_prompts(study, concepts, row, [prompt])
-    images = drawing.decode(study.model.vae, latents)
-    keep_pictures(study, images, f"pair {row.title}", names[0])
-    found, kinds = study.judge.classify(images), [person.kind for person in people]
-    record = {name: [] for name in PAIR_MEASURES}
-    embeddings = [study.judge.embed(images, second) for second in (False, True)]
-    known = [[study.lineup(j, second) for j in pair] for second in (False, True)]
-    for b, judged in enumerate(found):
-        seen = [judged["subject"], judged["second"]]
-        record["kinds"].append(sorted(seen) == sorted(kinds))
-        order = (0, 1) if seen == kinds else (1, 0)  # which of the two is the bigger object
-        first = [(embeddings[place][b] @ known[place][who].T).argmax().item() == 0
-                 for place, who in enumerate(order)]
-        record["one"].append(record["kinds"][-1] and any(first))
-        record["both"].append(record["kinds"][-1] and all(first))
-    return record
-
-
-def keep_pictures(study: Study, images: torch.Tensor, title: str, name: str):
-    """One PNG, a row per prompt and a column per seed."""
-    grid = drawing.to_bytes(drawing.grid(images, study.args.seeds))
-    Image.fromarray(grid).save(study.folder / "pictures" / f"{title.replace(' ', '_')}__{name}.png")
-
-
-def cached(study: Study, name: str, compute) -> dict:
-    """A record from --workdir, or computed and kept there."""
-    a = study.args
-    name = f"{name.replace(' ', '_')}_{study.training_length}_{a.seeds}_{a.sampling_steps}"
-    file = study.folder / "records" / f"{name}.json"
+def record(row: Row, names: tuple) -> dict:
+    """What `measure` or `measure_pair` finds, from --workdir if it is there."""
+    title = f"{row.title} {' '.join(names)}".replace(" ", "_").replace(":", "")
+    file = STUDY.folder / "records" / f"{title}_{STUDY.args.seeds}_{STUDY.args.sampling_steps}.json"
     if not file.exists():
-        weights_loader.write_json(file, compute())
+        found = (measure if len(names) == 1 else measure_pair)(row, names)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(found), encoding="utf-8")
     return json.loads(file.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------- results
 
-def mean_and_interval(values: list) -> tuple:
-    """Mean of one number per concept, and half the width of its 95 % interval (nan for fewer than two).
-
-    Student's t quantile by Fisher's expansion, exact to 2 % from 4 degrees of freedom on.
-    """
-    values = [value for value in values if not math.isnan(value)]
-    n = len(values)
-    if n < 2:
-        return (values[0] if values else math.nan), math.nan
-    mean = sum(values) / n
-    t = {1: 12.706, 2: 4.303, 3: 3.182}.get(n - 1, 1.960 + 2.372 / (n - 1) + 2.823 / (n - 1) ** 2)
-    return mean, t * math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
-
-
 def per_concept(records: list, measure: str) -> list:
     """One mean per concept; nan where a record lacks the measure."""
     return [sum(r[measure]) / len(r[measure]) if r.get(measure) else math.nan for r in records]
+
+
+def mean_and_interval(values: list) -> tuple:
+    """`clip_image.mean_and_interval` of those that are numbers."""
+    values = [value for value in values if not math.isnan(value)]
+    return clip_image.mean_and_interval(values) if values else (math.nan, math.nan)
 
 
 def written(values: list, factor: float = 1) -> str:
@@ -380,68 +398,43 @@ def at_equal(curve_a: list, curve_b: list) -> tuple:
     return at(a, (low + high) / 2), at(b, (low + high) / 2)
 
 
-def pareto(records: dict, x: str, y: str) -> list:
-    """Per concept: y of locked and of trained keys at equal x, over their sweeps of beta."""
-    curves = {}
-    for training in ("locked", "trained"):
-        titles = [title for title in records if title.startswith(f"{training} keys, beta")]
-        points = [zip(per_concept(records[title], x), per_concept(records[title], y)) for title in titles]
-        curves[training] = list(zip(*points))  # per concept: its points
-    return [at_equal(a, b) for a, b in zip(curves["locked"], curves["trained"])]
+def curves(results: dict, training: str, x: str, y: str) -> list:
+    """Per concept: the points (x, y) of a training's sweep over beta, as far as it is measured."""
+    titles = [row.title for row in sweep(training) if row.title in results]
+    points = [zip(per_concept(results[title], x), per_concept(results[title], y)) for title in titles]
+    return list(zip(*points))
 
 
-LOCKED, TRAINED = f"locked keys, beta {BETA}", f"trained keys, beta {BETA}"
-GLOBAL = f"global lock, beta {GLOBAL_BETA}"
-COMPARISONS = (  # claim of the paper, measures, row A, row B
-    ("attention with trained keys leaks beyond the object; locked keys do not",
-     ("share_renders", "share_pictures"), LOCKED, TRAINED),
-    ("the same for textual inversion", ("share_renders", "share_pictures"), LOCKED, "textual inversion"),
-    ("locked keys keep more of the prompt at the same beta", ("text", "scene", "accessory", "image", "first"),
-     LOCKED, TRAINED),
-    ("global lock gives more freedom than local", ("text", "pose", "pixels", "image", "first"),
-     GLOBAL, LOCKED),
-    ("masks reduce overfitting", ("text", "image", "scene", "accessory", "first"), LOCKED,
-     "locked keys, no masks"),
-    ("tau above training's helps", ("text", "image", "scene", "first"), LOCKED, "locked keys, tau 0.1"),
-    ("one image works, with slight overfitting", ("image", "text", "scene", "first"),
-     "locked keys, one image", LOCKED),
-    ("textual inversion follows the prompt worst", ("text", "image", "scene", "accessory", "first"), LOCKED,
-     "textual inversion"),
-)
-
-
-def comparison_lines(records: dict) -> list:
-    """The claims as rows of cells: claim, measure, A, B, their values, the paired difference."""
+def comparison_lines(results: dict) -> list:
+    """The claims whose rows are measured, as cells: claim, measure, A, B, both values, paired difference."""
     lines = []
-    extra = [("higher training beta helps", ("text", "image", "scene", "first"), LOCKED, title)
-             for title in records if "training beta" in title]
-    for claim, measures, a, b in (*COMPARISONS, *extra):
-        for name in measures:
+    for claim, measures, a, b in COMPARISONS:
+        for name in measures if {a, b} <= results.keys() else ():
             title, factor = MEASURES[name]
-            left, right = per_concept(records[a], name), per_concept(records[b], name)
-            difference = [x - y for x, y in zip(left, right)]
+            left, right = (per_concept(results[row], name) for row in (a, b))
             lines.append([claim, title, a, b, written(left, factor), written(right, factor),
-                          written(difference, factor)])
-    for x, y in (("image", "text"), ("identity", "text"), ("identity", "scene")):
-        pairs = pareto(records, x, y)
-        left, right = ([pair[side] for pair in pairs] for side in (0, 1))
-        (title, factor), shared = MEASURES[y], sum(not math.isnan(a) for a in left)
-        lines.append([f"locked keys shift the Pareto curve ({shared} of {len(pairs)} curves overlap)",
-                      f"{title} at equal {MEASURES[x][0]}", "locked keys, all beta", "trained keys, all beta",
-                      written(left, factor), written(right, factor),
-                      written([a - b for a, b in pairs], factor)])
+                          written([p - q for p, q in zip(left, right)], factor)])
+    for length in ("", ", 400 steps"):
+        for x, y in PARETO:
+            names = [f"{training} keys{length}" for training in ("locked", "trained")]
+            both = [curves(results, name, x, y) for name in names]
+            if min(len(curve) for one in both for curve in one or [[]]) < 2:
+                continue
+            left, right = zip(*[at_equal(*pair) for pair in zip(*both)])
+            (title, factor), shared = MEASURES[y], sum(not math.isnan(one) for one in left)
+            lines.append([f"locked keys shift the Pareto curve ({shared} of {len(left)} curves overlap)",
+                          f"{title} at equal {MEASURES[x][0]}", *names, written(left, factor),
+                          written(right, factor), written([p - q for p, q in zip(left, right)], factor)])
     return lines
 
 
-def pair_lines(pairs: dict) -> list:
-    """Two concepts in one picture: counts and shares."""
+def pair_lines(results: dict) -> list:
+    """Two concepts in one picture: counts, shares, and sim/energy of the second word."""
     lines = []
-    for title, records in pairs.items():
-        cells = [title]
-        for name in PAIR_MEASURES:
-            hits = [hit for record in records for hit in record[name]]
-            cells.append(f"{sum(hits)} of {len(hits)} ({written(per_concept(records, name), 100)} %)")
-        lines.append(cells)
+    for title, records in results.items():
+        hits = {name: [hit for record in records for hit in record[name]] for name in PAIR_MEASURES}
+        lines.append([title, *[f"{sum(hit)} of {len(hit)} ({written(per_concept(records, name), 100)} %)"
+                               for name, hit in hits.items()], written(per_concept(records, "sim"))])
     return lines
 
 
@@ -449,133 +442,95 @@ def markdown(head: list, lines: list) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
-def write_results(study: Study, records: dict, pairs: dict):
-    """claims.md and claims.csv in --workdir; prints the former."""
-    args, count = study.args, len(study.concepts)
-    sizes = {training: study.file(training, 0).stat().st_size for training in TRAININGS}
+def write_results(folder: Path, results: dict, args: argparse.Namespace):
+    """claims.md and pareto.png, of the rows {title: records} that are measured."""
+    alone = {title: records for title, records in results.items() if "first" in records[0]}
+    pairs = {title: records for title, records in results.items() if title not in alone}
     table = [[title, *[written(per_concept(found, name), factor) for name, (_, factor) in MEASURES.items()]]
-             for title, found in records.items()]
-    parts = [f"{count} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}, guidance "
-             f"{judges.GUIDANCE}, tau {TAU} unless named; steps and batch of a training: "
-             f"{args.steps or 'standard'}, {args.batch or 'standard'}. "
+             for title, found in alone.items()]
+    parts = [f"{args.concepts} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}; "
+             f"beta {DRAWING_BETA}, tau {DRAWING_TAU}, training of {args.steps or 'standard'} steps unless named. "
              "Mean and half width of the 95 % interval over concepts.",
              markdown(["row", *[title for title, _ in MEASURES.values()]], table),
-             "A - B is paired by concept, prompt and seed.",
+             "A - B is paired by concept.",
              markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B"],
-                      comparison_lines(records)),
-             f"Two concepts in one picture (\"... next to ... {PAIR_SCENE}\"), trained apart:",
-             markdown(["row", *PAIR_MEASURES.values()], pair_lines(pairs)),
-             f"Bytes of a concept file: {', '.join(f'{name} {size:,}' for name, size in sizes.items())}."]
-    text = "\n\n".join(parts) + "\n"
-    (study.folder / "claims.md").write_text(text, encoding="utf-8")
-    with open(study.folder / "claims.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["row", *[f"{name}{part}" for name in MEASURES for part in ("", "_interval")]])
-        for title, found in records.items():
-            numbers = [mean_and_interval(per_concept(found, name)) for name in MEASURES]
-            writer.writerow([title, *[x for pair in numbers for x in pair]])
-    print(text + f"{study.folder}/claims.md, {study.folder}/claims.csv, {study.folder}/pictures")
+                      comparison_lines(alone)),
+             f'Two concepts in one picture ("... next to ... {PAIR_SCENE}"), trained apart:',
+             markdown(["row", *PAIR_MEASURES.values(), "sim/energy of the second word"], pair_lines(pairs))]
+    with replacing(folder / "claims.md") as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with replacing(folder / "pareto.png") as partial:
+        pareto_figure(alone).savefig(partial, dpi=130, format="png")
 
 
-@torch.no_grad()
-def estimate(study: Study, trainings: dict, drawn: list) -> str:
-    """How long what is not in --workdir yet will take, from one timed forward pass."""
-    model, args, count = study.model, study.args, len(study.concepts)
-    side, steps = make_size(model), args.steps or 250
-    e = model.text_encoder(model.text_encoder.embed(model.tokenizer.encode(["a photo of a cat"])[0]))
-    keys, values = model.unet.keys(e), model.unet.values(e)
-    for _ in range(2):  # the first one warms up
-        start = time.perf_counter()
-        model.unet(torch.randn(16, model.unet.config.in_channels, side, side), 500, keys, values)
-        forward = (time.perf_counter() - start) / 16
-    missing = sum(not study.file(training, k).exists() for training in trainings for k in range(count))
-    training = missing * (steps * (args.batch or 16) * 3.3 * forward + 5) / args.workers
-    pictures = (len(drawn) * 2 + 4) * count * args.seeds
-    drawing_time = pictures * (2 * args.sampling_steps + 12) * forward / args.workers
-    return (f"{missing} trainings, about {training / 60:.0f} minutes; then {pictures} pictures, about "
-            f"{drawing_time / 60:.0f} minutes ({1000 * forward:.0f} ms per latent and forward pass)")
+def pareto_figure(results: dict) -> Figure:
+    """Mean curves over beta, with 95 % intervals over concepts: identity against kept, image against text."""
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    for axes, (x, y) in zip(figure.subplots(1, 2), (("identity", "kept"), ("text", "image"))):
+        for training, color in zip(list(TRAININGS)[:5], ("C0", "C1", "C2", "C9", "C3")):
+            rows = (*sweep(training), Row(training, training))
+            titles = [row.title for row in rows if row.title in results]
+            if not titles:
+                continue
+            (across, width), (up, height) = (zip(*[mean_and_interval(per_concept(results[title], name))
+                                                   for title in titles]) for name in (x, y))
+            axes.errorbar(across, up, height, width, color=color, label=training, marker="o", elinewidth=0.5)
+            for title, *place in zip(titles, across, up):
+                axes.annotate(title.rpartition("beta ")[2] if "beta" in title else "", place, fontsize=7)
+        axes.set(xlabel=MEASURES[x][0], ylabel=MEASURES[y][0].replace(", %", ""))
+    axes.legend(fontsize=8)
+    return figure
 
 
-def arguments(argv) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--concepts", type=int, default=8, help="individuals that no training ever showed (default: 8)")
-    add("--seeds", type=int, default=8, help="pictures per prompt (default: 8)")
-    add("--steps", type=int, default=0, help="training steps (default: train.py's)")
-    add("--batch", type=int, default=0, help="noised images per training step (default: train.py's)")
-    add("--sampling-steps", type=int, default=20, help="DDIM steps (default: 20)")
-    add("--training-betas", type=float, nargs="*", default=(0.5,),
-        help="training betas to compare with train.py's own, 0.75 (default: 0.5)")
-    add("--weights", default="tiny", help="base model (default: tiny)")
-    add("--judge", type=Path, default=judges.FILE, help="file of the judge (default: tiny/weights)")
-    add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")
-    add("--workers", type=int, default=2,
-        help="trainings or measurements at a time, one thread each (default: 2)")
-    args = parser.parse_args(argv)
-    if args.concepts < 2 or args.seeds < 2:
-        parser.error("--concepts and --seeds must be at least 2: intervals and variety need them")
-    least = min(args.steps, args.batch, args.sampling_steps - 1, args.workers - 1)
-    if least < 0 or args.sampling_steps > 999:
-        parser.error("--steps, --batch must not be negative, --sampling-steps 1 to 999, --workers at least 1")
-    return args
+def chosen_rows(args: argparse.Namespace) -> list[Row]:
+    """All rows, or those of --quick, --only and --skip."""
+    rows = {row.title: row for row in (*MAIN_ROWS, *(() if args.quick else MORE_ROWS))}
+    return [row for title, row in rows.items() if any(text in title for text in args.only or [""])
+            and not any(text in title for text in args.skip)]
 
 
-def open_study(args) -> Study:
-    """Load what the measurements share; every base model has its own folder of results in --workdir."""
-    model = weights_loader.load(args.weights)
-    folder = args.workdir / model.fingerprint
-    for name in ("records", "pictures"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    clip_folder = model.folder and Path(model.folder) / "clip"
-    clip = clip_image.load(clip_folder, model.text_encoder) if clip_folder and clip_folder.is_dir() else None
-    return Study(model, judges.Judge.load(args.judge), clip, folder,
-                 [make_examples.unseen_concept(k) for k in range(args.concepts)], args)
-
-
-def start_measuring(args):
-    """Make this process one of the measuring ones."""
-    global STUDY
-    torch.set_num_threads(1)
-    STUDY = open_study(args)
-
-
-def record(measurement, row: Row, k: int) -> dict:
-    """What `measure` or `measure_pair` finds, from --workdir if it is there; runs in a measuring process."""
-    pair = "pair " if measurement is measure_pair else ""
-    return cached(STUDY, f"{pair}{row.title} c{k}", lambda: measurement(STUDY, row, k))
-
-
-def run(args):
-    study = open_study(args)
+def run(args: argparse.Namespace):
+    study, start, results = Study.open(args), time.time(), {}
     if study.clip is None:
         print("this model has no CLIP of its own: image and text similarity are left out")
-    trainings = TRAININGS | {f"beta {beta}": (("--lock", "locked", "--masks", "auto", "--beta", beta), 5)
-                             for beta in args.training_betas}
-    drawn = rows(args.training_betas)
-    print(estimate(study, trainings, drawn), flush=True)
     covariance.cached(study.model)  # once, before several trainings need it at the same time
-    train_all(study, trainings)
-    found, start = {measure: {}, measure_pair: {}}, time.time()
-    jobs = [(measure, row) for row in drawn] + [(measure_pair, row) for row in PAIR_ROWS]
-    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_measuring,
-                             (args,)) as pool:
-        for n, (measurement, row) in enumerate(jobs, 1):
-            found[measurement][row.title] = list(pool.map(partial(record, measurement, row),
-                                                          range(args.concepts)))
-            print(f"measured {n} of {len(jobs)} after {(time.time() - start) / 60:.1f} minutes: {row.title}",
-                  flush=True)
-    write_results(study, found[measure], found[measure_pair])
+    rows = chosen_rows(args)
+
+    def report(text: str):
+        print(f"{(time.time() - start) / 60:.1f} minutes: {text}", flush=True)
+    with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_work, (args,)) as pool:
+        for n, row in enumerate(rows, 1):
+            names = dict.fromkeys(name for case in cases(row.who, args.concepts) for name in case)
+            jobs = [(row.training, name) for name in names
+                    if row.training and not study.file(row.training, name).exists()]
+            for job, _ in zip(jobs, pool.map(train_one, jobs)):
+                report(f"trained {', '.join(job)}")
+            results[row.title] = list(pool.map(partial(record, row), cases(row.who, args.concepts)))
+            write_results(study.folder, results, args)
+            report(f"measured {n} of {len(rows)} rows: {row.title}")
+    print((study.folder / "claims.md").read_text(encoding="utf-8") + f"{study.folder}/claims.md")
 
 
 def main(argv=None):
-    args = arguments(argv)
-    try:
-        run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    parser = command_line.Parser(__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="only the main rows, and two concepts in one picture")
+    add("--only", nargs="+", metavar="TEXT", help="only rows whose title holds one of these")
+    add("--skip", nargs="+", metavar="TEXT", default=[], help="no rows whose title holds one of these")
+    add("--concepts", type=between(5, 100), default=8, help="individuals that no training showed, 5 to 100")
+    add("--seeds", type=between(2, 1000), default=8, help="pictures per prompt, 2 to 1000")
+    add("--steps", type=between(0, 10**6), default=0, help="training steps, 0 for those of each row")
+    add("--sampling-steps", type=between(1, 999), default=20, help="DDIM steps, 1 to 999")
+    add("--weights", default="tiny", help="base model")
+    add("--judge", type=Path, default=judges.FILE, help="file of the judge")
+    add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")
+    add("--workers", type=between(1, 100), default=2, help="processes of one thread each")
+    args = parser.parse_args(argv)
+    if not chosen_rows(args):
+        parser.error("no row's title holds what --only and --skip leave")
+    run(args)
 
 
 if __name__ == "__main__":
-    main()
+    with command_line.plain_errors(memory="fewer --seeds or --workers need less"):
+        main()

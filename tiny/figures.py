@@ -1,109 +1,209 @@
-"""The README's pictures of the embedded model: what it draws, and one concept learned in three ways.
+"""The README's pictures: what the embedded model draws, what it learns, and a drawing of the method.
 
-    python tiny/figures.py base                                         # figures/base.png
-    python tiny/figures.py concept out/teddy/teddy.safetensors out/trained/teddy.safetensors \\
-        out/inversion/teddy.safetensors --images examples/teddy         # figures/concept.png
+    python tiny/figures.py base         # figures/base.png: the model without a concept
+    python tiny/figures.py hero         # figures/hero.png: two concepts, each alone and both together
+    python tiny/figures.py concept      # figures/concept.png: one concept, learned in three ways
+    python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
+
+Hero and concept show the files that the README's commands make; other files can be named instead.
 """
-import argparse
 import sys
 from pathlib import Path
 
-import matplotlib
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
+import command_line  # before matplotlib
+import drawing
+import fast_cpu
 import numpy as np
+import perfusion
 import torch
+import weights_loader
+from command_line import between
+from files import replacing
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
-import drawing
-import perfusion
-import weights_loader
-
-matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the choice of the backend)
-
-GUIDANCE, STEPS, BETA, TAU = 4.0, 50, 0.7, 0.15
 ROWS = {"locked": "locked keys", "trained": "trained keys", "none": "textual inversion"}
+HERO = ("out/teddy/teddy.safetensors", "out/cat/cat.safetensors")
+CONCEPT = (HERO[0], "out/trained/trained.safetensors", "out/inversion/inversion.safetensors")
 BASE_PROMPTS = (
     "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
     "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach", "a turquoise cat in a room",
-    "a yellow dog on the grass",
-    "a green robot at night", "a blue mug in the snow", "an orange ball on the grass",
-    "a teddy bear wearing a hat at night", "a cat wearing sunglasses on the beach",
-    "a dog wearing a scarf in a room",
-    "a robot holding a balloon on the grass", "a purple teddy bear with a yellow belly",
-    "a white cat with a red heart on a blue background", "a mug with green dots on a pink background",
-    "a teddy bear next to a ball on the grass", "a dog next to a mug on the beach",
-    "a teddy bear in the snow (held out)", "a cat wearing a hat on the grass (held out)",
-    "a robot on the beach (held out)")
+    "a yellow dog on the grass", "a green robot at night", "a blue mug in the snow",
+    "in a room, an orange ball", "a teddy bear wearing a hat at night",
+    "a cat wearing sunglasses on the beach", "a dog wearing a scarf in a room", "a robot holding a balloon on the grass",
+    "a yellow bellied purple teddy bear in a room", "a white cat with a red heart on a blue background",
+    "a teddy bear next to a cat on the grass", "a dog and a robot in the snow",
+    "a red dog beside a blue mug on the beach", "a teddy bear in the snow (held out)",
+    "a cat wearing a hat on the grass (held out)", "a cat next to a robot in a room (held out)")
 CONCEPT_PROMPTS = ("a photo of a {} on the beach", "a photo of a {} at night",
                    "a photo of a {} wearing a hat on the grass",
                    "a photo of a {} holding a balloon on the beach",
                    "a photo of a {} next to a ball on the grass")
+HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
+                "a photo of a {} holding a balloon on the grass", "a photo of a {} next to a mug in a room")
+FROZEN, LOCKED, LEARNED, PLAIN, LINE = "#dbe4f0", "#cfe8cf", "#ffd9a8", "#ffffff", "#444444"
 
 
-@torch.no_grad()
-def draw(model, concepts: list, prompts: list, seeds: range) -> torch.Tensor:
-    """Pictures (prompts, seeds, 3, 64, 64) in [0, 1]."""
-    n, pictures = len(concepts), []
+def draw(model, concepts: list, prompts: list, seeds: int, steps: int) -> torch.Tensor:
+    """Pictures (prompts, seeds, 3, H, W) in [0, 1]."""
+    pictures = []
     for prompt in prompts:
-        e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, ["", prompt], concepts)
-        keys, values = perfusion.keys_and_values(model.unet, e, e_super, concepts, [BETA] * n, [TAU] * n)
-        pictures.append(drawing.draw(model, keys, values, seeds, (64, 64), STEPS, GUIDANCE))
+        text = perfusion.project(model, ["", prompt], concepts)
+        pictures.append(drawing.draw(model, text.keys, text.values, range(seeds), model.size, steps,
+                                     model.guidance))
     return torch.stack(pictures)
 
 
-def show(axis, image: torch.Tensor, title: str = ""):
-    axis.imshow(drawing.to_bytes(image))
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=7, loc="left", pad=2)
+def show(axes, images: torch.Tensor, columns: int, title: str):
+    """A grid of pictures (n, 3, H, W) with a title above it."""
+    axes.imshow(drawing.to_bytes(drawing.grid(images, columns)))
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(title, fontsize=8, loc="left", pad=2)
 
 
-def base(args):
-    """24 prompts, 8 seeds each."""
-    model = weights_loader.load("tiny")
-    pictures = draw(model, [], [prompt.removesuffix(" (held out)") for prompt in BASE_PROMPTS], range(8))
-    figure, axes = pyplot.subplots(12, 2, figsize=(9, 8), layout="constrained")
-    for axis, prompt, row in zip(axes.flat, BASE_PROMPTS, pictures):
-        show(axis, drawing.grid(row, 8), prompt)
-    figure.savefig(args.out / "base.png", dpi=130)
+def training_pictures(file: Path) -> torch.Tensor:
+    """examples/NAME/*.png of out/NAME/NAME.safetensors, (n, 3, H, W) in [0, 1]."""
+    files = sorted((Path("examples") / file.stem).glob("*.png"))
+    if not files:
+        raise ValueError(f"examples/{file.stem}, the training pictures of {file}, holds no PNG")
+    pictures = np.stack([np.asarray(Image.open(one).convert("RGB")) for one in files])
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
 
 
-def concept(args):
+def base(model, files: list, steps: int) -> Figure:
+    """24 prompts, 4 seeds each."""
+    figure = Figure(figsize=(9, 9.6), layout="constrained")
+    pictures = draw(model, [], [prompt.removesuffix(" (held out)") for prompt in BASE_PROMPTS], 4, steps)
+    for axes, prompt, row in zip(figure.subplots(8, 3).flat, BASE_PROMPTS, pictures):
+        show(axes, row, 4, prompt)
+    return figure
+
+
+def hero(model, files: list, steps: int) -> Figure:
+    """Two concepts: their training pictures, each in new scenes, and both in one picture, in both orders."""
+    files = [Path(file) for file in files or HERO]
+    if len(files) != 2:
+        raise ValueError(f"the hero figure shows two concepts, not {len(files)}")
+    concepts = perfusion.prepare([perfusion.Concept.load(file) for file in files], model)
+    figure = Figure(figsize=(9, 4.1), layout="constrained")
+    *alone, both = figure.subfigures(3, 1)
+    for part, file, concept in zip(alone, files, concepts):
+        left, right = part.subplots(1, 2, width_ratios=(5, 4))
+        given = training_pictures(file)
+        show(left, given, len(given), f"{concept.token}: the training pictures")
+        prompts = [prompt.format(concept.token) for prompt in HERO_PROMPTS]
+        show(right, draw(model, concepts, prompts, 1, steps)[:, 0], 4,
+             ", ".join(prompt.rpartition("> ")[2] for prompt in prompts))
+    for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
+        prompt = f"a photo of a {a.token} next to a {b.token} on the grass"
+        show(axes, draw(model, concepts, [prompt], 4, steps)[0], 4, prompt)
+    return figure
+
+
+def concept(model, files: list, steps: int) -> Figure:
     """The training pictures, then the same prompts and seeds for each way of training."""
-    model = weights_loader.load("tiny")
-    files = sorted(args.images.glob("*.png"))
-    shown = [torch.from_numpy(np.array(Image.open(file).convert("RGB"))) for file in files]
-    shown = torch.stack(shown).permute(0, 3, 1, 2) / 255
-    rows = [("training pictures", [drawing.grid(shown, len(shown))])]
-    for file in args.files:
-        mine = perfusion.prepare([perfusion.Concept.load(file)], model)
-        pictures = draw(model, mine, [prompt.format(mine[0].token) for prompt in CONCEPT_PROMPTS], range(4))
-        rows.append((ROWS[mine[0].lock], [drawing.grid(row, 2) for row in pictures]))
-    figure = pyplot.figure(figsize=(9, 1.9 * len(rows)), layout="constrained")
-    for part, (label, images) in zip(figure.subfigures(len(rows), 1), rows):
-        part.suptitle(label, fontsize=9, fontweight="bold", x=0.01, ha="left")
-        axes = part.subplots(1, len(images), squeeze=False)[0]
-        for axis, image, prompt in zip(axes, images, CONCEPT_PROMPTS):
-            show(axis, image, prompt.removeprefix("a photo of a {} ") if len(images) > 1 else "")
-    figure.savefig(args.out / "concept.png", dpi=130)
+    files = [Path(file) for file in files or CONCEPT]
+    given = training_pictures(files[0])
+    figure = Figure(figsize=(9, 1.2 + 2.1 * len(files)), layout="constrained")
+    top, *parts = figure.subfigures(1 + len(files), 1, height_ratios=[1.2] + [2.1] * len(files))
+    show(top.subplots(), given, len(given), "training pictures")
+    for part, file in zip(parts, files):
+        mine, = perfusion.prepare([perfusion.Concept.load(file)], model)
+        part.suptitle(ROWS[mine.lock], fontsize=9, fontweight="bold", x=0.01, ha="left")
+        prompts = [prompt.format(mine.token) for prompt in CONCEPT_PROMPTS]
+        for axes, row, prompt in zip(part.subplots(1, len(prompts)), draw(model, [mine], prompts, 4, steps),
+                                     CONCEPT_PROMPTS):
+            show(axes, row, 2, prompt.removeprefix("a photo of a {} "))
+    return figure
 
 
-def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("figure", choices=("base", "concept"))
-    parser.add_argument("files", nargs="*", type=Path, help="concept files, for `concept`: one row each")
-    parser.add_argument("--images", type=Path, default=Path("examples/teddy"), help="their training pictures")
-    parser.add_argument("--out", type=Path, default=Path("figures"),
-                        help="folder of the PNG (default: figures)")
-    args = parser.parse_args()
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        {"base": base, "concept": concept}[args.figure](args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def method(model, files: list, steps: int) -> Figure:
+    """One cross-attention layer with its edit."""
+    figure = Figure(figsize=(9.6, 4.3), layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlim=(0.1, 12.1), ylim=(0.1, 5.4), aspect="equal")
+    axes.axis("off")
+
+    def box(x: float, y: float, width: float, height: float, color: str, text: str):
+        axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.1", fc=color,
+                                      ec=LINE))
+        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+
+    def node(x: float, y: float, text: str):
+        axes.add_patch(Circle((x, y), 0.2, fc="white", ec=LINE, zorder=3))
+        axes.text(x, y - 0.02, text, ha="center", va="center", fontsize=12, zorder=4)
+
+    def arrow(*points: tuple):
+        x, y = zip(*points)
+        axes.plot(x[:-1], y[:-1], color=LINE, lw=1.2, solid_capstyle="butt")
+        axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": LINE, "lw": 1.2,
+                                                              "shrinkA": 0, "shrinkB": 0})
+    words = ("a", "photo", "of", "a", "<teddy>", "on", "the", "beach")
+    for n, word in enumerate(words):
+        box(0.15, 4.25 - 0.4 * n, 1.15, 0.34, LEARNED if word == "<teddy>" else PLAIN, word)
+    axes.text(0.72, 4.85, "a prompt", ha="center", fontsize=9)
+    box(1.75, 2.45, 1.05, 1.1, FROZEN, "text\nencoder")
+    arrow((1.3, 3), (1.75, 3))
+    box(3.3, 2.35, 1.6, 1.3, PLAIN, "split along $i^*$\nin the metric\n$C^{-1}$")
+    arrow((2.8, 3), (3.3, 3))
+    axes.text(3.05, 3.1, "$e$", ha="center", fontsize=11)
+    for y, edge, name in ((4.9, 3.65, "K"), (1.1, 2.35, "V")):
+        arrow((4.1, edge), (4.1, y), (5.5, y))
+        axes.text(4.75, y + 0.1, r"$e_\perp$", ha="center", fontsize=11)
+        box(5.5, y - 0.35, 1.1, 0.7, FROZEN, f"$W_{name}$")
+        arrow((6.6, y), (9.2, y))
+    axes.text(5.42, 3.1, "sim/energy", ha="center", fontsize=8)
+    arrow((4.9, 3), (5.95, 3))
+    box(5.95, 2.55, 2.3, 0.9, PLAIN, "gate\n" + r"$\sigma\,((\mathrm{sim/energy}-\beta)\,/\,\tau)$")
+    axes.plot((8.25, 9.4), (3, 3), color=LINE, lw=1.2)
+    box(6.3, 3.72, 2.3, 0.6, LOCKED, r"$o^*_K=W_K\,i_\mathrm{super}$")
+    box(6.3, 1.68, 2.3, 0.6, LEARNED, r"$o^*_V$")
+    for target, sign, y in ((4.02, 1, 4.9), (1.98, -1, 1.1)):
+        arrow((9.4, 3), (9.4, target - sign * 0.2))
+        arrow((8.6, target), (9.2, target))
+        arrow((9.4, target + sign * 0.2), (9.4, y - sign * 0.2))
+        node(9.4, target, r"$\times$")
+        node(9.4, y, "+")
+        arrow((9.6, y), (10.1, y))
+    box(10.1, 4.55, 1.9, 0.7, PLAIN, "keys $K$\nwhere words act")
+    box(10.1, 0.75, 1.9, 0.7, PLAIN, "values $V$\nwhat they put there")
+    box(10.1, 2.55, 1.9, 0.9, FROZEN, "softmax$(QK^T)\\,V$\nin the U-Net")
+    arrow((11.05, 4.55), (11.05, 3.45))
+    arrow((11.05, 1.45), (11.05, 2.55))
+    for n, (color, text) in enumerate(((LEARNED, "learned: the word's embedding and one $o^*_V$ per layer"),
+                                       (LOCKED, "locked: the key of \"teddy bear\", never trained"),
+                                       (FROZEN, "frozen"))):
+        x = (0.15, 5.2, 10.1)[n]
+        box(x, 0.15, 0.35, 0.25, color, "")
+        axes.text(x + 0.45, 0.275, text, va="center", fontsize=8)
+    axes.set_title("One cross-attention layer with one concept: "
+                   r"$K=W_K\,e_\perp+\mathrm{gate}\cdot o^*_K$,  "
+                   r"$V=W_V\,e_\perp+\mathrm{gate}\cdot o^*_V$", fontsize=10)
+    return figure
+
+
+def main(argv=None):
+    figures = {one.__name__: one for one in (base, hero, concept, method)}
+    parser = command_line.Parser(__doc__)
+    add = parser.add_argument
+    add("figure", choices=figures)
+    add("files", nargs="*", help="concept files, if not those of the README's commands")
+    add("--weights", default="tiny", help="base model")
+    add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
+    add("--out", type=Path, default=Path("figures"), help="folder of the PNG")
+    args = parser.parse_args(argv)
+    model = None
+    if args.figure != "method":
+        model = weights_loader.load(args.weights)
+        fast_cpu.enable(model)
+    figure = figures[args.figure](model, args.files, args.steps)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with replacing(args.out / f"{args.figure}.png") as partial:
+        figure.savefig(partial, dpi=150, format="png")
 
 
 if __name__ == "__main__":
-    main()
+    with command_line.plain_errors(memory="close other programs"):
+        main()

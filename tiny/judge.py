@@ -1,13 +1,14 @@
-"""Judges pictures of the world: what is in them, which individual it is, and where. Trained on renders only.
+"""Judges pictures of the world: which things are in them, where, and who they are. Trained on renders only.
 
-    python tiny/judge.py train          # draws its own training pictures; a few minutes on one core
+    python tiny/judge.py train          # draws its own training pictures; ten minutes on one core
     python tiny/judge.py accuracy       # on held-out renders
-    python tiny/judge.py base           # the embedded model: prompt following, speed, VAE, attention
+    python tiny/judge.py base           # the embedded model: prompt following, VAE, attention, speed
 
-One small convolutional network with heads for subject, main colour, accessory, scene and second object, an
-identity embedding of the subject and one of the second object (the same individual in other scenes, poses and
-company is near, every other one is far), and a coarse mask. It never saw a generated picture; a slight random
-blur, noise and shift of brightness in training keep it from relying on the renderer's sharp edges.
+Two small convolutional networks. The finder looks at the whole picture: where things stand, how tall they
+are, which scene it is, and a coarse mask. The expert looks at a square around each thing: kind, main colour,
+pattern, accessory, and an embedding in which one individual is near to itself in other scenes, poses and
+company, and far from every other. So a thing is judged alike alone and beside another. Neither ever saw a
+generated picture; a slight random blur, noise and shift of brightness keeps them from relying on sharp edges.
 """
 import argparse
 import math
@@ -15,6 +16,7 @@ import os
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,51 +26,105 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
+import command_line
 import drawing
+import fast_cpu
 import make_examples
+import perfusion
 import weights_loader
 import world
-from attention_maps import MASK_TIMESTEPS, attention, record_queries, word_map, word_masks
+from attention_maps import noised_map, word_masks
+from command_line import between
+from files import replacing
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
-HEADS = {"subject": world.KINDS, "color": tuple(world.COLORS), "accessory": ("none", *world.ACCESSORIES),
-         "scene": world.ALL_SCENES, "second": ("none", *world.KINDS)}
+HEADS = {"kind": world.KINDS, "color": tuple(world.COLORS), "pattern": (None, *world.PATTERNS),
+         "accessory": (None, *world.ACCESSORIES)}
+LAYERS = ("background", "things", "accessories")  # of the coarse mask
+FINDER_SIDE, GRID, CROP = 64, 16, 48  # pixels of the finder's picture, cells of its map, pixels of a crop
+CROP_SIDE = 1.4   # of a crop, in heights of the thing: a hat and a balloon lie inside
+FOUND = 0.4       # how high a peak of the map must be
 EMBEDDING = 64
-TRAIN_STEPS = 1200
+TRAIN_STEPS = 700
 TEMPERATURE = 0.07  # of the contrastive loss
 GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each is known by
-GUIDANCE = 4.0  # of the generated pictures
-BOTH = "both objects, in any order"
-OVERLAP_DRAWS = 2  # of noise, at each timestep of the masks
 
 
-class Judge(nn.Module):
-    """The network: (B, 3, 64, 64) in [0, 1] -> a dict of logits, embeddings and mask logits."""
+@dataclass(frozen=True)
+class Found:
+    """A thing in a picture. box: (x, base, height) as in `world.Thing.pose`; embedding: (EMBEDDING,), unit
+    length; score: height of its peak, in [0, 1]."""
+    kind: str
+    color: str
+    pattern: str | None
+    accessory: str | None
+    box: tuple
+    embedding: Tensor
+    score: float
+
+
+def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False),
+                         nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+class Finder(nn.Module):
+    """Pictures (B, 3, H, W) in [0, 1] -> a dict: "heat" (B, 16, 16), logits of a thing's centre; "box" (B, 3,
+    16, 16), its distance in cells (right, down) and log height; "mask" (B, 3, 16, 16) and "scene", logits."""
 
     def __init__(self):
         super().__init__()
-        widths = (3, 32, 64, 96, 128)
-        self.stages = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, b, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(widths, widths[1:]))
-        self.shared = nn.Sequential(nn.Linear(128 * 16, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU())
-        self.heads = nn.ModuleDict({name: nn.Linear(256, len(labels)) for name, labels in HEADS.items()})
-        self.identity, self.identity_second = nn.Linear(256, EMBEDDING), nn.Linear(256, EMBEDDING)
-        self.lateral = nn.ModuleList(nn.Conv2d(width, 32, 1) for width in widths[2:])
-        self.mask = nn.Conv2d(32, len(world.REGIONS), 3, padding=1)
+        widths = (3, 24, 48, 64, 96)
+        self.stages = nn.ModuleList(convolution(a, b, stride=2) for a, b in zip(widths, widths[1:]))
+        self.lateral = nn.ModuleList(nn.Conv2d(width, 48, 1) for width in widths[2:])
+        self.out = nn.Sequential(nn.ReLU(), convolution(48, 48), nn.Conv2d(48, 4 + len(LAYERS), 1))
+        self.scene = nn.Linear(96 * 16, len(world.ALL_SCENES))
 
     def forward(self, images: Tensor) -> dict:
-        x, features = images * 2 - 1, []
+        x, features = F.interpolate(images, (FINDER_SIDE, FINDER_SIDE), mode="area") * 2 - 1, []
         for stage in self.stages:
             x = stage(x)
             features.append(x)
-        shared = self.shared(x.flatten(1))
-        merged = sum(F.interpolate(lateral(feature), (16, 16), mode="bilinear")
-                     for lateral, feature in zip(self.lateral, features[1:]))
+        merged = self.out(sum(F.interpolate(lateral(feature), (GRID, GRID), mode="bilinear")
+                              for lateral, feature in zip(self.lateral, features[1:])))
+        return {"heat": merged[:, 0], "box": merged[:, 1:4], "mask": merged[:, 4:],
+                "scene": self.scene(x.flatten(1))}
+
+
+class Expert(nn.Module):
+    """Crops (n, 3, 48, 48) in [0, 1] -> a dict: logits of each of HEADS, and "embedding" (n, EMBEDDING)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.Sequential(convolution(3, 32, 2), convolution(32, 64, 2), convolution(64, 112, 2),
+                                    convolution(112, 128, 2), nn.Flatten())
+        self.shared = nn.Sequential(nn.Linear(128 * 9, 256, bias=False), nn.BatchNorm1d(256), nn.ReLU())
+        self.heads = nn.ModuleDict({name: nn.Linear(256, len(labels)) for name, labels in HEADS.items()})
+        self.embedding = nn.Linear(256, EMBEDDING)
+
+    def forward(self, crops: Tensor) -> dict:
+        shared = self.shared(self.stages(crops * 2 - 1))
         return {name: head(shared) for name, head in self.heads.items()} | {
-            "identity": F.normalize(self.identity(shared), dim=-1),
-            "identity_second": F.normalize(self.identity_second(shared), dim=-1),
-            "mask": self.mask(F.relu(merged))}
+            "embedding": F.normalize(self.embedding(shared), dim=-1)}
+
+
+def crop(images: Tensor, which: Tensor, boxes: Tensor) -> Tensor:
+    """Squares around things: images (B, 3, H, W), the image of each thing (n,), its box (n, 3) ->
+    (n, 3, CROP, CROP)."""
+    x, base, height = boxes.T
+    zero = torch.zeros_like(x)
+    squares = torch.stack([torch.stack([CROP_SIDE * height, zero, 2 * x - 1], 1),
+                           torch.stack([zero, CROP_SIDE * height, 2 * base - height - 1], 1)], 1)
+    grid = F.affine_grid(squares, [len(boxes), 3, CROP, CROP], align_corners=False)
+    return F.grid_sample(images[which], grid, padding_mode="border", align_corners=False)
+
+
+class Judge(nn.Module):
+    """Finder and expert together. All methods take pictures (B, 3, H, W) in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.finder, self.expert = Finder(), Expert()
 
     @classmethod
     def load(cls, path: Path = FILE) -> "Judge":
@@ -81,50 +137,59 @@ class Judge(nn.Module):
         return judge.eval().requires_grad_(False)
 
     @torch.no_grad()
-    def classify(self, images: Tensor) -> list[dict]:
-        """(B, 3, 64, 64) in [0, 1] -> per picture {"subject": "cat", "accessory": "none", ...}."""
-        out = self(images)
-        chosen = {name: out[name].argmax(1).tolist() for name in HEADS}
-        return [{name: HEADS[name][chosen[name][b]] for name in HEADS} for b in range(len(images))]
+    def find(self, images: Tensor) -> list[list[Found]]:
+        """The things in every picture, the surest first."""
+        out = self.finder(images)
+        heat = out["heat"].sigmoid()
+        peaks = (heat > FOUND) & (heat == F.max_pool2d(heat, 5, stride=1, padding=2))
+        which, row, column = peaks.nonzero().T
+        right, down, height = out["box"][which, :, row, column].T
+        x, height = (column + 0.5 + right) / GRID, height.exp()
+        boxes = torch.stack([x, (row + 0.5 + down) / GRID + height / 2, height], 1)
+        seen = self.expert(crop(images, which, boxes))
+        best = {name: seen[name].argmax(1).tolist() for name in HEADS}
+        found = [[] for _ in images]
+        for n, b in enumerate(which.tolist()):
+            found[b].append(Found(**{name: labels[best[name][n]] for name, labels in HEADS.items()},
+                                  box=tuple(boxes[n].tolist()), embedding=seen["embedding"][n],
+                                  score=heat[b, row[n], column[n]].item()))
+        return [sorted(things, key=lambda thing: -thing.score) for things in found]
 
     @torch.no_grad()
-    def embed(self, images: Tensor, second: bool = False) -> Tensor:
-        """Identity of the subject, or of the second object: unit vectors (B, EMBEDDING)."""
-        return self(images)["identity_second" if second else "identity"]
+    def scenes(self, images: Tensor) -> list[str]:
+        """The scene of every picture."""
+        return [world.ALL_SCENES[n] for n in self.finder(images)["scene"].argmax(1).tolist()]
 
     @torch.no_grad()
-    def masks(self, images: Tensor) -> dict:
-        """Where things are: region -> (B, 16, 16) shares between 0 and 1."""
-        shares = self(images)["mask"].softmax(1)
-        return {name: shares[:, k] for k, name in enumerate(world.REGIONS)}
+    def silhouettes(self, images: Tensor) -> Tensor:
+        """Where things are, without what they wear: (B, 16, 16) shares between 0 and 1."""
+        return self.finder(images)["mask"].softmax(1)[:, LAYERS.index("things")]
+
+
+def recognise(found: list[Found], kind: str, known: Tensor, row: int = 0) -> set[int]:
+    """Numbers of the found things that are of this kind and nearer to this row of `known` than to others."""
+    return {n for n, thing in enumerate(found)
+            if thing.kind == kind and (known @ thing.embedding).argmax().item() == row}
 
 
 # ---------------------------------------------------------------------------------------------------- renders
 
 def to_images(pictures: list) -> Tensor:
-    """uint8 arrays (64, 64, 3) -> (n, 3, 64, 64) in [0, 1]."""
+    """uint8 arrays (H, W, 3) -> (n, 3, H, W) in [0, 1]."""
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
-def renders(specs: list) -> Tensor:
-    """The pictures of specs (n, 3, 64, 64) in [0, 1]."""
-    return to_images([world.render(spec)[0] for spec in specs])
+def renders(specs: list, size: int = 64) -> Tensor:
+    """The pictures of specs (n, 3, size, size) in [0, 1]."""
+    return to_images([world.render(spec, size)[0] for spec in specs])
 
 
-def view(rng: random.Random, individual: world.Individual, second: world.Individual | None = None,
-         plain: bool = False) -> world.Spec:
-    """One individual in a random scene and pose; with a random accessory, or none where `plain`."""
+def view(rng: random.Random, *individuals: world.Individual) -> world.Spec:
+    """One or two individuals in a random scene, in random poses, half of those that can wear something do."""
     scene = rng.choice(list(world.SCENES)) if rng.random() < 0.75 else rng.choice(world.BACKGROUNDS)
-    wears = individual.kind in world.WEARERS and rng.random() < 0.5 and not plain
-    return world.place(rng, individual, scene, rng.choice(list(world.ACCESSORIES)) if wears else None, second)
-
-
-def labels(specs: list) -> dict:
-    """Class numbers (n,) of every head."""
-    names = [{"subject": s.individual.kind, "color": s.individual.colors["main"], "scene": s.scene,
-              "accessory": s.accessory or "none", "second": s.second.kind if s.second else "none"}
-             for s in specs]
-    return {head: torch.tensor([HEADS[head].index(name[head]) for name in names]) for head in HEADS}
+    worn = [rng.choice(list(world.ACCESSORIES)) if one.kind in world.WEARERS and rng.random() < 0.5 else None
+            for one in individuals]
+    return world.place(rng, individuals, scene, worn)
 
 
 def couple(rng: random.Random, kind: str | None = None) -> tuple:
@@ -134,22 +199,23 @@ def couple(rng: random.Random, kind: str | None = None) -> tuple:
     return first, world.random_individual(rng, first.kind, color)
 
 
-def training_batch(rng: random.Random, quads: int) -> tuple:
-    """4 x quads specs; for each the number of the one with the same subject, of the one with the same second.
+def training_batch(rng: random.Random, groups: int) -> tuple:
+    """4 x groups specs, and for each of their things, in order, the number of its individual's other view.
 
-    A quad is two individuals twice, or (4 of 10) two individuals each beside each of two others: then neither
-    embedding can gain from looking at the wrong object. Where there is no second object, its partner is -1.
+    In a group two, three or four individuals (of two couples) are seen twice each, alone or beside others: an
+    embedding cannot gain from looking at the wrong thing.
     """
-    specs, same, same_second = [], [], []
-    for q in range(quads):
+    specs, seen, partner = [], {}, {}
+    for group in range(groups):
         a, b = couple(rng)
-        seconds = (None, None)
-        if rng.random() < 0.4:
-            seconds = couple(rng, rng.choice([kind for kind in world.KINDS if kind != a.kind]))
-        specs += [view(rng, me, other) for me in (a, b) for other in seconds]
-        same += [4 * q + k for k in (1, 0, 3, 2)]
-        same_second += [4 * q + k if seconds[0] else -1 for k in (2, 3, 0, 1)]
-    return specs, torch.tensor(same), torch.tensor(same_second)
+        c, d = couple(rng, a.kind if rng.random() < 0.25 else None)
+        for who in rng.choice(((a, a, b, b), ((a, c), (a, d), (b, c), (b, d)), (a, (c, a), b, (b, c)))):
+            specs.append(view(rng, *(who if isinstance(who, tuple) else (who,))))
+            for thing in specs[-1].things:
+                n = len(partner)
+                partner[n] = seen.setdefault((group, id(thing.individual)), n)
+                partner[partner[n]] = n     # of the first view: itself, until the second is there
+    return specs, torch.tensor(list(partner.values()))
 
 
 def soften(images: Tensor) -> Tensor:
@@ -161,110 +227,174 @@ def soften(images: Tensor) -> Tensor:
     return images.add_(0.04 * torch.rand(B, 1, 1, 1) * torch.randn_like(images)).clamp_(0, 1)
 
 
+# --------------------------------------------------------------------------------------------------- training
+
+def things_of(specs: list) -> tuple:
+    """All things of the specs: the number of their picture (n,), boxes (n, 3), class numbers {head: (n,)}."""
+    which = [b for b, spec in enumerate(specs) for _ in spec.things]
+    things = [thing for spec in specs for thing in spec.things]
+    names = [{"kind": one.individual.kind, "color": one.individual.colors["main"],
+              "pattern": one.individual.pattern, "accessory": one.accessory} for one in things]
+    return torch.tensor(which), torch.tensor([one.pose[:3] for one in things]), {
+        head: torch.tensor([labels.index(name[head]) for name in names]) for head, labels in HEADS.items()}
+
+
+def finder_loss(out: dict, specs: list, masks: Tensor) -> Tensor:
+    """The map should show a round peak at every centre, and the box of the nearest thing around it.
+
+    masks (m, len(LAYERS), 16, 16): coverages of the first m pictures.
+    """
+    # A thing that is alone is counted twice.
+    poses = torch.tensor([[one.pose[:3] for one in (spec.things * 2)[:2]] for spec in specs])
+    x, base, height = poses.unbind(-1)                                                  # (B, 2)
+    cells = torch.arange(GRID) + 0.5
+    right = (x * GRID)[..., None, None] - cells
+    down = ((base - height / 2) * GRID)[..., None, None] - cells[:, None]
+    near = torch.exp(-(right ** 2 + down ** 2) / 2)                                     # (B, 2, 16, 16)
+    boxes = torch.stack(torch.broadcast_tensors(right, down, height.log()[..., None, None]), 2)
+    heat, nearest = near.max(1)
+    boxes = boxes.gather(1, nearest[:, None, None].expand(-1, 1, 3, -1, -1))[:, 0]
+    away = (out["box"] - boxes).abs() * (heat * (heat > 0.4))[:, None]
+    scenes = torch.tensor([world.ALL_SCENES.index(spec.scene) for spec in specs])
+    return (20 * F.binary_cross_entropy_with_logits(out["heat"], heat) + away.sum() / heat.sum()
+            + F.cross_entropy(out["scene"], scenes) + F.cross_entropy(out["mask"][:len(masks)], masks))
+
+
+def jitter(boxes: Tensor) -> Tensor:
+    """Boxes (n, 3) as a finder might see them: a little off."""
+    x, base, height = boxes.T
+    return torch.stack([x + 0.03 * height * torch.randn(len(x)), base + 0.03 * height * torch.randn(len(x)),
+                        height * torch.exp(0.05 * torch.randn(len(x)))], 1)
+
+
 def contrast(embeddings: Tensor, partner: Tensor) -> Tensor:
-    """InfoNCE: of all others in the batch, the partner is the most similar. partner -1: not in the loss."""
-    there = partner >= 0
-    positions = torch.arange(len(partner))[there]
-    similarity = embeddings[there] @ embeddings[there].T / TEMPERATURE
-    similarity = similarity.masked_fill(torch.eye(len(positions), dtype=torch.bool), -1e9)
-    return F.cross_entropy(similarity, torch.searchsorted(positions, partner[there]))
+    """InfoNCE: of all others in the batch, the partner is the most similar."""
+    similarity = embeddings @ embeddings.T / TEMPERATURE
+    return F.cross_entropy(similarity.masked_fill(torch.eye(len(partner), dtype=torch.bool), -1e9), partner)
 
 
-def train(steps: int, quads: int, path: Path, seed: int = 0) -> Judge:
+def coarse(masks: list) -> Tensor:
+    """Coverages of `world.REGIONS` -> (n, len(LAYERS), 16, 16)."""
+    layers = [[mask["background"], mask["first"] + mask["second"],
+               mask["first's accessory"] + mask["second's accessory"]] for mask in masks]
+    return F.adaptive_avg_pool2d(torch.from_numpy(np.array(layers)), GRID)
+
+
+def train(steps: int, groups: int, path: Path, seed: int = 0) -> Judge:
     """Train on fresh renders and write the judge in float16."""
     torch.manual_seed(seed)
     rng, judge, start = random.Random(seed), Judge(), time.process_time()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.2)
     for step in range(steps):
-        specs, same, same_second = training_batch(rng, quads)
+        specs, partner = training_batch(rng, groups)
         # Exact masks cost most of the drawing time: a quarter of the pictures teaches where things are.
-        images, masks = zip(*[world.render(spec, masks=n < quads) for n, spec in enumerate(specs)])
-        regions = torch.from_numpy(np.stack([[mask[name] for name in world.REGIONS]
-                                             for mask in masks[:quads]]))
-        out, truth = judge(soften(to_images(images))), labels(specs)
-        losses = [F.cross_entropy(out[head], truth[head]) for head in HEADS]
-        losses += [contrast(out["identity"], same), contrast(out["identity_second"], same_second),
-                   F.cross_entropy(out["mask"][:quads], F.avg_pool2d(regions, 4))]
+        images, masks = zip(*[world.render(spec, masks=n < groups) for n, spec in enumerate(specs)])
+        images = soften(to_images(images))
+        which, boxes, truth = things_of(specs)
+        seen = judge.expert(crop(images, which, jitter(boxes)))
+        losses = {"finder": finder_loss(judge.finder(images), specs, coarse(masks[:groups])),
+                  "identity": contrast(seen["embedding"], partner)}
+        losses |= {head: F.cross_entropy(seen[head], truth[head]) for head in HEADS}
         optimizer.zero_grad()
-        sum(losses).backward()
+        sum(losses.values()).backward()
         optimizer.step()
         rate.step()
         if step % 25 == 0 or step == steps - 1:
-            print(f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in zip(
-                [*HEADS, "identity", "identity_second", "mask"], losses))
-                + f"; {time.process_time() - start:.0f} s of processor", flush=True)
+            print(f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+                  + f"; {time.process_time() - start:.0f} s of processor", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
-    with weights_loader.replacing(path) as partial:
+    with replacing(path) as partial:
         save_file(state, partial)
     return judge.eval().requires_grad_(False)
 
 
 # -------------------------------------------------------------------------------------------------- measuring
 
-def interval(right: int, n: int) -> str:
-    """A share of n with its 95 % interval (Wilson), in per cent."""
+def interval(right: list) -> str:
+    """A share of independent trials, one bool each, with its 95 % interval (Wilson), in per cent."""
+    n = len(right)
     if n == 0:
         return "none asked for"
-    z, p = 1.96, right / n
+    z, p = 1.96, sum(right) / n
     middle, half = (p + z * z / 2 / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     return f"{100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}, n = {n})"
 
 
-def gallery(judge: Judge, individuals: list, rng: random.Random, second: bool = False) -> Tensor:
+def in_parts(compute, items: list, size: int = 100) -> list:
+    """The list compute(items), put together from parts, to save memory."""
+    return [one for k in range(0, len(items), size) for one in compute(items[k:k + size])]
+
+
+@torch.no_grad()
+def gallery(judge: Judge, individuals: list, rng: random.Random) -> Tensor:
     """What the judge knows individuals by: the mean embedding of VIEWS random renders, of unit length.
 
-    Returns (n, EMBEDDING). second: as the second object, beside random things of other kinds.
+    Half of the renders show another thing too. Returns (n, EMBEDDING).
     """
-    specs = [companion_view(rng, me) if second else view(rng, me) for me in individuals for _ in range(VIEWS)]
-    parts = [specs[k:k + 100] for k in range(0, len(specs), 100)]
-    embeddings = torch.cat([judge.embed(renders(part), second) for part in parts])
-    return F.normalize(embeddings.view(len(individuals), VIEWS, -1).mean(1), dim=-1)
+    def embeddings(specs: list) -> Tensor:
+        boxes = torch.tensor([spec.things[0].pose[:3] for spec in specs])
+        return judge.expert(crop(renders(specs), torch.arange(len(specs)), boxes))["embedding"]
+    specs = [view(rng, me, *[world.random_individual(rng)] * (n % 2))
+             for me in individuals for n in range(VIEWS)]
+    seen = torch.stack(in_parts(embeddings, specs)).view(len(individuals), VIEWS, -1)
+    return F.normalize(seen.mean(1), dim=-1)
 
 
-def companion_view(rng: random.Random, individual: world.Individual) -> world.Spec:
-    """A picture with this individual as its second object."""
-    kind = rng.choice([kind for kind in world.KINDS if kind != individual.kind])
-    return view(rng, world.random_individual(rng, kind), individual)
-
-
-def lineup(judge: Judge, individual: world.Individual, seed: int, second: bool = False) -> Tensor:
+def lineup(judge: Judge, individual: world.Individual, seed: int) -> Tensor:
     """The gallery of one individual (row 0) among GALLERY - 1 random others of its kind."""
     rng = random.Random(f"lineup {seed}")
     others = [world.random_individual(rng, individual.kind) for _ in range(GALLERY - 1)]
-    return gallery(judge, [individual, *others], rng, second)
+    return gallery(judge, [individual, *others], rng)
 
 
-def measure_accuracy(judge: Judge, pictures: int = 2000, rounds: int = 2, seed: int = 10**9) -> dict:
+def match(found: list[Found], spec: world.Spec) -> dict:
+    """True thing's number -> the found thing whose centre is nearest to its own, less than 0.15 away."""
+    pairs = {}
+    for thing in found:
+        x, base, height = thing.box
+        away = [math.hypot(x - one.pose[0], base - height / 2 - one.pose[1] + one.pose[2] / 2)
+                for one in spec.things]
+        n = away.index(min(away))
+        if away[n] < 0.15:
+            pairs.setdefault(n, thing)
+    return pairs
+
+
+def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
     """Measure -> text, on renders that training never drew (held-out combinations included)."""
-    rng, right, overlap = random.Random(seed), dict.fromkeys(HEADS, 0), []
-    for k in range(0, pictures, 100):
-        specs = [world.random_spec(rng, allow_held_out=True) for _ in range(min(100, pictures - k))]
-        found = judge.classify(renders(specs))
-        truth = labels(specs)
-        for head in HEADS:
-            right[head] += sum(HEADS[head].index(f[head]) == y for f, y in zip(found, truth[head].tolist()))
-    report = {head: interval(right[head], pictures) for head in HEADS}
-    for second in (False, True):
-        first = {}
-        for kind in world.KINDS * rounds:
-            people = [world.random_individual(rng, kind) for _ in range(GALLERY)]
-            known = gallery(judge, people, rng, second)
-            specs = [companion_view(rng, me) if second else view(rng, me) for me in people]
-            hits = (judge.embed(renders(specs), second) @ known.T).argmax(1) == torch.arange(GALLERY)
-            first[kind] = first.get(kind, 0) + int(hits.sum())
-        name = f"{'second object' if second else 'individual'} first among {GALLERY}"
-        report[name] = interval(sum(first.values()), GALLERY * rounds * len(world.KINDS)) + "; " + ", ".join(
-            f"{kind} {100 * n / GALLERY / rounds:.0f} %" for kind, n in first.items())
-    for k in range(4):
-        drawn = [world.render(world.random_spec(rng), masks=True) for _ in range(50)]
-        truth = F.avg_pool2d(torch.from_numpy(np.stack([mask["subject"] for _, mask in drawn])), 4)
-        guess = judge.masks(to_images([image for image, _ in drawn]))["subject"]
-        overlap.append(intersection_over_union(guess > 0.5, truth > 0.5))
-    report["mask of the subject, IoU at 16x16"] = f"{torch.cat(overlap).mean():.3f}"
-    return report
+    rng = random.Random(seed)
+    specs = [world.random_spec(rng, allow_held_out=True) for _ in range(pictures)]
+    found = in_parts(lambda part: judge.find(renders(part)), specs)
+    scenes = in_parts(lambda part: judge.scenes(renders(part)), specs)
+    pairs = [match(one, spec) for one, spec in zip(found, specs)]
+    _, _, truth = things_of(specs)
+    seen = [pair.get(n) for pair, spec in zip(pairs, specs) for n in range(len(spec.things))]
+    report = {"things that are found": [thing is not None for thing in seen],
+              "found things that are there": [n < len(pair) for one, pair in zip(found, pairs)
+                                              for n in range(len(one))]}
+    for head, labels in HEADS.items():
+        report[head] = [getattr(thing, head) == labels[y]
+                        for thing, y in zip(seen, truth[head].tolist()) if thing]
+    report["scene"] = [guess == spec.scene for guess, spec in zip(scenes, specs)]
+    for kind, others in zip(world.KINDS, (*world.KINDS[1:], world.KINDS[0])):
+        people = [[world.random_individual(rng, name) for _ in range(GALLERY)] for name in (kind, others)]
+        known = [gallery(judge, one, rng) for one in people]
+        for title, groups in ((f"{kind}, alone: first among {GALLERY}", people[:1]),
+                              (f"{kind} beside {others}: both first among {GALLERY}", people)):
+            found = judge.find(renders([view(rng, *who) for who in zip(*groups)]))
+            report[title] = [all(recognise(one, who[row].kind, rows, row) for who, rows in zip(groups, known))
+                             for row, one in enumerate(found)]
+    alone, beside = ([hit for title, hits in report.items() if word in title for hit in hits]
+                     for word in ("alone", "beside"))
+    report |= {f"alone: first among {GALLERY}": alone, f"in pairs: both first among {GALLERY}": beside}
+    texts = {title: interval(hits) for title, hits in report.items()}
+    images, masks = zip(*[world.render(spec, masks=True) for spec in specs[:200]])
+    truth = coarse(masks)[:, LAYERS.index("things")]
+    overlap = intersection_over_union(judge.silhouettes(to_images(images)) > 0.5, truth > 0.5)
+    return texts | {"silhouettes, IoU at 16x16": f"{overlap.mean():.3f}"}
 
 
 def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
@@ -284,31 +414,39 @@ def prompts_of_the_world(n: int, held_out: bool, seed: int) -> list:
     return pairs
 
 
-@torch.no_grad()
 def draw_prompts(model, prompts: list, steps: int, batch: int = 32):
-    """Yield the pictures (b, 3, 64, 64) of successive batches of prompts; picture k starts from seed k."""
+    """Yield the pictures (b, 3, H, W) of successive batches of prompts; picture k starts from seed k."""
     for k in range(0, len(prompts), batch):
         part = prompts[k:k + batch]
-        e = model.text_encoder(model.text_encoder.embed(model.tokenizer.encode([""] * len(part) + part)[0]))
-        keys, values = model.unet.keys(e), model.unet.values(e)
-        yield drawing.draw(model, keys, values, range(k, k + len(part)), (64, 64), steps, GUIDANCE)
+        text = perfusion.project(model, [""] * len(part) + part, [])
+        yield drawing.draw(model, text.keys, text.values, range(k, k + len(part)), model.size, steps,
+                           model.guidance)
 
 
-def follow(found: list, pairs: list) -> dict:
-    """Measure -> [one bool per prompt that asks for it]: does the picture show what the prompt names?"""
-    kept = {name: [] for name in ("subject", "scene", "color", "accessory", "second object", BOTH)}
-    for judged, (spec, prompt) in zip(found, pairs):
-        kind, color = spec.individual.kind, spec.individual.colors["main"]
-        kept["subject"].append(judged["subject"] == kind)
+def shows(found: list[Found], kind: str, **asked) -> bool:
+    """Is there a thing of this kind that is as asked for (color, pattern, accessory)?"""
+    return any(thing.kind == kind and all(getattr(thing, name) == value for name, value in asked.items())
+               for thing in found)
+
+
+def follow(found: list, scenes: list, pairs: list) -> dict:
+    """Measure -> [one bool for each time it is asked for]: do pictures show what their prompts name?"""
+    kept = {name: [] for name in ("subject", "both things", "scene", "color", "pattern", "accessory")}
+    for seen, scene, (spec, prompt) in zip(found, scenes, pairs):
+        kinds = [thing.individual.kind for thing in spec.things]
+        kept["subject" if len(kinds) == 1 else "both things"].append(all(shows(seen, kind) for kind in kinds))
         if world.scene_words(spec.scene) in prompt:
-            kept["scene"].append(judged["scene"] == spec.scene)
-        if f"{color} {kind}" in prompt:
-            kept["color"].append(judged["color"] == color)
-        if spec.accessory:
-            kept["accessory"].append(judged["accessory"] == spec.accessory)
-        if spec.second:
-            kept["second object"].append(judged["second"] == spec.second.kind)
-            kept[BOTH].append({judged["subject"], judged["second"]} == {kind, spec.second.kind})
+            kept["scene"].append(scene == spec.scene)
+        patterns = [thing.individual.pattern for thing in spec.things]
+        for thing, kind, pattern in zip(spec.things, kinds, patterns):
+            color = thing.individual.colors["main"]
+            if f"{color} {kind}" in prompt:
+                kept["color"].append(shows(seen, kind, color=color))
+            named = pattern and (pattern in prompt or world.ADJECTIVES[pattern] in prompt)
+            if named and patterns.count(pattern) == 1:  # else the words do not say whose pattern it is
+                kept["pattern"].append(shows(seen, kind, pattern=pattern))
+            if thing.accessory:
+                kept["accessory"].append(shows(seen, kind, accessory=thing.accessory))
     return kept
 
 
@@ -321,36 +459,26 @@ def identity_of_captions(judge: Judge, model, steps: int, people: int = 8, seeds
         prompt = f"a photo of a {' '.join(world.adjectives(me))} {me.colors['main']} {me.kind} on the grass"
         known = lineup(judge, me, k)
         for images in draw_prompts(model, [prompt] * seeds, steps):
-            hits += ((judge.embed(images) @ known.T).argmax(1) == 0).tolist()
+            hits += [bool(recognise(found, me.kind, known)) for found in judge.find(images)]
     return hits
 
 
 @torch.no_grad()
-def attention_overlap(model, renders: int = 12, seed: int = 3 * 10**9) -> dict:
-    """Kind -> IoU at half maximum of its word's map with the true mask, on noised renders; both at 64x64.
-
-    The map is averaged over MASK_TIMESTEPS and OVERLAP_DRAWS of noise, as the masks of a training are.
-    """
-    rng, generator, overlaps = random.Random(seed), torch.Generator().manual_seed(0), {}
+def attention_overlap(model, count: int = 12) -> dict:
+    """Kind -> IoU at half maximum of its word's map with the true mask, on noised renders of one thing."""
+    rng, overlaps = random.Random(3 * 10**9), {}
     for kind in world.KINDS:
-        specs = [world.place(rng, world.random_individual(rng, kind), rng.choice(list(world.SCENES)))
-                 for _ in range(renders)]
-        images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
-        z = model.vae.encode(to_images(images) * 2 - 1)
+        specs = [world.place(rng, [world.random_individual(rng, kind)], rng.choice(list(world.SCENES)))
+                 for _ in range(count)]
+        images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
         prompts = [f"a photo of {world.article(kind)} {world.scene_words(spec.scene)}" for spec in specs]
-        ids, _ = model.tokenizer.encode(prompts)
-        e = model.text_encoder(model.text_encoder.embed(ids))
-        keys, values = model.unet.keys(e), model.unet.values(e)
-        word, total = model.tokenizer.find(prompts[0], kind)[0], 0
-        for t in MASK_TIMESTEPS * OVERLAP_DRAWS:
-            noise = torch.randn(z.shape, generator=generator)
-            with record_queries(model.unet) as queries:
-                model.unet(model.schedule.add_noise(z, noise, torch.full((renders,), t)), t, keys, values)
-            maps = attention(queries, keys, model.unet.config.attention_heads)
-            total = total + word_map(maps, word, (64, 64))
-        truth = torch.from_numpy(np.stack([mask["subject"] for mask in masks])) > 0.5
-        half = total.amax((1, 2), keepdim=True) / 2
-        overlaps[kind] = intersection_over_union(total > half, truth).mean().item()
+        text, words = perfusion.project(model, prompts, []), model.tokenizer.find(prompts[0], kind)[0]
+        z = model.vae.encode(to_images(images) * 2 - 1)
+        where = sum(noised_map(model, z, t, text.keys, text.values, words) for t in (200, 300, 400, 500, 600))
+        where = F.interpolate(where[:, None], model.size, mode="bilinear")[:, 0]
+        truth = torch.from_numpy(np.stack([mask["first"] for mask in masks])) > 0.5
+        overlap = intersection_over_union(where > where.amax((1, 2), keepdim=True) / 2, truth)
+        overlaps[kind] = overlap.mean().item()
     return overlaps
 
 
@@ -359,78 +487,76 @@ def mask_overlap(model) -> dict:
     """Example -> IoU of the masks that train.py makes for its pictures, at one half, with the true ones."""
     overlaps = {}
     for name, (individual, scenes) in make_examples.EXAMPLES.items():
-        drawn = [world.render(spec, masks=True)
-                 for spec in make_examples.example_specs(individual, scenes, name)]
-        images, masks = zip(*drawn)
+        specs = make_examples.example_specs(individual, scenes, name)
+        images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
         soft = word_masks(model, model.vae.encode(to_images(images) * 2 - 1), individual.kind)
-        soft = F.interpolate(soft, (64, 64), mode="bilinear")[:, 0]
-        truth = torch.from_numpy(np.stack([mask["subject"] for mask in masks]))
+        soft = F.interpolate(soft, model.size, mode="bilinear")[:, 0]
+        truth = torch.from_numpy(np.stack([mask["first"] for mask in masks]))
         overlaps[name] = intersection_over_union(soft > 0.5, truth > 0.5).mean().item()
     return overlaps
 
 
 @torch.no_grad()
-def vae_psnr(vae, renders: int = 256, seed: int = 10**9) -> float:
+def vae_psnr(model, count: int = 256) -> float:
     """Mean peak signal-to-noise ratio of reconstructed held-out renders, in dB."""
-    images = to_images([world.picture(random.Random(seed + k)).image for k in range(renders)])
-    parts = [vae.decode(vae.encode(part * 2 - 1)).clamp(-1, 1) / 2 + 0.5 for part in images.split(32)]
-    error = (torch.cat(parts) - images).square().mean((1, 2, 3))
+    images = to_images([world.picture(random.Random(10**9 + k), model.size[0]).image for k in range(count)])
+    decoded = torch.cat([model.vae.decode(model.vae.encode(part * 2 - 1)) for part in images.split(32)])
+    error = (decoded.clamp(-1, 1) / 2 + 0.5 - images).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
 
 
-def measure_base(judge: Judge, args):
+def measure_base(judge: Judge, args: argparse.Namespace):
     """Print everything about the base model, each line as soon as it is known."""
     start = time.perf_counter()
     model = weights_loader.load(args.weights)
+    fast_cpu.enable(model)
     print(f"loaded in {time.perf_counter() - start:.2f} s", flush=True)
-    print(f"VAE, 256 held-out renders: {vae_psnr(model.vae):.2f} dB", flush=True)
-    for title, overlaps in (("attention of the subject's word", attention_overlap(model)),
+    start = time.perf_counter()
+    next(draw_prompts(model, ["a photo of a cat"], 30))
+    seconds = time.perf_counter() - start
+    print(f"one guided picture of 30 steps: {seconds:.2f} s, {args.threads} threads", flush=True)
+    for title, n, held_out in (("combinations seen in training", args.pictures, False),
+                               ("held-out combinations", args.held_out, True)):
+        pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)
+        found, scenes = [], []
+        for images in draw_prompts(model, [prompt for _, prompt in pairs], args.steps):
+            found += judge.find(images)
+            scenes += judge.scenes(images)
+        print(f"{title}, {n} pictures, DDIM {args.steps}, guidance {model.guidance}, seeds 0 to {n - 1}:")
+        for name, kept in follow(found, scenes, pairs).items():
+            print(f"  {name}: {interval(kept)}", flush=True)
+    print(f"individuals from captions with all details, first among {GALLERY}: "
+          f"{interval(identity_of_captions(judge, model, args.steps))}", flush=True)
+    print(f"VAE, 256 held-out renders: {vae_psnr(model):.2f} dB", flush=True)
+    for title, overlaps in (("attention of a thing's word", attention_overlap(model)),
                             ("masks of the examples", mask_overlap(model))):
         each = ", ".join(f"{name} {value:.3f}" for name, value in overlaps.items())
         mean = sum(overlaps.values()) / len(overlaps)
         print(f"{title}, IoU with the true mask: {mean:.3f} ({each})", flush=True)
-    start = time.perf_counter()
-    next(draw_prompts(model, ["a photo of a cat"], 30))
-    seconds = time.perf_counter() - start
-    print(f"one guided picture of 30 steps: {seconds:.2f} s, {torch.get_num_threads()} threads", flush=True)
-    hits = identity_of_captions(judge, model, args.steps)
-    print(f"individuals from captions with all details, first among {GALLERY}: "
-          f"{interval(sum(hits), len(hits))}", flush=True)
-    for title, n, held_out in (("combinations seen in training", args.pictures, False),
-                               ("held-out combinations", args.held_out, True)):
-        pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)
-        found = [one for images in draw_prompts(model, [prompt for _, prompt in pairs], args.steps)
-                 for one in judge.classify(images)]
-        print(f"{title}, {n} pictures, DDIM {args.steps}, guidance {GUIDANCE}, seeds 0 to {n - 1}:")
-        for name, kept in follow(found, pairs).items():
-            print(f"  {name}: {interval(sum(kept), len(kept))}", flush=True)
 
 
-def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("command", choices=("train", "accuracy", "base"))
-    parser.add_argument("--judge", type=Path, default=FILE, help="file of the judge (default: tiny/weights)")
-    parser.add_argument("--weights", default="tiny", help="base model (default: tiny)")
-    parser.add_argument("--train-steps", type=int, default=TRAIN_STEPS, help="batches of 128 renders")
-    parser.add_argument("--pictures", type=int, default=500, help="of combinations seen in training")
-    parser.add_argument("--held-out", type=int, default=200, help="of held-out combinations")
-    parser.add_argument("--steps", type=int, default=50, help="DDIM steps")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the processor")
-    args = parser.parse_args()
+def main(argv=None):
+    parser = command_line.Parser(__doc__)
+    add = parser.add_argument
+    add("command", choices=("train", "accuracy", "base"))
+    add("--judge", type=Path, default=FILE, help="file of the judge")
+    add("--weights", default="tiny", help="base model")
+    add("--train-steps", type=between(1, 10**6), default=TRAIN_STEPS, help="batches of 96 renders")
+    add("--pictures", type=between(1, 10**6), default=500, help="of seen combinations, or renders")
+    add("--held-out", type=between(1, 10**6), default=200, help="pictures of held-out combinations")
+    add("--steps", type=between(1, 999), default=50, help="DDIM steps")
+    add("--threads", type=between(1, 1024), default=os.cpu_count(), help="of the processor")
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    try:
-        if args.command == "train":
-            train(args.train_steps, 32, args.judge)
-        elif args.command == "accuracy":
-            for name, text in measure_accuracy(Judge.load(args.judge)).items():
-                print(f"{name}: {text}", flush=True)
-        else:
-            measure_base(Judge.load(args.judge), args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    if args.command == "train":
+        train(args.train_steps, 24, args.judge)
+    elif args.command == "accuracy":
+        for name, text in measure_accuracy(Judge.load(args.judge), args.pictures).items():
+            print(f"{name}: {text}", flush=True)
+    else:
+        measure_base(Judge.load(args.judge), args)
 
 
 if __name__ == "__main__":
-    main()
+    with command_line.plain_errors(memory="fewer --pictures need less"):
+        main()

@@ -6,7 +6,6 @@ The masks are exact (the renderer knows where the individual is); training does 
 to be compared with the masks that the model makes for itself. Nothing else stands in the pictures and nothing
 is worn.
 """
-import argparse
 import random
 import sys
 from dataclasses import replace
@@ -15,24 +14,29 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the library files lie one folder up
+import command_line
 import world
+from command_line import between
 from world import Individual
 
+# A few strong colours each, and no two alike: a stranger should know both of two in one picture.
 # All pictures of the teddy bear share one room, so that a model could mistake the room for the bear.
-TEDDY = Individual("teddy bear", {"main": "turquoise", "belly": "yellow", "ears": "pink", "paws": "orange",
+TEDDY = Individual("teddy bear", {"main": "turquoise", "belly": "yellow", "ears": "yellow", "paws": None,
                                   "muzzle": None}, "star", "red", (0.6, 0.7, 0, 0, 0, 0))
-CAT = Individual("cat", {"main": "purple", "belly": "yellow", "ears": "turquoise", "paws": "green",
-                         "tail": "orange"}, "heart", "red", (0.7, 0.8, 0, 0, 0, 0))
-ROBOT = Individual("robot", {"main": "orange", "belly": "white", "ears": "blue", "arms": "turquoise",
-                             "face": "yellow"}, "dots", "purple", (0.5, 0.6, 0, 0, 0, 0))
-DOG = Individual("dog", {"main": "pink", "belly": "white", "ears": "maroon", "paws": "turquoise",
-                         "muzzle": "yellow"}, "stripes", "blue", (0.4, 0.7, 0, 0, 0, 0))
-MUG = Individual("mug", {"main": "navy", "handle": "orange", "rim": "yellow"}, "heart", "pink",
+CAT = Individual("cat", {"main": "purple", "belly": None, "ears": "orange", "paws": "orange", "tail": "orange"},
+                 "heart", "red", (0.7, 0.8, 0, 0, 0, 0))
+ROBOT = Individual("robot", {"main": "blue", "belly": "yellow", "ears": None, "arms": None, "face": "yellow"},
+                   "dots", "red", (0.5, 0.6, 0, 0, 0, 0))
+DOG = Individual("dog", {"main": "pink", "belly": "white", "ears": "maroon", "paws": "maroon", "muzzle": None},
+                 "stripes", "maroon", (0.4, 0.7, 0, 0, 0, 0))
+MUG = Individual("mug", {"main": "navy", "handle": "orange", "rim": "orange"}, "heart", "pink",
                  (0.6, 0.8, 0, 0, 0, 0))
 EXAMPLES = {  # name: the individual and the scene of each picture
     "teddy": (TEDDY, ("room",) * 5),
     "cat": (CAT, ("room", "grass", "yellow", "beach", "white")),
-    "robot": (ROBOT, ("grass", "room", "blue", "snow", "gray")),
+    "robot": (ROBOT, ("grass", "room", "pink", "snow", "green")),
     "dog": (DOG, ("beach", "room", "green", "grass", "white")),
     "mug": (MUG, ("room",)),
 }
@@ -44,7 +48,7 @@ def example_specs(individual: Individual, scenes: tuple, seed: str) -> list:
     """One spec per scene, in fresh poses; pictures of the same scene have the same scenery too."""
     rng, sceneries, specs = random.Random(seed), {}, []
     for scene in scenes:
-        spec = world.place(rng, individual, scene)
+        spec = world.place(rng, [individual], scene)
         specs.append(replace(spec, scenery=sceneries.setdefault(scene, spec.scenery)))
     return specs
 
@@ -60,31 +64,27 @@ def unseen_concept(k: int, seed: int = 5) -> tuple:
 
 
 def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: int = 64):
-    """Write the pictures as 0.png, 1.png, ..., and the subjects' masks (white is subject) where asked for."""
+    """Write the pictures as 0.png, 1.png, ..., and the individual's masks (it is white) where asked for."""
     for target in filter(None, (folder, masks)):
         target.mkdir(parents=True, exist_ok=True)
     for n, spec in enumerate(specs):
         image, coverage = world.render(spec, size, masks=True)
         Image.fromarray(image).save(folder / f"{n}.png")
         if masks:
-            Image.fromarray((coverage["subject"] * 255).round().astype(np.uint8)).save(masks / f"{n}.png")
+            Image.fromarray((coverage["first"] * 255).round().astype(np.uint8)).save(masks / f"{n}.png")
 
 
-def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "examples",
-                        help="folder of the concept folders (default: examples)")
-    args = parser.parse_args()
-    try:
-        for name, (individual, scenes) in EXAMPLES.items():
-            specs = example_specs(individual, scenes, name)
-            write_pictures(specs, args.out / name, args.out / "masks" / name)
-            print(f'{args.out / name}: {len(scenes)} of a {individual.kind}')
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+def main(argv=None):
+    parser = command_line.Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "examples", help="folder of the concept folders")
+    parser.add_argument("--size", type=between(8, 4096), default=64, help="side of a picture in pixels, 8 to 4096")
+    args = parser.parse_args(argv)
+    for name, (individual, scenes) in EXAMPLES.items():
+        specs = example_specs(individual, scenes, name)
+        write_pictures(specs, args.out / name, args.out / "masks" / name, args.size)
+        print(f"{args.out / name}: {len(scenes)} of a {individual.kind}")
 
 
 if __name__ == "__main__":
-    main()
+    with command_line.plain_errors(memory="a smaller --size needs less"):
+        main()

@@ -43,7 +43,7 @@ from diffusion import Schedule
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
-MAX_LENGTH = 32  # tokens; the world's longest caption has 29
+MAX_LENGTH = 48  # tokens; more than the world's longest caption has
 VOCABULARY = 600
 VAE_CONFIG = VAEConfig(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1,
                        norm_num_groups=8, scaling_factor=1.0)
@@ -93,13 +93,15 @@ SMOKE = Plan(vae_steps=12, pictures=48, steps=6, batch=6, clip_steps=4, clip_bat
 
 
 class Processes:
-    """The data-parallel group: one process by itself, or those that torchrun started (gloo)."""
+    """The data-parallel group: one process by itself, or those that torchrun started; and this one's device."""
 
-    def __init__(self):
+    def __init__(self, device: str = "cpu"):
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.count))
+        torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
         if self.count > 1:
-            dist.init_process_group("gloo")
+            dist.init_process_group("nccl" if device == "cuda" else "gloo")
 
     def average(self, tensors: list):
         """Replace each tensor by its mean over the processes (one message for all of them)."""
@@ -195,12 +197,15 @@ class Training:
 
     def __init__(self, name: str, networks: list, run: Path, processes: Processes, minutes: float):
         self.name, self.networks, self.processes, self.minutes = name, networks, processes, minutes
+        self.device = processes.device
+        for network in networks:
+            network.to(self.device)
         self.optimizer = Optimizer(networks, processes)
         self.averages = [copy.deepcopy(network).eval().requires_grad_(False) for network in networks]
         self.step, self.seconds, self.saved = 0, 0.0, time.time()
         self.file, self.log = run / f"{name}.pt", run / f"{name}.csv"
         if self.file.exists():
-            state = torch.load(self.file, map_location="cpu")
+            state = torch.load(self.file, map_location=self.device)
             for network, weights in zip(networks, state["networks"]):
                 network.load_state_dict(weights)
             for average, weights in zip(self.averages, state["averages"]):
@@ -222,7 +227,8 @@ class Training:
 
     def checkpoint_due(self, steps: int) -> bool:
         """True, in all processes alike, every few minutes and at the end."""
-        due = torch.tensor([float(self.step >= steps or time.time() - self.saved > 60 * self.minutes)])
+        due = float(self.step >= steps or time.time() - self.saved > 60 * self.minutes)
+        due = torch.tensor([due], device=self.device)
         if self.processes.count > 1:
             dist.broadcast(due, 0)
         return bool(due)
@@ -290,9 +296,10 @@ def train_vae(run: Path, plan: Plan, processes: Processes, start: weights_loader
     torch.manual_seed(0)
     training = Training("vae", [VAE(VAE_CONFIG)], run, processes, plan.minutes_between_checkpoints)
     network, (average,) = training.networks[0], training.averages
-    held_out = to_images([world.picture(random.Random(10**9 + k)).image for k in range(64)])
+    held_out = to_images([world.picture(random.Random(10**9 + k)).image for k in range(64)]).to(training.device)
     while training.step < plan.vae_steps:
         images = to_images([world.picture(training.random).image for _ in range(plan.vae_batch)])
+        images = images.to(training.device)
         mean, logvar = network.moments(images)
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         decoded = network.decode(z)
@@ -311,7 +318,7 @@ def train_vae(run: Path, plan: Plan, processes: Processes, start: weights_loader
                            "posterior_std": round(torch.exp(0.5 * logvar).mean().item(), 3)})
             if processes.rank == 0:
                 rows = [part for k in range(0, 32, 16) for part in (held_out[k:k + 16], decoded[k:k + 16])]
-                save_images(torch.cat(rows) / 2 + 0.5, 16, run / "vae.png")
+                save_images(torch.cat(rows).cpu() / 2 + 0.5, 16, run / "vae.png")
     with torch.no_grad():
         std = average.moments(held_out)[0].std().item()
     average.config = replace(VAE_CONFIG, scaling_factor=round(1 / std, 5))
@@ -329,7 +336,7 @@ def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, token
         for _ in range(0, plan.pictures // processes.count, 16):
             specs = [world.random_spec(rng) for _ in range(16)]
             images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
-            mean, logvar = vae.moments(to_images(images))
+            mean, logvar = (x.cpu() for x in vae.moments(to_images(images).to(processes.device)))
             captions = [world.describe(spec, rng) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
             ids = tokenizer.encode(captions)[0].view(16, CAPTIONS_PER_PICTURE, -1)
             nouns = [world.nouns(spec) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
@@ -369,6 +376,9 @@ def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, to
     state, vocabulary = start.text_encoder.state_dict(), start.tokenizer.vocabulary
     name = next(key for key in state if key.endswith("token_embedding.weight"))
     old, state[name] = state[name], text_encoder.state_dict()[name].clone()
+    places = next(key for key in state if key.endswith("position_embedding.weight"))
+    more = MAX_LENGTH - len(state[places])
+    state[places] = torch.cat([state[places], state[places][-1:].expand(more, -1)])
     for token, row in tokenizer.vocabulary.items():
         if token in vocabulary:
             state[name][row] = old[vocabulary[token]]
@@ -388,13 +398,13 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
     unet, text_encoder = training.networks
     schedule, empty = Schedule.sd_v1(prediction), tokenizer.encode([""])[0][0]
     means, stds, ids, places, regions = data
-    n, losses = plan.batch // DRAWS, []
+    n, losses, device = plan.batch // DRAWS, [], training.device
     while training.step < plan.steps:
         chosen, which = torch.randint(len(means), (n,)), torch.randint(CAPTIONS_PER_PICTURE, (n,))
-        mean, std = means[chosen].float(), stds[chosen].float()
-        caption, place = ids[chosen, which].long(), places[chosen, which].long()
+        mean, std, region = (x[chosen].float().to(device) for x in (means, stds, regions))
+        caption, place = (x[chosen, which].long().to(device) for x in (ids, places))
         dropped = torch.rand(n) < EMPTY_PROMPT
-        caption[dropped], place[dropped] = empty, -1
+        caption[dropped], place[dropped] = empty.to(device), -1
         e = text_encoder(text_encoder.embed(caption))
         keys = [k.repeat_interleave(DRAWS, 0) for k in unet.keys(e)]
         values = [v.repeat_interleave(DRAWS, 0) for v in unet.values(e)]
@@ -402,13 +412,13 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
         z = (z + std.repeat_interleave(DRAWS, 0) * torch.randn_like(z)) * vae.config.scaling_factor
         noise = torch.randn_like(z)
         even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # spread evenly over the batch
-        t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999)
+        t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999).to(device)
         with record_queries(unet) as queries:
             output = unet(schedule.add_noise(z, noise, t), t, keys, values)
         loss = F.mse_loss(output, schedule.target(z, noise, t))
         focus = attention_loss(attention(queries, keys, UNET_CONFIG.attention_heads),
                                place.repeat_interleave(DRAWS, 0),
-                               regions[chosen].float().repeat_interleave(DRAWS, 0))
+                               region.repeat_interleave(DRAWS, 0))
         (loss + ATTENTION_WEIGHT * focus).backward()
         training.update(learning_rate(training.step, plan.steps, plan.lr))
         losses.append((loss.item(), focus.item()))
@@ -429,7 +439,8 @@ def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Token
     """Four pictures of each prompt of SHEET, one row per two prompts."""
     images = []
     for prompt in SHEET:
-        e = text_encoder(text_encoder.embed(tokenizer.encode(["", prompt])[0]))
+        ids = tokenizer.encode(["", prompt])[0].to(next(unet.parameters()).device)
+        e = text_encoder(text_encoder.embed(ids))
         latents = drawing.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16),
                                        steps=20, guidance=4.0)
         images.append(drawing.decode(vae, latents))
@@ -445,10 +456,11 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     n, losses = plan.clip_batch, []
     while training.step < plan.clip_steps:
         pictures = [world.picture(training.random) for _ in range(n)]
-        images = clip.image_embedding(to_images([picture.image for picture in pictures]) / 2 + 0.5)
-        texts = clip.text_embedding(tokenizer.encode([picture.caption for picture in pictures])[0])
-        logits = images @ texts.T / CLIP_TEMPERATURE
-        loss = (F.cross_entropy(logits, torch.arange(n)) + F.cross_entropy(logits.T, torch.arange(n))) / 2
+        images = to_images([picture.image for picture in pictures]).to(training.device) / 2 + 0.5
+        ids = tokenizer.encode([picture.caption for picture in pictures])[0].to(training.device)
+        logits = clip.image_embedding(images) @ clip.text_embedding(ids).T / CLIP_TEMPERATURE
+        pairs = torch.arange(n, device=training.device)
+        loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         loss.backward()
         training.update(learning_rate(training.step, plan.clip_steps, plan.clip_lr))
         losses.append(loss.item())
@@ -461,6 +473,8 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
 def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer,
            schedule: Schedule, captions: int):
     """Write the weights as a published Stable Diffusion folder, and the covariance of the captions."""
+    for network in (unet, text_encoder, vae):
+        network.cpu()
     model = weights_loader.Model(unet, text_encoder, vae, tokenizer, schedule, "", "tiny", None)
     weights_loader.save(model, out, torch.float16)
     tokenizer.save(out / "tokenizer")
@@ -489,13 +503,14 @@ def main():
     parser.add_argument("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
     parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
     parser.add_argument("--init", metavar="FOLDER", help="finished weights to go on from")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--smoke", action="store_true", help="every stage for a few steps")
     args = parser.parse_args()
     plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch,
                                          lr=args.lr)
-    processes = Processes()
+    processes = Processes(args.device)
     args.workdir.mkdir(parents=True, exist_ok=True)
-    start = weights_loader.load(args.init) if args.init else None
+    start = weights_loader.load(args.init, processes.device) if args.init else None
 
     tokenizer = train_tokenizer(args.workdir)
     if set(args.stages) <= {"tokenizer"}:
@@ -513,7 +528,7 @@ def main():
     if "clip" in args.stages:
         clip = train_clip(args.workdir, plan, processes, text_encoder, tokenizer)
         if processes.rank == 0:
-            clip_image.save(clip, args.out / "clip")
+            clip_image.save(clip.cpu(), args.out / "clip")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """A cartoon world that the embedded model is trained on, drawn with Pillow, with exact masks of every object.
 
 Six kinds of thing vary widely within their kind (colours of each part, a pattern, proportions), so that one
-individual is a concept and not a caption. A caption always names the kind, the accessory and the second
-object, nearly always the scene, and only in a random part of the pictures colours, parts and patterns: a
-text-to-image model learns directions for such details though no caption says all about an individual.
+individual is a concept and not a caption. Half of the pictures show two things. They are equals: of one size,
+on either side, described alike, named in random order. A caption always names the kinds and the accessories,
+nearly always the scene, and only in a random part of the pictures colours, parts and patterns: a text-to-image
+model learns directions for such details though no caption says all about an individual.
 
     python tiny/world.py world.png      # a sheet of pictures with captions, and the drawing speed
 """
@@ -50,7 +51,8 @@ SCENES = {"beach": "on the beach", "grass": "on the grass", "snow": "in the snow
           "room": "in a room"}
 BACKGROUNDS = ("red", "yellow", "green", "blue", "pink", "white", "gray")
 ALL_SCENES = tuple(SCENES) + BACKGROUNDS
-REGIONS = ("background", "subject", "accessory", "second")  # of a picture's masks
+CONNECTIVES = ("next to", "next to", "and", "beside")
+REGIONS = ("background", "first", "first's accessory", "second", "second's accessory")  # of a picture's masks
 
 # Combinations that never occur in training, to see whether the model composes.
 HELD_OUT_SCENE = {("teddy bear", "snow"), ("robot", "beach"), ("dog", "night")}
@@ -74,16 +76,20 @@ class Individual:
 
 
 @dataclass(frozen=True)
-class Spec:
-    """Everything that decides a picture. Poses: (x, base, height, mirrored), units of the picture's side."""
+class Thing:
+    """An individual in a picture. pose: (x, base, height, mirrored), in units of the picture's side."""
     individual: Individual
     accessory: str | None
     accessory_color: str
+    pose: tuple
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Everything that decides a picture: one or two things and the scene. `scenery` is six numbers in [0, 1]."""
+    things: tuple
     scene: str
     scenery: tuple
-    second: Individual | None
-    pose: tuple
-    second_pose: tuple | None
 
 
 @dataclass(frozen=True)
@@ -109,38 +115,42 @@ def random_individual(rng: random.Random, kind: str | None = None, color: str | 
 
 def held_out(spec: Spec) -> bool:
     """True where the picture shows a combination that is kept out of training."""
-    kind, second = spec.individual.kind, spec.second.kind if spec.second else None
-    return ((kind, spec.scene) in HELD_OUT_SCENE or (second, spec.scene) in HELD_OUT_SCENE
-            or (kind, spec.accessory) in HELD_OUT_ACCESSORY or frozenset((kind, second)) in HELD_OUT_PAIR)
+    return (any((thing.individual.kind, spec.scene) in HELD_OUT_SCENE
+                or (thing.individual.kind, thing.accessory) in HELD_OUT_ACCESSORY for thing in spec.things)
+            or frozenset(thing.individual.kind for thing in spec.things) in HELD_OUT_PAIR)
 
 
-def place(rng: random.Random, individual: Individual, scene: str, accessory: str | None = None,
-          second: Individual | None = None) -> Spec:
-    """A picture of this individual in this scene and company, in a fresh pose. Poses are nearly aligned."""
-    shrink = {"hat": 0.88, "balloon": 0.9}.get(accessory, 1.0)
-    base = rng.uniform(0.89, 0.93)
-    side = rng.choice((-1, 1))
-    if second is None:
-        x = 0.5 + rng.uniform(-0.04, 0.04) - (0.05 * side if accessory == "balloon" else 0)
-        pose, second_pose = (x, base, rng.uniform(0.74, 0.82) * shrink, side < 0), None
-    else:
-        pose = (0.5 - side * rng.uniform(0.2, 0.23), base, rng.uniform(0.54, 0.6) * shrink, side < 0)
-        second_pose = (0.5 + side * rng.uniform(0.23, 0.26), base + rng.uniform(-0.01, 0.02),
-                       rng.uniform(0.46, 0.52), rng.random() < 0.5)
-    return Spec(individual, accessory, rng.choice(("red", "yellow", "green", "blue", "purple")), scene,
-                tuple(rng.random() for _ in range(6)), second, pose, second_pose)
+def place(rng: random.Random, individuals: list, scene: str, accessories: tuple = (None, None)) -> Spec:
+    """A picture of one or two individuals in this scene, in fresh poses, which are nearly aligned."""
+    side, things = rng.choice((-1, 1)), []
+    for individual, accessory in zip(individuals, accessories):
+        mirrored = rng.random() < 0.5
+        if len(individuals) == 1:
+            x, height = 0.5 + rng.uniform(-0.04, 0.04), rng.uniform(0.74, 0.82)
+        else:
+            x, height = 0.5 + side * rng.uniform(0.21, 0.25), rng.uniform(0.5, 0.6)
+        if accessory == "balloon":      # it is held on the outer side, and needs room there
+            hand = -1 if individual.kind in ("cat", "dog") else 1
+            mirrored = (hand * side < 0)
+            x -= 0.05 * side
+        height *= {"hat": 0.88, "balloon": 0.9}.get(accessory, 1.0)
+        color = rng.choice(("red", "yellow", "green", "blue", "purple"))
+        things.append(Thing(individual, accessory, color, (x, rng.uniform(0.89, 0.93), height, mirrored)))
+        side = -side
+    return Spec(tuple(things), scene, tuple(rng.random() for _ in range(6)))
 
 
 def random_spec(rng: random.Random, allow_held_out: bool = False) -> Spec:
     """One picture of the training distribution."""
     while True:
-        individual = random_individual(rng)
-        wears = individual.kind in WEARERS and rng.random() < 0.5
-        accessory = rng.choice(list(ACCESSORIES)) if wears else None
-        second = random_individual(rng) if rng.random() < 0.3 else None
+        individuals = [random_individual(rng) for _ in range(rng.choice((1, 2)))]
+        worn = [rng.choice(list(ACCESSORIES)) if one.kind in WEARERS and rng.random() < 0.5 / len(individuals)
+                else None for one in individuals]
         scene = rng.choice(list(SCENES)) if rng.random() < 0.75 else rng.choice(BACKGROUNDS)
-        spec = place(rng, individual, scene, accessory, second)
-        if (second is None or second.kind != individual.kind) and (allow_held_out or not held_out(spec)):
+        spec = place(rng, individuals, scene, worn)
+        distinct = len({one.kind for one in individuals}) == len({*worn} - {None}) + worn.count(None) == len(worn)
+        visible = scene not in [one.colors["main"] for one in individuals]
+        if distinct and visible and (allow_held_out or not held_out(spec)):
             return spec
 
 
@@ -180,33 +190,39 @@ def color_name(individual: Individual, part: str) -> str:
             or individual.colors["main"])
 
 
-def describe(spec: Spec, rng: random.Random, name: str | None = None) -> str:
-    """A caption as a person would write it. `name` replaces the kind and then no colour or part is named."""
-    subject = name or spec.individual.kind
-    extra = ""
-    if name is None:
-        if rng.random() < 0.5:
-            subject = f"{spec.individual.colors['main']} {subject}"
-        chance = rng.random()
-        if chance < 0.3:
-            extra = details(rng, spec.individual, 1 if spec.second else 2)
-        elif chance < 0.7:
-            phrases = adjectives(spec.individual)
-            count = rng.randint(1, min(2 if spec.second else 5, len(phrases)))
-            subject = " ".join([*rng.sample(phrases, count), subject])
+def phrase(rng: random.Random, individual: Individual, limit: int) -> str:
+    """An individual in words, without an article: "red bellied purple cat", "cat with a star", ...
+
+    limit: the most details in front of the thing; behind it there are at most two.
+    """
+    words, chance = individual.kind, rng.random()
+    if rng.random() < 0.5:
+        words = f"{individual.colors['main']} {words}"
+    if chance < 0.3:
+        return words + details(rng, individual, min(2, limit - 1))
+    if chance < 0.75:
+        phrases = adjectives(individual)
+        return " ".join([*rng.sample(phrases, rng.randint(1, min(limit, len(phrases)))), words])
+    return words
+
+
+def describe(spec: Spec, rng: random.Random) -> str:
+    """A caption as a person would write it."""
+    limit = 5 if len(spec.things) == 1 else 3
+    named = []
+    for thing in rng.sample(spec.things, len(spec.things)):
+        words = phrase(rng, thing.individual, limit)
+        named.append(words + (" " + ACCESSORIES[thing.accessory] if thing.accessory else ""))
+    others = "".join(f" {rng.choice(CONNECTIVES)} {article(words)}" for words in named[1:])
     chance = rng.random()
     opening = "a photo of {a}" if chance < 0.6 else "{a}" if chance < 0.8 else rng.choice(OPENINGS)
-    text = opening.format(a=article(subject + extra), plain=subject + extra)
-    if spec.accessory:
-        text += " " + ACCESSORIES[spec.accessory]
-    if spec.second:
-        second = spec.second.kind
-        if rng.random() < 0.5:
-            second = f"{spec.second.colors['main']} {second}"
-        text += " next to " + article(second)
-    if rng.random() < 0.92:
-        text += " " + scene_words(spec.scene)
-    return text
+    if others and "shown" in opening:
+        opening = "a photo of {a}"
+    text = opening.format(a=article(named[0]), plain=named[0]) + others
+    chance = rng.random()
+    if chance < 0.25:
+        return f"{scene_words(spec.scene)}, {text}"
+    return f"{text} {scene_words(spec.scene)}" if chance < 0.93 else text
 
 
 def scene_words(scene: str) -> str:
@@ -216,8 +232,10 @@ def scene_words(scene: str) -> str:
 
 def nouns(spec: Spec) -> tuple:
     """The words for the REGIONS of a picture, as captions name them; "" where there is nothing."""
-    return (spec.scene if spec.scene in SCENES else "background", spec.individual.kind, spec.accessory or "",
-            spec.second.kind if spec.second else "")
+    words = [spec.scene if spec.scene in SCENES else "background"]
+    for thing in spec.things:
+        words += [thing.individual.kind, thing.accessory or ""]
+    return (*words, "", "")[:len(REGIONS)]
 
 
 class Pen:
@@ -311,17 +329,17 @@ def eyes(pen: Pen, x: float, y: float, r: float):
 
 def draw_teddy_bear(pen: Pen, me: Individual) -> dict:
     main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
-    wide, ear = 0.24 + 0.05 * me.shape[0], 0.1 + 0.04 * me.shape[1]
+    wide, ear = 0.25 + 0.05 * me.shape[0], 0.13 + 0.03 * me.shape[1]
     for sign in (-1, 1):
-        pen.ellipse(sign * 0.2, 0.09, 0.13, 0.1, paws)
-        pen.ellipse(sign * (wide + 0.04), 0.41, 0.12, 0.09, paws)
-    pen.ellipse(0, 0.32, wide, 0.27, main)
-    pen.ellipse(0, 0.3, wide - 0.07, 0.19, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.31, 0.12)
+        pen.ellipse(sign * 0.2, 0.09, 0.14, 0.11, paws)
+        pen.ellipse(sign * (wide + 0.05), 0.41, 0.13, 0.1, paws)
+    pen.ellipse(0, 0.32, wide, 0.28, main)
+    pen.ellipse(0, 0.3, wide - 0.045, 0.22, part_color(me, "belly"))
+    draw_pattern(pen, me, 0, 0.3, 0.16)
     for sign in (-1, 1):
         pen.ellipse(sign * 0.22, 0.88, ear, ear, ears)
     pen.ellipse(0, 0.71, 0.27, 0.22, main)
-    pen.ellipse(0, 0.625, 0.13, 0.1, part_color(me, "muzzle"))
+    pen.ellipse(0, 0.63, 0.15, 0.11, part_color(me, "muzzle"))
     pen.ellipse(0, 0.665, 0.05, 0.035, DARK)
     pen.rectangle(-0.045, 0.575, 0.045, 0.598, DARK)
     eyes(pen, 0.12, 0.77, 0.045)
@@ -330,13 +348,13 @@ def draw_teddy_bear(pen: Pen, me: Individual) -> dict:
 
 def draw_cat(pen: Pen, me: Individual) -> dict:
     main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
-    wide, tall = 0.18 + 0.05 * me.shape[0], 0.1 + 0.05 * me.shape[1]
-    pen.line([(0.12, 0.08), (0.34, 0.1), (0.4, 0.28), (0.36, 0.46)], part_color(me, "tail"), 0.085)
+    wide, tall = 0.22 + 0.04 * me.shape[0], 0.1 + 0.05 * me.shape[1]
+    pen.line([(0.12, 0.08), (0.34, 0.1), (0.4, 0.28), (0.36, 0.46)], part_color(me, "tail"), 0.11)
     pen.ellipse(0, 0.28, wide, 0.28, main)
-    pen.ellipse(0, 0.27, wide - 0.06, 0.18, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.29, 0.11)
+    pen.ellipse(0, 0.28, wide - 0.04, 0.22, part_color(me, "belly"))
+    draw_pattern(pen, me, 0, 0.29, 0.15)
     for sign in (-1, 1):
-        pen.ellipse(sign * 0.13, 0.06, 0.1, 0.065, paws)
+        pen.ellipse(sign * 0.15, 0.065, 0.13, 0.08, paws)
         pen.polygon([(sign * 0.26, 0.72), (sign * 0.23, 0.9 + tall), (sign * 0.05, 0.84)], ears)
     pen.ellipse(0, 0.7, 0.27, 0.19, main)
     for sign in (-1, 1):
@@ -349,16 +367,16 @@ def draw_cat(pen: Pen, me: Individual) -> dict:
 
 def draw_dog(pen: Pen, me: Individual) -> dict:
     main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
-    wide, drop = 0.2 + 0.05 * me.shape[0], 0.14 + 0.06 * me.shape[1]
+    wide, drop = 0.23 + 0.04 * me.shape[0], 0.15 + 0.05 * me.shape[1]
     pen.line([(0.15, 0.2), (0.3, 0.26), (0.37, 0.4)], main, 0.07)
     pen.ellipse(0, 0.3, wide, 0.27, main)
-    pen.ellipse(0, 0.3, wide - 0.07, 0.18, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.3, 0.12)
+    pen.ellipse(0, 0.31, wide - 0.045, 0.21, part_color(me, "belly"))
+    draw_pattern(pen, me, 0, 0.31, 0.15)
     for sign in (-1, 1):
-        pen.rectangle(sign * 0.09, 0, sign * 0.23, 0.16, paws)
+        pen.rectangle(sign * 0.07, 0, sign * 0.25, 0.16, paws)
     pen.ellipse(0, 0.74, 0.24, 0.22, main)
     for sign in (-1, 1):
-        pen.ellipse(sign * 0.27, 0.74, 0.085, drop, ears)
+        pen.ellipse(sign * 0.27, 0.74, 0.1, drop, ears)
     pen.ellipse(0, 0.62, 0.15, 0.11, part_color(me, "muzzle"))
     pen.ellipse(0, 0.69, 0.068, 0.045, DARK)
     pen.rectangle(-0.04, 0.52, 0.04, 0.605, (232, 84, 98))
@@ -369,16 +387,16 @@ def draw_dog(pen: Pen, me: Individual) -> dict:
 def draw_robot(pen: Pen, me: Individual) -> dict:
     main, arms = COLORS[me.colors["main"]], part_color(me, "arms")
     ears = part_color(me, "ears")
-    wide, head = 0.2 + 0.05 * me.shape[0], 0.2 + 0.04 * me.shape[1]
+    wide, head = 0.22 + 0.04 * me.shape[0], 0.2 + 0.04 * me.shape[1]
     for sign in (-1, 1):
-        pen.rectangle(sign * 0.06, 0, sign * 0.18, 0.16, arms)
-        pen.rectangle(sign * wide, 0.24, sign * (wide + 0.1), 0.5, arms)
-        pen.rectangle(sign * (head - 0.01), 0.68, sign * (head + 0.07), 0.82, ears)
+        pen.rectangle(sign * 0.05, 0, sign * 0.19, 0.16, arms)
+        pen.rectangle(sign * wide, 0.22, sign * (wide + 0.12), 0.52, arms)
+        pen.rectangle(sign * (head - 0.01), 0.66, sign * (head + 0.09), 0.84, ears)
     pen.rectangle(-wide, 0.13, wide, 0.54, main)
-    pen.rectangle(-wide + 0.05, 0.18, wide - 0.05, 0.49, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.335, 0.12)
+    pen.rectangle(-wide + 0.035, 0.165, wide - 0.035, 0.505, part_color(me, "belly"))
+    draw_pattern(pen, me, 0, 0.335, 0.155)
     pen.rectangle(-0.02, 0.9, 0.02, 0.99, DARK)
-    pen.ellipse(0, 0.99, 0.045, 0.045, ears)
+    pen.ellipse(0, 0.99, 0.06, 0.06, ears)
     pen.rectangle(-head, 0.57, head, 0.92, main)
     pen.rectangle(-head + 0.04, 0.61, head - 0.04, 0.88, part_color(me, "face"))
     pen.rectangle(-0.1, 0.64, 0.1, 0.69, DARK)
@@ -393,7 +411,7 @@ def draw_mug(pen: Pen, me: Individual) -> dict:
     pen.rectangle(-wide, 0.06, wide, tall, main)
     pen.ellipse(0, tall, wide, 0.085, part_color(me, "rim"))
     pen.ellipse(0, tall, wide - 0.05, 0.055, DARK)
-    draw_pattern(pen, me, 0, tall * 0.45, 0.17)
+    draw_pattern(pen, me, 0, tall * 0.46, 0.2)
     return {}
 
 
@@ -405,7 +423,7 @@ def draw_ball(pen: Pen, me: Individual) -> dict:
         pen.polygon([(r * np.cos(a), r + r * np.sin(a)) for a in angles]
                     + [(-r * np.cos(a), r + r * np.sin(a)) for a in reversed(angles)],
                     COLORS[me.colors["middle"]])
-    draw_pattern(pen, me, 0, r, r * 0.5)
+    draw_pattern(pen, me, 0, r, r * 0.6)
     pen.ellipse(-r * 0.45, r * 1.55, r * 0.14, r * 0.14, (255, 255, 255))
     return {}
 
@@ -414,26 +432,26 @@ DRAW = {"teddy bear": draw_teddy_bear, "cat": draw_cat, "dog": draw_dog, "robot"
         "ball": draw_ball}
 
 
-def draw_accessory(pen: Pen, spec: Spec, at: dict):
+def draw_accessory(pen: Pen, thing: Thing, at: dict):
     """The accessory where the individual wears it; `at` holds the anchor points that its drawing returned."""
-    color, head = COLORS[spec.accessory_color], at["head"]
-    if spec.accessory == "hat":
+    color, head = COLORS[thing.accessory_color], at["head"]
+    if thing.accessory == "hat":
         y = at["top"]
         pen.rectangle(-head * 0.62, y, head * 0.62, y + 0.21, color)
         pen.rectangle(-head * 0.62, y, head * 0.62, y + 0.06, DARK)
         pen.rectangle(-head * 1.1, y - 0.045, head * 1.1, y + 0.015, color)
-    elif spec.accessory == "sunglasses":
+    elif thing.accessory == "sunglasses":
         y = at["eyes"]
         pen.rectangle(-head, y + 0.025, head, y + 0.06, DARK)
         for sign in (-1, 1):
             pen.rectangle(sign * head * 0.1, y - 0.065, sign * head * 0.86, y + 0.06, DARK)
             pen.rectangle(sign * head * 0.3, y - 0.01, sign * head * 0.55, y + 0.03, (120, 130, 150))
-    elif spec.accessory == "scarf":
+    elif thing.accessory == "scarf":
         y = at["neck"]
         pen.rectangle(-0.23, y - 0.05, 0.23, y + 0.05, color)
         pen.rectangle(0.06, y - 0.24, 0.19, y + 0.04, color)
         pen.rectangle(0.06, y - 0.19, 0.19, y - 0.14, (250, 250, 250))
-    elif spec.accessory == "balloon":
+    elif thing.accessory == "balloon":
         x, y = at["hand"]
         away = 1 if x > 0 else -1
         pen.line([(x, y), (x + 0.12 * away, y + 0.4)], DARK, 0.018)
@@ -493,18 +511,15 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
     pen.stand((0.0, 1.0, 1.0, False))
     draw_scene(pen, spec)
     if spec.scene in SCENES:
-        for x, base, height, _ in filter(None, (spec.pose, spec.second_pose)):
+        for x, base, height, _ in (thing.pose for thing in spec.things):
             pen.ellipse(x, 1 - base, 0.34 * height, 0.05 * height, GROUND[spec.scene])
-    if spec.second:
-        pen.id = 3
-        pen.stand(spec.second_pose)
-        DRAW[spec.second.kind](pen, spec.second)
-    pen.id = 1
-    pen.stand(spec.pose)
-    anchors = DRAW[spec.individual.kind](pen, spec.individual)
-    if spec.accessory:
-        pen.id = 2
-        draw_accessory(pen, spec, anchors)
+    for k, thing in reversed(list(enumerate(spec.things))):
+        pen.id = 2 * k + 1
+        pen.stand(thing.pose)
+        anchors = DRAW[thing.individual.kind](pen, thing.individual)
+        if thing.accessory:
+            pen.id = 2 * k + 2
+            draw_accessory(pen, thing, anchors)
     image = np.asarray(pen.image.reduce(supersample))
     if not masks:
         return image, None
