@@ -49,7 +49,7 @@ import weights_loader
 from attention_maps import MASK_TIMESTEPS, attention, record_queries, share_inside, word_map
 from diffusion import ddim_timesteps, seeded_noise
 from files import replacing
-from image_files import list_images
+from pictures import list_images
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
 BETA, TAU = {"local": 0.7, "global": 0.5}, 0.15     # the middle of the paper's ranges
