@@ -7,8 +7,10 @@
 # in the finished picture: where its attention to the super-category's words is above the middle of its range.
 # So the judge is the same for every lock, but it is attention too.
 #
-# The command that makes this notebook, with the script's flags in an environment variable:
-# `DIAGNOSTICS="--images examples/teddy --super teddy\ bear" jupytext --to ipynb --execute diagnostics.py`
+# This notebook is the script `diagnostics.py`, run with its flags in an environment variable:
+#
+#     export DIAGNOSTICS='--images examples/teddy --super "teddy bear"'
+#     jupytext --to ipynb diagnostics.py && jupyter execute --inplace diagnostics.ipynb
 
 # %%
 """Why key locking works: train what is missing, draw figures, and write a page to explore.
@@ -149,7 +151,7 @@ def concept_files(model):
         for lock in VERSIONS.values() if pictures else ():
             if lock not in files:
                 files[lock] = training_folder(model, pictures, words, lock)
-                if not files[lock].exists():
+                if not finished(files[lock]):
                     missing.append((files[lock], pictures, words, lock))
     return [files for files, _, _ in sources], missing
 
@@ -162,20 +164,23 @@ def training_folder(model, pictures, words, lock):
     return args.out / "trained" / f"{pictures.resolve().stem}-{lock}-{digest.hexdigest()[:8]}"
 
 
+def finished(folder):
+    """Whether a folder holds a concept whose training was not stopped early."""
+    return any(int(perfusion.Concept.load(path).metadata.get("steps", 0)) == args.training_steps
+               for path in folder.glob("*.safetensors"))
+
+
 def train(folder, pictures, words, lock):
-    """Run train.py. The folder gets its name at the end; a training that was stopped goes on."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    """Run train.py into the folder; a training that was stopped goes on."""
     command = [sys.executable, Path(explorer.__file__).with_name("train.py"), "--images", pictures,
                "--super", words, "--lock", lock, "--steps", str(args.training_steps), "--preview", "0",
-               "--out", unfinished, "--weights", args.weights]
+               "--out", folder, "--weights", args.weights]
     for option in ("tokenizer", "device"):
         command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
-    command += ["--resume"] if (unfinished / "checkpoint.pt").exists() else []
-    print(f"training {folder}", flush=True)
+    command += ["--resume"] if (folder / "checkpoint.pt").exists() else []
     code = subprocess.run(command).returncode
     if code:
         sys.exit(code)
-    unfinished.rename(folder)
 
 
 def shared_locks(concepts):
@@ -368,10 +373,14 @@ def plot(cells, rows, columns, title, tops=None):
 
 
 def plot_maps(pictures, maps, rows, columns, title, name, one_scale=False):
-    """A figure of pictures beside Maps [row][column], and the shares; one scale per column, or for all."""
+    """A figure of pictures beside Maps [row][column], and the shares; one scale per column, or for all.
+
+    columns: what is above the pictures, then above each column of maps.
+    """
+    above, *columns = columns
     tops = [max(row[c].values.max().item() for row in maps) for c in range(len(columns))]
     tops = [max(tops)] * len(tops) if one_scale else tops
-    heads = ["", *(f"{column}\n0 to {top:.0%}" for column, top in zip(columns, tops))]
+    heads = [above, *(f"{column}\n0 to {top:.0%}" for column, top in zip(columns, tops))]
     figure = plot([[picture, *row] for picture, row in zip(pictures, maps)], rows, heads, title, [0, *tops])
     finish(figure, name, ("row", "column", "mean share of attention", "share on its object"),
            [(row, column, f"{cell.values.mean():.5f}", "" if cell.mask is None else f"{cell.inside:.4f}")
@@ -416,7 +425,7 @@ def write_page(study, name, betas, pictures, gates):
         path.write_text(text, encoding="utf-8")
     if IN_NOTEBOOK:
         frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="1000" style="border: 0"></iframe>'
-        display.display(display.HTML(frame))
+        display.display(display.HTML(f"<div>{frame}</div>"))
     else:
         progress.write(f"{args.out / name}: open it in a browser")
 
@@ -500,7 +509,7 @@ def figure_words(study, drawn, words, title, name):
     masks = {token: j for j, token in enumerate(study.tokens)}
     maps = [[Map(study.map_of(word, row.maps[0]).mean(0), row.masks[masks[word]] if word in masks else None)
              for word in words] for row in drawn.values()]
-    plot_maps([row.picture for row in drawn.values()], maps, list(drawn), words, title, name)
+    plot_maps([row.picture for row in drawn.values()], maps, list(drawn), ["picture", *words], title, name)
 
 
 attempt(figure_words, one, one.drawn, [*one.tokens, *args.words],
@@ -521,7 +530,7 @@ def figure_steps(columns, title, name):
     seen = drawing.decode(model.vae, locked.seen[steps].to(model.device))
     maps = [[Map(maps[k], locked.masks[0]) for maps in columns.values()] for k in steps]
     rows = [f"t = {ddim_timesteps(args.steps)[k]}" for k in steps]
-    plot_maps(seen, maps, rows, list(columns), title, name, one_scale=True)
+    plot_maps(seen, maps, rows, ["what the U-Net saw", *columns], title, name, one_scale=True)
 
 
 def figure_keys():
