@@ -17,7 +17,7 @@ from attention_maps import share_inside
 from diffusion import seeded_noise
 from explorer import View, Word
 from perfusion import Concept
-from random_model import tiny_model
+from models import tiny_model
 
 PROMPT = "a photo of a <teddy> next to a <cat>"
 CONCEPTS = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
