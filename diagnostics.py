@@ -7,8 +7,10 @@
 # in the finished picture: where its attention to the super-category's words is above the middle of its range.
 # So the judge is the same for every lock, but it is attention too.
 #
-# The command that makes this notebook, with the script's flags in an environment variable:
-# `DIAGNOSTICS="--images examples/teddy --super teddy\ bear" jupytext --to ipynb --execute diagnostics.py`
+# This notebook is the script `diagnostics.py`, run with its flags in an environment variable:
+#
+#     export DIAGNOSTICS='--images examples/teddy --super "teddy bear"'
+#     jupytext --to ipynb diagnostics.py && jupyter execute --inplace diagnostics.ipynb
 
 # %%
 """Why key locking works: train what is missing, draw figures, and write a page to explore.
@@ -21,7 +23,6 @@
 The output folder receives the figures (PNG), their numbers (CSV), explorer.html, and in trained/ the
 concepts, which the next run uses again. A second concept adds figure 6 and explorer_two.html.
 """
-import argparse
 import csv
 import hashlib
 import html
@@ -35,6 +36,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import command_line  # before matplotlib
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -46,13 +48,15 @@ import explorer
 import fast_cpu
 import perfusion
 import weights_loader
-from attention_maps import MASK_TIMESTEPS, attention, record_queries, share_inside, word_map
-from diffusion import ddim_timesteps, seeded_noise
+from attention_maps import MASK_TIMESTEPS, noised_map, share_inside
+from command_line import between, unquoted
+from diffusion import ddim_timesteps
 from files import replacing
-from pictures import list_images
+from pictures import digest, list_images
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
-BETA, TAU = {"local": 0.7, "global": 0.5}, 0.15     # the middle of the paper's ranges
+BETA = {"local": perfusion.DRAWING_BETA, "global": perfusion.DRAWING_GLOBAL_BETA}
+TAU = perfusion.DRAWING_TAU
 SWEEP = (-4, -2, -1, 0, 1, 2)       # beta in figure 5: in tau from where the gate of the word is half open
 SEEDS = 3                           # of figure 5
 ROWS = 4                            # denoising steps in figures 3 and 4
@@ -68,39 +72,33 @@ LOCKS = (  # name, lock in training, lock in drawing, what it is
 
 
 def arguments(argv):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, metavar="DIR", help="pictures of the concept, for what is not given as a file")
     add("--super", dest="super_category", metavar="WORDS", help='what it is, in ordinary words: "teddy bear"')
     add("--second", type=Path, metavar="DIR|FILE", help="pictures of a second concept, or its file")
     add("--second-super", metavar="WORDS", help="what the second one is, in ordinary words")
-    add("--out", type=Path, default="figures", metavar="DIR", help="output folder (default: %(default)s)")
-    add("--weights", default="tiny",
-        help="tiny, sd15, a folder, a single file or a hub id (default: %(default)s)")
-    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")
-    add("--prompt", default="a photo of a {} wearing a hat on the beach",
-        help="{} stands for the concept (default: %(default)s)")
-    add("--words", default="hat,beach", metavar="W,W", help="other words in figure 2 (default: %(default)s)")
-    add("--pair", default="a photo of a {} next to a {}", metavar="PROMPT",
-        help="prompt of two concepts (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of the first picture (default: %(default)s)")
-    add("--steps", type=int, default=20, help="denoising steps, 1 to 999 (default: %(default)s)")
-    add("--guidance", type=float, help="weight of the prompt (default: 7.5, for the small model 4)")
-    add("--training-steps", type=int, metavar="N", help="(default: 160 for tiny, 400 for SD v1)")
-    add("--device", choices=("cpu", "cuda", "mps"), help="(default: the best one present)")
-    files = parser.add_argument_group("finished files, instead of training")
-    files.add_argument("--concept", type=Path, metavar="FILE", help="concept with locked keys")
-    files.add_argument("--trained", type=Path, metavar="FILE", help="the same, trained with --lock trained")
-    files.add_argument("--inversion", type=Path, metavar="FILE", help="the same, trained with --lock none")
+    add("--out", type=Path, default=Path("figures"), metavar="DIR", help="output folder")
+    add("--prompt", type=unquoted, default="a photo of a {} wearing a hat on the beach",
+        help="{} stands for the concept")
+    add("--words", default="hat,beach", metavar="W,W", help="other words in figure 2")
+    add("--pair", type=unquoted, default="a photo of a {} next to a {}", metavar="PROMPT",
+        help="prompt of two concepts")
+    add("--seed", type=between(0, 2 ** 62), default=0, help="seed of the first picture")
+    add("--steps", type=between(1, 999), default=20, help="denoising steps, 1 to 999")
+    add("--guidance", type=between(-1000, 1000, float),
+        help="weight of the prompt, 1 for no guidance (default: what suits the model)")
+    add("--training-steps", type=between(1, 10 ** 6), metavar="N",
+        help="of train.py (default: 160 for tiny, 400 for SD v1)")
+    command_line.add_model(parser)
+    add = parser.add_argument_group("finished files, instead of training").add_argument
+    add("--concept", type=Path, metavar="FILE", help="concept with locked keys")
+    add("--trained", type=Path, metavar="FILE", help="the same, trained with --lock trained")
+    add("--inversion", type=Path, metavar="FILE", help="the same, trained with --lock none")
     args = parser.parse_args(argv)
     args.words = [word.strip() for word in args.words.split(",") if word.strip()]
     if args.prompt.count("{}") != 1 or args.pair.count("{}") != 2:
         parser.error("--prompt needs {} once, --pair twice")
-    if not 1 <= args.steps <= 999 or not 0 <= args.seed < 2 ** 63 - SEEDS:
-        parser.error(f"--steps must be 1 to 999, and --seed 0 to 2**63 - {SEEDS + 1}")
-    if args.training_steps is not None and args.training_steps < 1:
-        parser.error("--training-steps must be at least 1")
     if bool(args.images) != bool(args.super_category) or not (args.images or args.concept):
         parser.error("give --images with --super, or a finished --concept")
     if args.second and args.second.suffix != ".safetensors" and not args.second_super:
@@ -113,23 +111,15 @@ def arguments(argv):
 
 # %%
 def attempt(function, *inputs):
-    """The function's result. An error that the user can mend ends the script: a sentence and exit code 2."""
-    try:
+    """The function's result; an error that the user can mend ends the script in one sentence."""
+    with command_line.plain_errors(memory="a smaller model, or --device cpu, needs less"):
         return function(*inputs)
-    except (ValueError, OSError, RuntimeError) as error:
-        if type(error) is RuntimeError and "memory" not in str(error):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from here", file=sys.stderr)
-        sys.exit(130)
 
 
 def load_model():
     device = drawing.pick_device(args.device)
     model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
-                                tokenizer=args.tokenizer)
+                                args.tokenizer, prediction=args.prediction)
     fast_cpu.enable(model)
     return model
 
@@ -144,38 +134,39 @@ def concept_files(model):
     missing = []
     for files, pictures, words in sources:
         for file in files.values():
-            if not file.is_file():
-                raise ValueError(f"{file}: there is no such file")
+            perfusion.Concept.load(file)        # what is wrong with it is said before minutes of training
         for lock in VERSIONS.values() if pictures else ():
             if lock not in files:
                 files[lock] = training_folder(model, pictures, words, lock)
-                if not files[lock].exists():
+                if not finished(files[lock]):
                     missing.append((files[lock], pictures, words, lock))
     return [files for files, _, _ in sources], missing
 
 
 def training_folder(model, pictures, words, lock):
     """Where a training is kept: another name for other pictures, words, weights or another length."""
-    digest = hashlib.sha256(f"{words}|{model.fingerprint}|{args.training_steps}".encode())
-    for file in list_images(pictures)[0]:
-        digest.update(file.name.encode() + file.read_bytes())
-    return args.out / "trained" / f"{pictures.resolve().stem}-{lock}-{digest.hexdigest()[:8]}"
+    differs = f"{words}|{model.fingerprint}|{args.training_steps}|{digest(list_images(pictures)[0])}"
+    name = f"{pictures.resolve().stem}-{lock}-{hashlib.sha256(differs.encode()).hexdigest()[:8]}"
+    return args.out / "trained" / name
+
+
+def finished(folder):
+    """Whether a folder holds a concept whose training was not stopped early."""
+    return any(perfusion.Concept.load(path).metadata.get("steps") == args.training_steps
+               for path in folder.glob("*.safetensors"))
 
 
 def train(folder, pictures, words, lock):
-    """Run train.py. The folder gets its name at the end; a training that was stopped goes on."""
-    unfinished = folder.with_name(folder.name + ".unfinished")
+    """Run train.py into the folder; a training that was stopped goes on."""
     command = [sys.executable, Path(explorer.__file__).with_name("train.py"), "--images", pictures,
                "--super", words, "--lock", lock, "--steps", str(args.training_steps), "--preview", "0",
-               "--out", unfinished, "--weights", args.weights]
-    for option in ("tokenizer", "device"):
+               "--out", folder, "--weights", args.weights]
+    for option in ("tokenizer", "prediction", "device"):
         command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
-    command += ["--resume"] if (unfinished / "checkpoint.pt").exists() else []
-    print(f"training {folder}", flush=True)
+    command += ["--resume"] if (folder / "checkpoint.pt").exists() else []
     code = subprocess.run(command).returncode
     if code:
         sys.exit(code)
-    unfinished.rename(folder)
 
 
 def shared_locks(concepts):
@@ -268,15 +259,11 @@ class Study:
 
         version: the lock in training of the concepts; None for the ordinary words.
         """
-        mine, beta = [own[version] for own in self.concepts if version], BETA[lock] if beta is None else beta
-        prompts, n = ["", fill(self.template, [c.token for c in mine] or self.names)], len(mine)
-        e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, mine)
-        keys, values = perfusion.keys_and_values(model.unet, e, e_super, mine, [beta] * n, [TAU] * n, lock)
-        if version in (None, "none"):
-            return keys, values, None
-        I, D = torch.stack([c.i_star for c in mine]), torch.stack([c.d_star for c in mine])
-        _, sims = perfusion.split(e, I, D)
-        return keys, values, perfusion.gate(sims, beta, TAU)[1].cpu()
+        mine = [versions[version] for versions in self.concepts if version]
+        prompt = fill(self.template, [concept.token for concept in mine] or self.names)
+        beta = BETA[lock] if beta is None else beta
+        keys, values, _, gates = perfusion.project(model, ["", prompt], mine, beta, TAU, lock)
+        return keys, values, None if gates is None else gates[1].cpu()
 
     def watch(self, seed, version, lock="local", map_version=None):
         """Draw one seed, and keep the attention of the keys that draw, or of those of another version."""
@@ -290,16 +277,11 @@ class Study:
     def masks(self, latents):
         """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
         keys, values, _ = self.project(None)
-        keys, values, sums = [k[1:] for k in keys], [v[1:] for v in values], 0
-        for t in MASK_TIMESTEPS:
-            noise = seeded_noise(0, latents.shape[1:]).to(latents)
-            z = model.schedule.add_noise(latents, noise, torch.tensor([t], device=latents.device))
-            with record_queries(model.unet) as queries:
-                model.unet(z.to(keys[0].dtype), t, keys, values)
-            maps = attention(queries, keys, model.unet.config.attention_heads)
-            sums = sums + torch.cat([word_map(maps, word.tokens, latents.shape[-2:]) for word in self.named])
-        low, high = sums.amin((1, 2), keepdim=True), sums.amax((1, 2), keepdim=True)
-        return (sums > (low + high) / 2).float().cpu()
+        keys, values = [k[1:] for k in keys], [v[1:] for v in values]
+        maps = torch.stack([torch.cat([noised_map(model, latents, t, keys, values, word.tokens)
+                                       for word in self.named]) for t in MASK_TIMESTEPS]).mean(0)
+        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        return (maps > (low + high) / 2).float().cpu()
 
     def rows(self, text):
         """Which of the prompt's words are a concept's name or an ordinary phrase; ValueError if none."""
@@ -368,10 +350,14 @@ def plot(cells, rows, columns, title, tops=None):
 
 
 def plot_maps(pictures, maps, rows, columns, title, name, one_scale=False):
-    """A figure of pictures beside Maps [row][column], and the shares; one scale per column, or for all."""
+    """A figure of pictures beside Maps [row][column], and the shares; one scale per column, or for all.
+
+    columns: what is above the pictures, then above each column of maps.
+    """
+    above, *columns = columns
     tops = [max(row[c].values.max().item() for row in maps) for c in range(len(columns))]
     tops = [max(tops)] * len(tops) if one_scale else tops
-    heads = ["", *(f"{column}\n0 to {top:.0%}" for column, top in zip(columns, tops))]
+    heads = [above, *(f"{column}\n0 to {top:.0%}" for column, top in zip(columns, tops))]
     figure = plot([[picture, *row] for picture, row in zip(pictures, maps)], rows, heads, title, [0, *tops])
     finish(figure, name, ("row", "column", "mean share of attention", "share on its object"),
            [(row, column, f"{cell.values.mean():.5f}", "" if cell.mask is None else f"{cell.inside:.4f}")
@@ -416,7 +402,7 @@ def write_page(study, name, betas, pictures, gates):
         path.write_text(text, encoding="utf-8")
     if IN_NOTEBOOK:
         frame = f'<iframe srcdoc="{html.escape(text)}" width="100%" height="1000" style="border: 0"></iframe>'
-        display.display(display.HTML(frame))
+        display.display(display.HTML(f"<div>{frame}</div>"))
     else:
         progress.write(f"{args.out / name}: open it in a browser")
 
@@ -446,12 +432,12 @@ def setup():
 
 if IN_NOTEBOOK:
     from IPython import display
-args = arguments(shlex.split(os.environ.get("DIAGNOSTICS", "")) if IN_NOTEBOOK else None)
+args = attempt(arguments, shlex.split(os.environ.get("DIAGNOSTICS", "")) if IN_NOTEBOOK else None)
 model, concepts, pictures = attempt(setup)
 GUIDANCE = model.guidance if args.guidance is None else args.guidance
-progress = tqdm(total=pictures, unit="picture", desc="drawing", disable=IN_NOTEBOOK)
 one = attempt(Study, args.prompt, concepts[:1], args.words)
 pair = attempt(Study, args.pair, concepts) if len(concepts) == 2 else None
+progress = tqdm(total=pictures, unit="picture", desc="drawing", disable=IN_NOTEBOOK)
 for study in filter(None, (one, pair)):
     attempt(study.draw)
 
@@ -500,7 +486,7 @@ def figure_words(study, drawn, words, title, name):
     masks = {token: j for j, token in enumerate(study.tokens)}
     maps = [[Map(study.map_of(word, row.maps[0]).mean(0), row.masks[masks[word]] if word in masks else None)
              for word in words] for row in drawn.values()]
-    plot_maps([row.picture for row in drawn.values()], maps, list(drawn), words, title, name)
+    plot_maps([row.picture for row in drawn.values()], maps, list(drawn), ["picture", *words], title, name)
 
 
 attempt(figure_words, one, one.drawn, [*one.tokens, *args.words],
@@ -521,7 +507,7 @@ def figure_steps(columns, title, name):
     seen = drawing.decode(model.vae, locked.seen[steps].to(model.device))
     maps = [[Map(maps[k], locked.masks[0]) for maps in columns.values()] for k in steps]
     rows = [f"t = {ddim_timesteps(args.steps)[k]}" for k in steps]
-    plot_maps(seen, maps, rows, list(columns), title, name, one_scale=True)
+    plot_maps(seen, maps, rows, ["what the U-Net saw", *columns], title, name, one_scale=True)
 
 
 def figure_keys():

@@ -17,7 +17,7 @@ from attention_maps import share_inside
 from diffusion import seeded_noise
 from explorer import View, Word
 from perfusion import Concept
-from random_model import tiny_model
+from models import tiny_model
 
 PROMPT = "a photo of a <teddy> next to a <cat>"
 CONCEPTS = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
@@ -266,6 +266,10 @@ def test_pointing_at_a_word_shows_its_shares_under_every_lock(page, shown):
         # shown without decimals, from maps in steps of 1/255
         assert (shares_shown(page) - shares_expected(shown[0], 0, 2, word)).abs().max() < 0.6
     assert page.texts("#views h3") == list(LOCKS)
+    page.point(page.find("#chips .chip", 8), press=True)
+    page.point(page.find("#chips .chip", 3))
+    page.point(page.find("h1"))
+    assert page.find("#chips [aria-pressed=true]") == page.find("#chips .chip", 8)   # the chosen one
 
 
 def test_the_sliders_choose_the_step_and_the_layer(page, shown):
@@ -286,6 +290,15 @@ def test_a_place_ranks_the_words_by_their_share_there(page, shown):
                                                                            abs=0.6)
         names = page.texts(f"#views figure:nth-child({i + 1}) li span:first-of-type")
         assert names == [shown[2]["words"][w]["label"] for w in order[:5]]
+
+
+def test_a_pressed_place_stays_when_the_pointer_leaves(page):
+    page.point(page.find("#views .picture"), x=-50, y=-50, press=True)
+    chosen = page.texts(".rank")
+    page.point(page.find("#views .picture"), x=60, y=60)
+    assert page.texts(".rank") != chosen
+    page.point(page.find("h1"))
+    assert page.texts(".rank") == chosen
 
 
 def test_the_keyboard_alone_is_enough(page):
