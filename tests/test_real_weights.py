@@ -54,7 +54,7 @@ def test_diffusers_draws_the_same_astronaut(weights_path, start, picture):
     if not Path(weights_path).is_dir():
         pytest.skip("diffusers reads a single file only with its configs from the network")
     from diffusers import DDIMScheduler, StableDiffusionPipeline
-    pipe = StableDiffusionPipeline.from_pretrained(weights_path, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(weights_path, safety_checker=None).to(torch.float32)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     theirs = pipe(ASTRONAUT, latents=start, num_inference_steps=3, guidance_scale=7.5, output_type="pt")
     assert (picture - theirs.images).abs().max() < 1e-3
