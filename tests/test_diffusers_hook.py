@@ -3,7 +3,7 @@
 import pytest
 import torch
 from PIL import Image
-from random_model import write_concept, write_weights
+from models import write_concept, write_weights
 
 import drawing
 import perfusion

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from random_model import run_script, write_concept, write_weights
+from models import run_script, write_concept, write_weights
 from safetensors.torch import load_file, save_file
-from small_model import PUBLISHED
+from models import PUBLISHED
 import test_full_size
 from test_diffusers_hook import EXACT, pipeline, theirs
 

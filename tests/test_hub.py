@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import save_file
-from small_model import single_file_tensors, small_model
+from models import single_file_tensors, small_model
 
 import weights_loader
 
@@ -29,8 +29,8 @@ WORKER = """
 import json, sys, time, weights_loader
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 10_000  # the client keeps whole chunks, else of 10 MB
-from small_model import TEXT, UNET, VAE
-weights_loader.SINGLE_FILE_CONFIGS = {"unet": UNET, "vae": VAE, "text_encoder": TEXT}
+from models import SMALL
+weights_loader.weight_formats.SD_V1 = SMALL
 for line in sys.stdin:
     constants.HF_HUB_CACHE, weights, variant = json.loads(line)
     start = time.perf_counter()

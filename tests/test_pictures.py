@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 import weights_loader
 from pictures import CUT_OUT, digest, list_images, prepare_data, read_image, read_mask
-from random_model import ROOT, tiny_model
+from models import ROOT, tiny_model
 
 
 # CIE XYZ of red, green and blue as published, adapted to D50
