@@ -1,5 +1,6 @@
 """What command_line.py and files.py promise to every script."""
 
+import contextlib
 import errno
 import io
 import os
@@ -87,21 +88,23 @@ def test_a_number_out_of_its_range_is_refused(text):
 
 # ------------------------------------------------------------------------------------------------------ files
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """No file of this process grows beyond 100 bytes."""
+    """No file of this process grows beyond 100 bytes: pytest's own output neither, so this is for a moment."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("write", [
     lambda folder: files.add_picture(folder, bytes(1000)),
     lambda folder: write_text(folder / "old.txt", "x" * 1000)])
-def test_on_a_full_disk_nothing_is_lost_and_nothing_left_behind(tmp_path, full_disk, write):
+def test_on_a_full_disk_nothing_is_lost_and_nothing_left_behind(tmp_path, write):
     (tmp_path / "old.txt").write_text("old")
-    with pytest.raises(OSError, match="cannot be written: File too large"):
+    with full_disk(), pytest.raises(OSError, match="cannot be written: File too large"):
         write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]
     assert (tmp_path / "old.txt").read_text() == "old"
