@@ -110,7 +110,7 @@ def test_a_tensor_that_does_not_fit_is_named(folder, part, change):
 def test_a_config_of_another_network(folder, part, change):
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     replace(path, json.dumps(json.loads(path.read_text()) | change).encode())
-    assert_refused(folder, folder / part)
+    assert_refused(folder, "prediction type" if "prediction_type" in change else folder / part)
 
 
 # ---- the command line
