@@ -169,6 +169,7 @@ def places(weights, tmp_path_factory):
     Image.new("RGB", (16, 16)).save(picture)
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")                  # 200 megapixels, 25 kB
     teddy = write_concept(weights, folder / "teddy.safetensors")
+    run_script("covariance.py", "--weights", weights, "--n", 300)               # train.py would write it there
     for name, change in {"other_base": {"metadata": {"base": "another"}},
                          "misshaped": {"embedding": torch.zeros(2, 5)}}.items():
         concept = Concept.load(teddy)
