@@ -252,7 +252,7 @@ class Training:
         self.generator.set_state(state["generator"])
         steps = self.settings.steps
         return f"resumed after step {len(self.losses)} of {steps}" + (
-            f"; i_star moves as for {steps} steps, before {state['steps']}" if steps != state["steps"] else "")
+            f"; i_star moves as for {steps} steps, not {state['steps']}" if steps != state["steps"] else "")
 
 
 class Processes:
@@ -493,16 +493,16 @@ def summary(training: Training) -> str:
     keys = {"locked": f'keys locked to "{s.super_category}"', "trained": "keys too", "none": "no edit"}
     shape, numbers = training.learned[0].shape, sum(x.numel() for x in training.learned)
     target = {"epsilon": "the noise", "v_prediction": "the velocity"}[model.schedule.prediction_type]
-    return (f"{s.token}: a word embedding of {shape[0]} x {shape[1]} and {len(training.learned) - 1} targets, "
-            f"{numbers:,} numbers in all, {keys[s.lock]}; {frozen:,} parameters frozen, which predict {target}\n"
+    return (f"{s.token}: a word embedding of {shape[0]} x {shape[1]} and {len(training.learned) - 1} targets,"
+            f" {numbers:,} numbers in all, {keys[s.lock]}; {frozen:,} parameters frozen, to predict {target}\n"
             f"{len(training.data.images)} images of {side} x {side} pixels, {s.steps} steps of {s.batch}, "
             f"lr {s.lr} (embedding {s.lr_embedding}), {s.precision} on {model.device}")
 
 
 if __name__ == "__main__":
     try:
-        with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less, "
-                                       "and --resume loses nothing"):
+        with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less,"
+                                       " and --resume loses nothing"):
             main()
     finally:
         if distributed.is_initialized():
