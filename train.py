@@ -482,8 +482,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         report("stopped; the same command with --resume continues from the last checkpoint")
         raise
-    report(f"{path}: {path.stat().st_size / 1000:.0f} KB; draw with it:\n"
-           f'  python sample.py "a {settings.token} on the beach" --concept {path}')
+    if processes.rank == 0:
+        print(f"{path}: {path.stat().st_size / 1000:.0f} KB; draw with it:\n"
+              f'  python sample.py "a {settings.token} on the beach" --concept {path}')
 
 
 def summary(training: Training) -> str:
@@ -494,7 +495,7 @@ def summary(training: Training) -> str:
     shape, numbers = training.learned[0].shape, sum(x.numel() for x in training.learned)
     target = {"epsilon": "the noise", "v_prediction": "the velocity"}[model.schedule.prediction_type]
     return (f"{s.token}: a word embedding of {shape[0]} x {shape[1]} and {len(training.learned) - 1} targets,"
-            f" {numbers:,} numbers in all, {keys[s.lock]}; {frozen:,} parameters frozen, to predict {target}\n"
+            f" {numbers:,} numbers in all, {keys[s.lock]}; {frozen:,} frozen parameters predict {target}\n"
             f"{len(training.data.images)} images of {side} x {side} pixels, {s.steps} steps of {s.batch}, "
             f"lr {s.lr} (embedding {s.lr_embedding}), {s.precision} on {model.device}")
 

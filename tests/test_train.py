@@ -200,8 +200,8 @@ def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictur
     out = tmp_path / "out"
     code, said, _ = run_script("train.py", *command(weights, pictures, out, "--steps", 3))
     assert code == 0
-    for part in ("skipped, not images: .hidden.png, notes.txt", 'keys locked to "teddy bear"', "16 x 16 pixels",
-                 "to predict the noise", 'attention to "teddy bear"', "cropped to the central square"):
+    for part in ("skipped, not images: .hidden.png, notes.txt", 'keys locked to "teddy bear"',
+                 "16 x 16 pixels", "predict the noise", 'attention to "teddy bear"', "cropped to the central square"):
         assert part in said
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "loss.csv", "teddy.safetensors"]
     concept, = perfusion.prepare([Concept.load(out / "teddy.safetensors")], load(weights))
@@ -219,7 +219,7 @@ class Foreign:
 
 EMBEDDINGS = {
     "diffusers": ({"<x>": torch.arange(16.0)}, (1, 16)), "two rows": ({"<x>": torch.ones(2, 16)}, (2, 16)),
-    "the web UI": ({"string_to_token": {"*": 265}, "name": "x", "string_to_param": {"*": torch.ones(2, 16)}}, (2, 16)),
+    "the web UI": ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 16)}}, (2, 16)),
     "the original": ({"string_to_param": torch.nn.ParameterDict({"*": torch.ones(2, 16)})}, (2, 16)),
     "two words": ({"<x>": torch.ones(16), "<y>": torch.ones(16)}, None),
     "code": ({"string_to_param": {"*": Foreign()}}, None), "a list": ([1, 2], None)}
@@ -240,8 +240,8 @@ def test_a_textual_inversion_is_read_and_its_code_is_not_run(tmp_path, monkeypat
 
 def test_a_training_can_start_from_a_textual_inversion(weights, pictures, tmp_path):
     save_file({"emb_params": torch.full((2, 16), 0.5)}, tmp_path / "x.safetensors")
-    more = ["--steps", 1, "--lock", "none", "--masks", "none", "--token", "<my_bear>"]
-    assert run(*command(weights, pictures, tmp_path, *more, "--init-embedding", tmp_path / "x.safetensors")) == 0
+    more = ["--steps", 1, "--lock", "none", "--masks", "none", "--token", "<my_bear>", "--init-embedding"]
+    assert run(*command(weights, pictures, tmp_path, *more, tmp_path / "x.safetensors")) == 0
     concept = Concept.load(tmp_path / "my_bear.safetensors")
     assert concept.lock == "none" and concept.i_star is None and concept.values == []
     assert 0 < (concept.embedding - 0.5).abs().max() <= 0.0061      # one step of Adam, at its learning rate
@@ -253,7 +253,8 @@ def test_previews_are_numbered_and_leave_the_training_as_it_was(weights, picture
     previews = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
     assert previews == ["preview_0000.png", "preview_0001.png", "preview_0002.png"]
     assert Image.open(tmp_path / "a" / previews[0]).size[1] > 500
-    assert [Concept.load(path).metadata["steps"] for path in sorted((tmp_path / "a" / "steps").iterdir())] == [1, 2]
+    concepts = [Concept.load(path) for path in sorted((tmp_path / "a" / "steps").iterdir())]
+    assert [concept.metadata["steps"] for concept in concepts] == [1, 2]
     assert same_file(tmp_path / "a", tmp_path / "b")
 
 
@@ -427,7 +428,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(weights, pictures
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_file(weights, pictures, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_file(weights, pictures, tmp_path, monkeypatch):
     honest, calls = Training.loss, []
 
     def loss(self, *choices):
