@@ -8,11 +8,10 @@ weights (or in the user's cache folder, where the weights' folder cannot be writ
     python covariance.py --gates "teddy bear" "a photo of a teddy bear on the beach"
 """
 
-import argparse
 import os
 import random
-import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,14 +20,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+import command_line
 import perfusion
-from weights_loader import load
+import weights_loader
+from command_line import between
+from drawing import pick_device
+from files import read_lines, replacing
 
 CAPTIONS = 10_000
 FILE = "covariance.safetensors"
 # On the embedded model both give the same gates to 0.01 (README, one prompt): the simpler one stays.
 POSITIONS = "all"
 BATCH = 64
+COMPANIONS = ("cat", "ball", "chair", "man", "house", "flower", "car", "cup")    # in the table of gates
 MAX_CONDITION = 1e10    # six digits are left in float64; a direction with less than that is empty
 COUNTS = (100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 
@@ -58,10 +62,14 @@ STYLES = """photo, photograph, painting, oil painting, watercolor, drawing, sket
 poster, cartoon, rendering, black and white photo, macro shot, illustration""".replace("\n", " ").split(", ")
 ACTIONS = """sitting, standing, running, sleeping, wearing a hat, wearing sunglasses, holding a balloon,
 eating, swimming, flying, jumping, playing the guitar, looking at the camera""".replace("\n", " ").split(", ")
+COMPANY = ("and", "next to", "beside", "with")
+# Words and scenes stand first, second and alone, so that the metric prefers no place in a prompt.
 PATTERNS = (
     "a {style} of a {adjective} {noun}", "a {style} of a {noun} {place}", "the {noun} {place}",
-    "a {adjective} {noun} {action} {place}", "a {noun} and a {adjective} {noun}", "{style} {noun}",
-    "a {noun} next to a {noun} {place}", "{noun} {noun}, {adjective}, {noun}", "{noun} for {noun}",
+    "a {adjective} {noun} {action} {place}", "a {noun} {company} a {adjective} {noun}", "{style} {noun}",
+    "a {noun} {company} a {noun} {place}", "{noun} {noun}, {adjective}, {noun}", "{noun} for {noun}",
+    "a {style} of a {noun} {company} a {noun}", "{noun} {company} {noun}", "{place}, a {adjective} {noun}",
+    "{place} a {noun} {action}", "{place}, a {noun} {company} a {noun}",
     "two {adjective} {noun}s {place}", "a {style} of the {noun} {action}", "{noun}",
     "a {adjective} {style} of a {noun} {action} {place}, {adjective} {noun}")
 
@@ -71,7 +79,8 @@ def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
     rng = random.Random(seed)
     vocabulary = [word for word in tokenizer.tokens(range(tokenizer.vocab_size))
                   if word.isascii() and word.isalpha() and len(word) > 2]
-    choices = {"adjective": ADJECTIVES, "place": PLACES, "style": STYLES, "action": ACTIONS}
+    choices = {"adjective": ADJECTIVES, "place": PLACES, "style": STYLES, "action": ACTIONS,
+               "company": COMPANY}
 
     def word(kind):
         if kind == "noun":
@@ -138,7 +147,7 @@ def condition_number(C: Tensor) -> float:
 def cached(model, report=print) -> Tensor:
     """C (d, d) float64 of a base model: read from its cache, or computed over the built-in captions and kept.
 
-    report: called with each line that the user should see.
+    The same numbers in the first and in every later run. report: called with each line for the user.
     """
     for path in _places(model):
         C = _read(path, model.fingerprint)
@@ -147,35 +156,39 @@ def cached(model, report=print) -> Tensor:
     captions = built_in_captions(CAPTIONS, model.tokenizer)
     report(f"computing the covariance of text encodings over {len(captions):,} captions, once per base model")
     C = covariance(model.text_encoder, model.tokenizer, captions)
-    path = store(C, model, len(captions))
-    report(f"condition number {condition_number(C):.1e}, kept in {path}")
-    return C
+    try:
+        where = f"kept in {store(C, model, f'built-in {len(captions)}')}"
+    except OSError as error:        # a cache is a convenience
+        warnings.warn(f"{error}; the next run will compute it again", stacklevel=2)
+        where = "kept nowhere"
+    report(f"condition number {condition_number(C):.1e}, {where}")
+    return C.float().double()       # as the file holds it
 
 
-def store(C: Tensor, model, captions: int | None = None, positions: str = POSITIONS) -> Path:
-    """Keep C for `cached`, as float32 (the sampling error is far larger); returns the path of the file.
+def store(C: Tensor, model, captions: str = "unknown", positions: str = POSITIONS) -> Path:
+    """Keep C for `cached`, as float32 (the sampling error is far larger); returns the file's path. OSError.
 
-    captions: over how many C was taken, positions: which tokens entered; both only for the file's header.
+    captions, positions: over which captions and tokens C was taken; for the file's header.
     """
-    header = {"base": model.fingerprint, "positions": positions}
-    header |= {"captions": str(captions)} if captions else {}
+    header = {"base": model.fingerprint, "captions": captions, "positions": positions}
+    reasons = []
     for path in _places(model):
-        partial = path.with_suffix(".partial")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"C": C.float().contiguous()}, partial, header)
-            os.replace(partial, path)
+            with replacing(path) as partial:
+                save_file({"C": C.float().contiguous()}, partial, header)
             return path
-        except (OSError, SafetensorError):      # the weights may lie in a folder that cannot be written
-            continue
-    raise OSError(f"the covariance can be kept in none of {', '.join(map(str, _places(model)))}")
+        except OSError as error:            # the weights may lie in a folder that cannot be written
+            reasons.append(str(error))
+    raise OSError(f"the covariance cannot be kept: {'; '.join(reasons) or 'there is no home folder'}")
 
 
 def _places(model) -> list[Path]:
     """Where the covariance of a model may lie: beside its weights, if they have a folder, or cached."""
-    user = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "perfusion"
     own = [model.folder / FILE] if model.folder and (model.folder / "unet").is_dir() else []
-    return [*own, user / f"{model.fingerprint}-{FILE}"]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    users = [Path(home, "perfusion", f"{model.fingerprint}-{FILE}")] if os.path.isabs(home) else []
+    return [*own, *users]
 
 
 def _read(path: Path, fingerprint: str) -> Tensor | None:
@@ -192,63 +205,68 @@ def _read(path: Path, fingerprint: str) -> Tensor | None:
 
 @torch.no_grad()
 def gate_table(model, prompt: str, super_category: str, captions: list[str], positions: str) -> list[str]:
-    """Lines of a table: sim / energy of every token of a prompt against a super-category, and its gate at
-    beta 0.7 and tau 0.15, for covariances over more and more captions."""
-    ids, _ = model.tokenizer.encode([prompt])
-    i_star = perfusion.super_encoding(model.text_encoder, model.tokenizer, super_category).cpu()
-    device = next(model.text_encoder.parameters()).device
-    e = model.text_encoder(model.text_encoder.embed(ids.to(device))).cpu()
+    """Lines of a table: sim / energy and gate in drawing, for covariances over more and more captions.
+
+    Of the super-category in first ("a teddy bear next to a cat") and in second place, the mean over
+    COMPANIONS, and of every token of a prompt.
+    """
+    encoder, tokenizer = model.text_encoder, model.tokenizer
+    device = next(encoder.parameters()).device
+
+    def encode(prompts):
+        ids, found = tokenizer.encode(prompts, {"<super>": super_category})
+        return ids, encoder(encoder.embed(ids.to(device))).cpu().double(), [x["<super>"] for x in found]
+    i_star = perfusion.super_encoding(encoder, tokenizer, super_category).cpu().double()
+    ids, e, _ = encode([prompt])
     length = int((ids[0] == ids[0, -1]).int().argmax()) + 2     # up to the first padding token
-    words = model.tokenizer.tokens(ids[0, :length].tolist())
-    lines = [f"positions: {positions}", "captions condition " + " ".join(f"{word[:9]:>10}" for word in words)]
+    groups, names = [], ["first", "second", *tokenizer.tokens(ids[0, :length].tolist())]
+    for pattern in ("a <super> next to a {}", "a {} next to a <super>"):
+        _, pairs, places = encode([pattern.format(noun) for noun in COMPANIONS])
+        groups.append(torch.stack([row[place[0][-1]] for row, place in zip(pairs, places)]))
+    groups += [row[None] for row in e[0, :length]]
+    lines = [f"positions: {positions}", "captions condition " + " ".join(f"{name[:9]:>10}" for name in names)]
     for count in [n for n in COUNTS if n < len(captions)] + [len(captions)]:
-        C = covariance(model.text_encoder, model.tokenizer, captions[:count], positions)
-        condition = condition_number(C)
-        d_star = torch.linalg.pinv(C, hermitian=True, rtol=1 / MAX_CONDITION) @ i_star.double()
-        _, sims = perfusion.split(e.double(), i_star.double()[None], d_star[None])
-        gates = perfusion.gate(sims, 0.7, 0.15)
-        cells = [f"{s:5.2f}/{g:.2f}" for s, g in zip(sims[0, :length, 0], gates[0, :length, 0])]
-        lines.append(f"{count:8} {condition:9.1e} " + " ".join(f"{cell:>10}" for cell in cells))
+        C = covariance(encoder, tokenizer, captions[:count], positions)
+        try:
+            d_star = inverse(C) @ i_star
+        except ValueError:
+            lines.append(f"{count:8} too few: they do not span all dimensions")
+            continue
+        cells = []
+        for group in groups:
+            _, sims = perfusion.split(group[None], i_star[None], d_star[None])
+            gates = perfusion.gate(sims, perfusion.DRAWING_BETA, perfusion.DRAWING_TAU)
+            cells.append(f"{sims.mean():5.2f}/{gates.mean():.2f}")
+        lines.append(f"{count:8} {condition_number(C):9.1e} " + " ".join(f"{cell:>10}" for cell in cells))
     return lines
 
 
-def main(argv=None) -> int:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
-    add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id (default: tiny)")
-    add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt, for a single file")
+    command_line.add_model(parser)
     add("--captions", type=Path, metavar="FILE", help="text file, one per line (default: built-in captions)")
-    add("--n", type=int, default=CAPTIONS, help=f"number of built-in captions (default: {CAPTIONS})")
-    add("--positions", choices=("real", "all"), default=POSITIONS,
-        help="tokens that enter (default: %(default)s)")
-    add("--gates", nargs=2, metavar=("SUPER", "PROMPT"),
-        help="keep nothing; print the gates of a prompt's tokens against the number of captions")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(default: %(default)s)")
+    add("--n", type=between(1, 10 ** 7), default=CAPTIONS, help="number of built-in captions")
+    add("--positions", choices=("real", "all"), default=POSITIONS, help="tokens that enter")
+    add("--gates", nargs=2, metavar=("SUPER", "PROMPT"), help="keep nothing; print gates: of SUPER in first "
+        "and second place, and of PROMPT's tokens, for more and more captions")
     args = parser.parse_args(argv)
-    if args.n < 1:
-        parser.error(f"--n must be at least 1, not {args.n}")
-    try:
-        captions = None
-        if args.captions:
-            lines = args.captions.read_text("utf-8").splitlines()
-            captions = [line.strip() for line in lines if line.strip()]
-            if not captions:
-                raise ValueError(f"{args.captions} holds no captions: it needs one per line")
-        model = load(args.weights, device=args.device, tokenizer=args.tokenizer)
-        captions = captions or built_in_captions(args.n, model.tokenizer)
-        if args.gates:
-            print("\n".join(gate_table(model, args.gates[1], args.gates[0], captions, args.positions)))
-            return 0
-        C = covariance(model.text_encoder, model.tokenizer, captions, args.positions)
-        inverse(C)
-        path = store(C, model, len(captions), args.positions)
-        print(f"{len(captions):,} captions, condition number {condition_number(C):.1e}: {path}")
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    captions = read_lines(args.captions) if args.captions else None
+    if captions == []:
+        raise ValueError(f"{args.captions} holds no captions: it needs one per line")
+    model = weights_loader.load(args.weights, pick_device(args.device), tokenizer=args.tokenizer,
+                                prediction=args.prediction)
+    name = args.captions.name if captions else f"built-in {args.n}"
+    captions = captions or built_in_captions(args.n, model.tokenizer)
+    if args.gates:
+        print("\n".join(gate_table(model, args.gates[1], args.gates[0], captions, args.positions)))
+        return
+    C = covariance(model.text_encoder, model.tokenizer, captions, args.positions)
+    inverse(C)
+    path = store(C, model, name, args.positions)
+    print(f"{len(captions):,} captions, condition number {condition_number(C):.1e}: {path}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with command_line.plain_errors(memory="--device cpu needs no memory of a graphics card"):
+        main()

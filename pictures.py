@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from attention_maps import word_masks
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 MAX_PIXELS = 100_000_000    # of a picture: 0.4 GB while it is read
+LOSS_WINDOW = 20            # steps over which a preview averages the loss
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
 
@@ -171,3 +173,30 @@ def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
         raise ValueError(f"--masks {folder} has no mask for {image.name}: it needs {image.stem}.png")
     rgb, alpha, _ = read_image(found[0], side)
     return (rgb.mean(0, keepdim=True) / 2 + 0.5, False) if alpha is None else (alpha, True)
+
+
+def draw_preview(images: Tensor, maps: Tensor, titles: list[str], data: Data, losses: list[float]) -> Figure:
+    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture, the loss."""
+    n = len(images)
+    figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
+    places = figure.add_gridspec(3, n)
+
+    def show(place, picture, title, **scale):
+        panel = figure.add_subplot(place)
+        panel.imshow(picture, **scale)
+        panel.set_title(title, fontsize=8)
+        panel.axis("off")
+    for i in range(n):
+        show(places[0, i], images[i].permute(1, 2, 0), titles[i])
+        show(places[1, i], maps[i], "" if i else "attention of the word", cmap="magma", vmin=0,
+             vmax=maps.max())
+    show(places[2, 0], (data.images[0] / 2 + 0.5).permute(1, 2, 0), "training picture")
+    show(places[2, 1], data.masks[0, 0, 0].cpu(), "its mask on the loss", cmap="magma", vmin=0, vmax=1)
+    curve = figure.add_subplot(places[2, 2:])
+    curve.plot(losses, color="0.8", linewidth=0.8)
+    if len(losses) >= LOSS_WINDOW:
+        smooth = np.convolve(losses, np.ones(LOSS_WINDOW) / LOSS_WINDOW, "valid")
+        curve.plot(range(LOSS_WINDOW - 1, len(losses)), smooth, color="black")
+    curve.set_title(f"loss, mean of {LOSS_WINDOW} steps", fontsize=8)
+    curve.tick_params(labelsize=7)
+    return figure

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors import safe_open
 
 import covariance
-from models import tiny_model, write_weights
+from models import run_script, tiny_model, write_weights
 from weights_loader import load
 
 CAPTIONS = ["a photo of a teddy bear", "cat", "a cat on the beach", "wearing hat", "next to a bear"] * 3
@@ -62,6 +63,9 @@ def test_built_in_captions_are_reproducible_varied_and_use_the_vocabulary(model)
     captions = covariance.built_in_captions(2000, model.tokenizer)
     assert captions == covariance.built_in_captions(2000, model.tokenizer)
     assert len(set(captions)) > 1700 and not any("{" in caption or "}" in caption for caption in captions)
+    for company in covariance.COMPANY:
+        assert any(f" {company} a " in caption for caption in captions)
+    assert any(caption.startswith("on the beach, a ") for caption in captions)
     assert any("wearing on" in caption or "wearing and" in caption for caption in captions)
 
 
@@ -71,8 +75,20 @@ def test_it_is_computed_once_and_kept_beside_the_weights(files, monkeypatch):
     C = covariance.cached(files, lines.append)
     assert len(lines) == 2 and "condition number" in lines[1]
     assert (files.folder / covariance.FILE).is_file()
-    torch.testing.assert_close(covariance.cached(files, lines.append), C, rtol=1e-6, atol=1e-6)
-    assert len(lines) == 2
+    assert torch.equal(covariance.cached(files, lines.append), C) and len(lines) == 2
+    with safe_open(files.folder / covariance.FILE, "pt") as file:
+        assert file.metadata()["captions"] == "built-in 300"
+
+
+def test_where_no_cache_can_be_written_the_training_goes_on(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(covariance, "CAPTIONS", 200)
+    C = covariance.cached(files, lambda line: None)
+    files.folder = None
+    for cache in (tmp_path / "file" / "cache", "not/absolute"):         # a file in its way; no home folder
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        with pytest.warns(UserWarning, match="cannot be kept"):
+            assert torch.equal(covariance.cached(files, lambda line: None), C)
 
 
 def test_a_file_of_another_model_or_a_damaged_one_is_computed_again(files, monkeypatch):
@@ -93,17 +109,21 @@ def test_weights_without_a_folder_of_their_own_use_the_users_cache(files, tmp_pa
     assert torch.equal(covariance.cached(files), torch.eye(16).double())
 
 
-def test_the_script_stores_and_reports(files, tmp_path, capsys):
-    (tmp_path / "captions.txt").write_text("\n".join(CAPTIONS + ["", "next to"]))
-    weights = str(files.folder)
-    assert covariance.main(["--weights", weights, "--n", "300", "--device", "cpu"]) == 0
-    assert "300 captions, condition number" in capsys.readouterr().out
-    gates = ["--gates", "bear", "a photo of a bear"]
-    assert covariance.main(["--weights", weights, "--n", "120", "--device", "cpu", *gates]) == 0
-    table = capsys.readouterr().out.splitlines()
+def test_the_script_stores_and_reports(files, tmp_path):
+    def run(*arguments):
+        return run_script("covariance.py", "--weights", files.folder, "--device", "cpu", *arguments)
+    (tmp_path / "captions.txt").write_text("\n".join(covariance.built_in_captions(90, files.tokenizer) + [""]))
+    for arguments, name, count in ((["--n", 300], "built-in 300", 300),
+                                   (["--captions", tmp_path / "captions.txt"], "captions.txt", 90)):
+        code, said, _ = run(*arguments)
+        assert code == 0 and f"{count} captions, condition number" in said
+        with safe_open(files.folder / covariance.FILE, "pt") as file:
+            assert file.metadata()["captions"] == name
+
+
+def test_the_table_shows_the_gates_of_the_word_in_both_places_and_of_a_prompt(files):
+    code, said, _ = run_script("covariance.py", "--weights", files.folder, "--device", "cpu", "--n", 120,
+                               "--gates", "bear", "a photo of a bear")
+    table = said.splitlines()
+    assert code == 0 and table[1].split()[:4] == ["captions", "condition", "first", "second"]
     assert "bear" in table[1] and [line.split()[0] for line in table[2:]] == ["100", "120"]
-    for bad in (["--captions", str(tmp_path / "absent.txt")], ["--captions", __file__ + "x"],
-                ["--weights", str(tmp_path / "absent")]):
-        assert covariance.main(["--weights", weights, "--device", "cpu", *bad]) == 2
-        error = capsys.readouterr().err
-        assert error.startswith("error: ") and error.count("\n") == 1

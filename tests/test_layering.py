@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
-    "files",
+    "files command_line",
     "unet vae clip_text diffusion perfusion weight_files",
     "weight_configs weight_names weight_formats attention_maps clip_image image_files",
     "weights_loader drawing pictures diffusers_hook",
-    "covariance fast_cpu explorer command_line",
+    "covariance fast_cpu explorer",
     "tiny.world",
     "tiny.make_examples",
     "tiny.judge")]

@@ -472,17 +472,16 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
 
 def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer,
            schedule: Schedule, captions: int):
-    """Write the weights as a published Stable Diffusion folder, and the covariance of the captions."""
+    """Write the weights as a published Stable Diffusion folder, and the covariance of the built-in captions."""
     for network in (unet, text_encoder, vae):
         network.cpu()
     model = weights_loader.Model(unet, text_encoder, vae, tokenizer, schedule, "", "tiny", None)
     weights_loader.save(model, out, torch.float16)
     tokenizer.save(out / "tokenizer")
-    rng = random.Random(5)
     model = weights_loader.load(str(out))
-    texts = [world.picture(rng, 8).caption for _ in range(captions)]
+    texts = covariance.built_in_captions(captions, tokenizer)
     C = covariance.covariance(model.text_encoder, tokenizer, texts)
-    path = covariance.store(C, model, captions)
+    path = covariance.store(C, model, f"built-in {captions}")
     print(f"covariance of {captions} captions, condition number {covariance.condition_number(C):.1e}: {path}")
 
 
