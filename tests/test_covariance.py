@@ -112,7 +112,8 @@ def test_weights_without_a_folder_of_their_own_use_the_users_cache(files, tmp_pa
 def test_the_script_stores_and_reports(files, tmp_path):
     def run(*arguments):
         return run_script("covariance.py", "--weights", files.folder, "--device", "cpu", *arguments)
-    (tmp_path / "captions.txt").write_text("\n".join(covariance.built_in_captions(90, files.tokenizer) + [""]))
+    lines = [*covariance.built_in_captions(90, files.tokenizer), ""]
+    (tmp_path / "captions.txt").write_text("\n".join(lines))
     for arguments, name, count in ((["--n", 300], "built-in 300", 300),
                                    (["--captions", tmp_path / "captions.txt"], "captions.txt", 90)):
         code, said, _ = run(*arguments)

@@ -201,7 +201,7 @@ def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictur
     code, said, _ = run_script("train.py", *command(weights, pictures, out, "--steps", 3))
     assert code == 0
     for part in ("skipped, not images: .hidden.png, notes.txt", 'keys locked to "teddy bear"',
-                 "16 x 16 pixels", "predict the noise", 'attention to "teddy bear"', "cropped to the central square"):
+                 "16 x 16 pixels", "predict the noise", 'attention to "teddy bear"', "central square"):
         assert part in said
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "loss.csv", "teddy.safetensors"]
     concept, = perfusion.prepare([Concept.load(out / "teddy.safetensors")], load(weights))
