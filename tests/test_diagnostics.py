@@ -1,6 +1,7 @@
 """diagnostics.py trains what is missing; its figures, their numbers and its pages say what was measured."""
 
 import csv
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -13,8 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-import explorer
 import perfusion
+import test_full_size
 from attention_maps import share_inside
 from models import ROOT, run_script, write_concept, write_weights
 
@@ -189,6 +190,20 @@ def test_other_braces_in_a_prompt_are_ordinary_characters(files, tmp_path):
                               "--concept", files / "teddy.safetensors", "--prompt", "a {} {x}",
                               "--words", "", "--steps", 1)
     assert code == 0, err
+
+
+@pytest.mark.slow
+def test_at_sd_v1s_size_the_page_is_small_and_the_memory_bounded(tokenizer_folder, tmp_path):
+    weights, flags = tmp_path / "weights", []
+    with multiprocessing.get_context("spawn").Pool(1) as pool:      # a child's peak counts from its parent's
+        pool.apply(test_full_size.write_weights, (weights, tokenizer_folder))
+        for option, lock in (("concept", "locked"), ("trained", "trained"), ("inversion", "none")):
+            flags += [f"--{option}", pool.apply(write_concept, (weights, tmp_path / f"{option}.safetensors",
+                                                                "teddy bear", lock))]
+    peak = test_full_size.script("diagnostics.py", "--weights", weights, "--device", "cpu", *flags,
+                                 "--steps", 2, "--out", tmp_path / "out")
+    assert peak < test_full_size.LIMIT_GB
+    assert (tmp_path / "out" / "explorer.html").stat().st_size < 5_000_000
 
 
 def test_the_notebook_is_the_script_and_at_most_1_mb():
