@@ -142,13 +142,15 @@ def place(rng: random.Random, individuals: list, scene: str, accessories: tuple 
 
 def random_spec(rng: random.Random, allow_held_out: bool = False) -> Spec:
     """One picture of the training distribution."""
+    count = rng.choice((1, 2))      # before the loop: pairs are refused more often
     while True:
-        individuals = [random_individual(rng) for _ in range(rng.choice((1, 2)))]
+        individuals = [random_individual(rng) for _ in range(count)]
         worn = [rng.choice(list(ACCESSORIES)) if one.kind in WEARERS and rng.random() < 0.5 / len(individuals)
                 else None for one in individuals]
         scene = rng.choice(list(SCENES)) if rng.random() < 0.75 else rng.choice(BACKGROUNDS)
         spec = place(rng, individuals, scene, worn)
-        distinct = len({one.kind for one in individuals}) == len({*worn} - {None}) + worn.count(None) == len(worn)
+        things, accessories = [one.kind for one in individuals], [one for one in worn if one]
+        distinct = len(set(things)) == len(things) and len(set(accessories)) == len(accessories)
         visible = scene not in [one.colors["main"] for one in individuals]
         if distinct and visible and (allow_held_out or not held_out(spec)):
             return spec
