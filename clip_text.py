@@ -7,6 +7,7 @@ the tokenizer names. Parameters are named as in the published files, without the
 
 import json
 import re
+import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
+
+from files import replacing
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
@@ -162,10 +165,14 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""
-        self._tokenizer.model.save(str(folder))
         config = {"model_max_length": self.max_length, "bos_token": START, "eos_token": END, "unk_token": END,
                   "pad_token": END, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        with tempfile.TemporaryDirectory() as temporary:
+            self._tokenizer.model.save(temporary)
+            (Path(temporary) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+            for written in Path(temporary).iterdir():
+                with replacing(Path(folder) / written.name) as path:
+                    path.write_bytes(written.read_bytes())
 
     @property
     def vocab_size(self) -> int:

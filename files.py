@@ -19,7 +19,6 @@ HEADER_LIMIT = 4_000_000  # bytes; of Stable Diffusion's own safetensors file: 1
 HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stand in for them
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
-
 MAX_TEXT = 100 * 10 ** 6    # bytes of a text file; 100,000 long captions are a tenth of it
 
 
@@ -37,7 +36,7 @@ def replacing(path: str | os.PathLike):
         yield partial
         umask = os.umask(0)
         os.umask(umask)
-        partial.chmod(0o666 & ~umask)       # the package safetensors leaves files that only their owner can read
+        partial.chmod(0o666 & ~umask)       # safetensors leaves files that only their owner can read
         os.replace(partial, path)
     except (OSError, SafetensorError, RuntimeError) as error:   # torch.save's full disk is a RuntimeError
         raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
@@ -96,8 +95,8 @@ class Inert:
 def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """{name: tensor} of a .safetensors file, or of one of torch.save (under `state_dict`, if there is one).
 
-    The tensors are mapped into memory: only what is used is read. What is no tensor is left out; a pickle that
-    asks to run code is refused. ValueError, naming the file, when it cannot be read.
+    The tensors are mapped into memory: only what is used is read. What is no tensor is left out; a pickle
+    that asks to run code is refused. ValueError, naming the file, when it cannot be read.
     """
     path = Path(path)
     try:

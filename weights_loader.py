@@ -104,11 +104,11 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
         raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
     vocabulary = tokenizer or find_vocabulary(*places)
-    words = clip_text.Tokenizer.load(vocabulary, t.max_length)
-    if words.vocab_size > t.vocab_size:
-        raise ValueError(f"{vocabulary}: {words.vocab_size} words, the text encoder knows {t.vocab_size}")
-    model = Model(**networks, tokenizer=words, schedule=diffusion.Schedule.sd_v1(prediction or predicted),
-                  fingerprint="", name=name, folder=folder)
+    tokenizer = clip_text.Tokenizer.load(vocabulary, t.max_length)
+    if tokenizer.vocab_size > t.vocab_size:
+        raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
+    schedule = diffusion.Schedule.sd_v1(prediction or predicted)
+    model = Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint="", name=name, folder=folder)
     for remark in remarks(model, parts, names, variant):
         warnings.warn(f"{name}: {remark}", stacklevel=2)
     digests = [digest for part, (_, tensors) in parts.items()
@@ -118,7 +118,7 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
 
 
 def open_folder(weights: str | Path, variant: str | None) -> tuple[dict, str]:
-    """A folder in the diffusers layout -> ({part: (config, tensors)}, prediction type); tensors: see mapped."""
+    """A folder in the diffusers layout -> {part: (config, tensors as from mapped)}, prediction type."""
     parts = {}
     for part in NETWORKS:
         config = read_json(find(weights, f"{part}/config.json"),
@@ -128,7 +128,7 @@ def open_folder(weights: str | Path, variant: str | None) -> tuple[dict, str]:
 
 
 def open_single_file(path: Path) -> tuple[dict, str]:
-    """A file in CompVis' layout with all three networks, perhaps a .yaml of its name beside it -> as open_folder."""
+    """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
         text = yaml.read_text(encoding="utf-8", errors="replace")
@@ -166,8 +166,8 @@ def find(weights: str | Path, *names: str) -> Path:
         except RemoteEntryNotFoundError:
             pass
         except Exception as error:  # the errors of several libraries
-            raise ValueError(f"{repo}: neither a folder here, nor is {name} in the local cache or to be had from "
-                             f"the hub ({type(error).__name__})") from error
+            raise ValueError(f"{repo}: neither a folder here, nor is {name} in the local cache or to be had "
+                             f"from the hub ({type(error).__name__})") from error
     raise ValueError(f"{repo}: there is no file {names[0]} in this hub repository")
 
 
@@ -184,7 +184,7 @@ def find_weights(weights: str | Path, part: str, variant: str | None) -> list[Pa
 
 
 def find_vocabulary(place: str | Path, *others: str | Path) -> Path:
-    """The folder of vocab.json and merges.txt, or of tokenizer.json, in the first of these places that has it."""
+    """The folder of vocab.json and merges.txt, or of tokenizer.json, in the first place that has one."""
     try:
         path = find(place, "tokenizer/merges.txt", "tokenizer/tokenizer.json", "merges.txt", "tokenizer.json")
     except ValueError:
@@ -271,13 +271,11 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
     """
     parameters, ours = dict(network.named_parameters()), {key: name for name, key in names.items()}
     state, digests, opened, room = {}, [], None, 0
-    for key, (path, _) in tensors.items():
-        if key not in ours:
-            continue
+    for key in [key for key in tensors if key in ours]:
+        path, name = tensors[key][0], ours[key]
         if path != opened or room <= 0:
             data, opened, room = read_tensors(path), path, CHUNK
-        name, parameter = ours[key], parameters[ours[key]]
-        tensor = data[key].reshape(parameter.shape)
+        tensor = data[key].reshape(parameters[name].shape)
         room -= tensor.nbytes
         if not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{path}: {key} holds a NaN or an infinite number")
@@ -285,7 +283,7 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
             digests.append(name + hashlib.sha256(tensor.half().contiguous().numpy()).hexdigest())
         # as the activations lie, else the processor rearranges the weights of a convolution at every call
         order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        state[name] = torch.empty_like(parameter, device=device, dtype=dtype, memory_format=order)
+        state[name] = torch.empty_like(parameters[name], device=device, dtype=dtype, memory_format=order)
         state[name].copy_(tensor)
     network.load_state_dict(state, assign=True)
     network.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Toy models for all tests, their vocabulary of bytes, the files they are written to, and how to run a script.
+"""Toy models for all tests, their vocabulary of bytes, their files, and how to run a script.
 
-`small_model` has Stable Diffusion v1's topology, so exactly its tensor names; `tiny_model` is as little as the
-scripts need; REFERENCE has every kind of block, for parity with diffusers.
+`small_model` has Stable Diffusion v1's topology, so exactly its tensor names; `tiny_model` is as little as
+the scripts need; REFERENCE has every kind of block, for parity with diffusers.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ SMALL = {
     "text_encoder": clip_text.TextConfig(vocab_size=514, width=8, heads=2, intermediate=16, max_length=16)}
 TINY = {
     "unet": unet.UNetConfig(block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=16,
-                            attention_heads=2, norm_num_groups=8, cross_attention=(True, False), sample_size=8),
+                            attention_heads=2, norm_num_groups=8, cross_attention=(True, False),
+                            sample_size=8),
     "vae": vae.VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
     "text_encoder": clip_text.TextConfig(vocab_size=545, width=16, layers=2, heads=2, intermediate=32,
                                          max_length=24)}

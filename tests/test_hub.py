@@ -7,16 +7,18 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
-from models import single_file_tensors, small_model
+import torch
+from safetensors.torch import load_file, save_file
 
 import weights_loader
+from models import single_file_tensors, small_model
 
 ROOT = Path(__file__).parents[1]
 REPO, REVISION = weights_loader.SD15
@@ -37,8 +39,8 @@ for line in sys.stdin:
     try:
         model = weights_loader.load(weights, variant=variant)
         answer = f"{model.fingerprint} {model.name}"
-    except weights_loader.LoadError as error:
-        answer = f"LoadError: {error}"
+    except ValueError as error:
+        answer = f"error: {error}"
     print(json.dumps([answer, time.perf_counter() - start]), flush=True)
 """
 
@@ -55,11 +57,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.server.asked.append((self.command, self.path))
         repo, _, rest = self.path.lstrip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
-        file = self.server.folder / name
-        known = (repo, revision) in ((REPO, REVISION), ("someone/model", "main"))
+        owner, _, kind = repo.partition("/")
+        known = (repo, revision) == (REPO, REVISION) or (owner, revision) == ("someone", "main")
+        file = self.server.folder / (kind if owner == "someone" else "model") / name
         if not known or not file.is_file():
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            if known:
+                self.send_header("X-Repo-Commit", REVISION)
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
@@ -83,18 +88,51 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def bins(tensors, path, variant=""):
+    torch.save(tensors, path.with_name("pytorch_model" if path.stem == "model" else path.stem).with_suffix(
+        f"{variant}.bin"))
+
+
+def half(tensors, path):
+    save_file({key: tensor.half() for key, tensor in tensors.items()}, path.with_suffix(".fp16.safetensors"))
+
+
+def half_bins(tensors, path):
+    bins({key: tensor.half() for key, tensor in tensors.items()}, path, ".fp16")
+
+
+def shards(tensors, path):
+    places = {key: f"{path.stem}-0000{i % 2 + 1}-of-00002.safetensors" for i, key in enumerate(tensors)}
+    for name in set(places.values()):
+        save_file({key: tensors[key] for key in places if places[key] == name}, path.with_name(name))
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"weight_map": places}))
+
+
+KINDS = {"bins": bins, "half": half, "half_bins": half_bins, "shards": shards}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A repository that holds much more than is needed."""
-    folder = tmp_path_factory.mktemp("repository")
-    weights_loader.save(small_model(), folder)
+    """Repositories: `model` holds much more than is needed, those of KINDS each the only form of its weights."""
+    folder = tmp_path_factory.mktemp("repositories")
+    weights_loader.save(small_model(), folder / "model")
+    for kind, write in KINDS.items():
+        shutil.copytree(folder / "model", folder / kind)
+        for name in WEIGHTS:
+            write(load_file(folder / "model" / name), folder / kind / name)
+            (folder / kind / name).unlink()
     for name in WEIGHTS:
-        path = folder / name
+        path = folder / "model" / name
         path.with_suffix(".fp16.safetensors").write_bytes(path.read_bytes())
         path.with_suffix(".bin").write_bytes(b"big")
     for name in ("v1-5-pruned.safetensors", "v1-5-pruned.ckpt", "model_index.json"):
-        (folder / name).write_bytes(b"big")
+        (folder / "model" / name).write_bytes(b"big")
     return folder
+
+
+@pytest.fixture(scope="module")
+def fingerprint(folder):
+    return weights_loader.load(folder / "model").fingerprint
 
 
 class Stand:
@@ -156,68 +194,63 @@ def hub(stand):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
-def test_exactly_the_needed_files_at_the_pinned_revision_once(hub, folder, tmp_path, variant):
+def test_exactly_the_needed_files_at_the_pinned_revision_once(hub, fingerprint, tmp_path, variant):
     answer, _ = hub.load(tmp_path, "sd15", variant)
-    assert answer == f"{weights_loader.load(folder).fingerprint} sd15"
+    assert answer == f"{fingerprint} sd15"
     weights = {name.replace(".safetensors", ".fp16.safetensors") for name in WEIGHTS} if variant else WEIGHTS
     assert hub.fetched() == NEEDED | weights
     assert hub.load(tmp_path, "sd15", variant)[0] == answer and not hub.asked  # not even for something newer
     hub.switch(False)
     assert hub.load(tmp_path, "sd15", variant)[0] == answer
+    if variant:  # what is there is not taken for what was asked for
+        assert hub.load(tmp_path, "sd15")[0].startswith(f"error: {REPO}: neither a folder here, nor is unet/diff")
 
 
-def test_an_interrupted_download_goes_on(hub, folder, tmp_path):
+def test_any_repository_in_this_layout_can_be_named(hub, fingerprint, tmp_path):
+    assert hub.load(tmp_path, "someone/model")[0] == f"{fingerprint} someone/model"
+    assert hub.fetched("someone/model", "main") == NEEDED | WEIGHTS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_repository_with_another_form_of_weights_loads_and_is_there_offline(hub, folder, fingerprint, tmp_path,
+                                                                              kind):
+    repo = f"someone/{kind}"
+    assert hub.load(tmp_path, repo)[0] == f"{fingerprint} {repo}"
+    weights = {str(path.relative_to(folder / kind)) for name in WEIGHTS
+               for path in (folder / kind / name).parent.iterdir() if path.name != "config.json"}
+    assert hub.fetched(repo, "main") == NEEDED | weights
+    hub.switch(False)
+    assert hub.load(tmp_path, repo)[0] == f"{fingerprint} {repo}"  # what it lacks is remembered, too
+
+
+def test_an_interrupted_download_goes_on(hub, fingerprint, tmp_path):
     name = "unet/diffusion_pytorch_model.safetensors"
     hub.server.broken = name
-    answer, _ = hub.load(tmp_path, "sd15")
-    assert answer == f"{weights_loader.load(folder).fingerprint} sd15"
+    assert hub.load(tmp_path, "sd15")[0] == f"{fingerprint} sd15"
     assert hub.server.resumed == [(name, HALF)]
 
 
-def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
-    model = small_model()
-    save_file({key: tensor.contiguous() for key, tensor in single_file_tensors(model).items()},
+def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, fingerprint, tmp_path):
+    save_file({key: tensor.contiguous() for key, tensor in single_file_tensors(small_model()).items()},
               tmp_path / "v1.safetensors")
-    answer, _ = hub.load(tmp_path, tmp_path / "v1.safetensors")
-    assert answer.endswith(" v1") and hub.fetched() == {"tokenizer/vocab.json", "tokenizer/merges.txt"}
+    assert hub.load(tmp_path, tmp_path / "v1.safetensors")[0] == f"{fingerprint} v1"
+    assert hub.fetched() == {"tokenizer/vocab.json", "tokenizer/merges.txt"}
     hub.switch(False)
-    assert hub.load(tmp_path, tmp_path / "v1.safetensors")[0] == answer
-
-
-def test_any_repository_in_this_layout_can_be_named(hub, tmp_path):
-    answer, _ = hub.load(tmp_path, "someone/model")
-    assert answer.endswith(" someone/model") and hub.fetched("someone/model", "main") == NEEDED | WEIGHTS
-    hub.switch(False)
-    assert hub.load(tmp_path, "someone/model")[0] == answer
+    assert hub.load(tmp_path, tmp_path / "v1.safetensors")[0] == f"{fingerprint} v1"
 
 
 def test_without_network_and_cache_there_is_one_sentence_quickly(hub, tmp_path):
     hub.switch(False)
     answer, seconds = hub.load(tmp_path, "sd15")
-    assert answer == f"LoadError: {REPO}: unet/config.json is not in the local cache and could not be " \
-                     "fetched from the hub (ConnectError)"
+    assert answer == f"error: {REPO}: neither a folder here, nor is unet/config.json in the local cache or to " \
+                     "be had from the hub (ConnectError)"
     assert seconds < 5  # the client's five retries would take 23
 
 
 def test_what_the_hub_does_not_have_is_named(hub, tmp_path):
     answer, _ = hub.load(tmp_path, "no/such-model")
-    assert answer == "LoadError: no/such-model: neither a folder here nor a public repository on the hub"
+    assert answer == "error: no/such-model: neither a folder here, nor is unet/config.json in the local cache or to " \
+                     "be had from the hub (RepositoryNotFoundError)"
     answer, _ = hub.load(tmp_path, "sd15", "bf16")
-    assert answer == f"LoadError: {REPO}: there is no file unet/diffusion_pytorch_model.bf16.safetensors " \
+    assert answer == f"error: {REPO}: there is no file unet/diffusion_pytorch_model.bf16.safetensors " \
                      "in this hub repository"
-
-
-def test_only_the_listed_files_of_the_published_repository_are_named():
-    """4.27 GB and 2.13 GB: the published sizes of the six files of weights."""
-    sizes = {
-        "unet/diffusion_pytorch_model.safetensors": 3438167540,
-        "unet/diffusion_pytorch_model.fp16.safetensors": 1719125304,
-        "vae/diffusion_pytorch_model.safetensors": 334643276,
-        "vae/diffusion_pytorch_model.fp16.safetensors": 167335342,
-        "text_encoder/model.safetensors": 492265874, "text_encoder/model.fp16.safetensors": 246144864}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights_loader, "hub_files", lambda repo, revision, names: names)
-        for variant, total in ((None, 4.27e9), ("fp16", 2.13e9)):
-            names = weights_loader.download(REPO, REVISION, variant)
-            assert abs(sum(sizes.get(name, 0) for name in names) - total) < 0.01e9
-            assert len(set(names) & sizes.keys()) == 3
