@@ -106,7 +106,7 @@ def stopped_runs(folder, script, stops, rng, preview=0):
         check(out, [report.read() for _, report in runs], pictures)
 
 
-@pytest.mark.parametrize("script", COMMANDS)
+@pytest.mark.parametrize("script", ["sample", "train", "export"])
 def test_a_stopped_run_leaves_whole_files(script, folder):
     stopped_runs(folder, script, ["kill", "full"], random.Random(0))
 
