@@ -11,7 +11,8 @@ import weights_loader
 from diffusers_hook import personal
 from diffusion import seeded_noise
 
-pytestmark = pytest.mark.filterwarnings("ignore:<teddy> and <cat> are of one kind")
+pytestmark = pytest.mark.filterwarnings("ignore:<teddy> and <cat> are of one kind",
+                                        "ignore:.*not as in Stable Diffusion v1")
 PROMPT = "a <teddy> next to a <cat> on the beach"
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
 EXACT = 1e-4  # of pictures in 0...1: float32 through three steps of two implementations
