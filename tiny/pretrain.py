@@ -40,6 +40,7 @@ import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
+from files import replacing
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -241,7 +242,7 @@ class Training:
         state = {"networks": [network.state_dict() for network in self.networks],
                  "averages": [average.state_dict() for average in self.averages],
                  "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
-        with weights_loader.replacing(self.file) as path:
+        with replacing(self.file) as path:
             torch.save(state, path)
         row = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | row
         new = not self.log.exists()
@@ -282,7 +283,8 @@ def train_tokenizer(run: Path) -> Tokenizer:
         bpe.model.save(str(folder))
         vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
         vocabulary |= {token: len(vocabulary) + k for k, token in enumerate((clip_text.START, clip_text.END))}
-        weights_loader.write_json(folder / "vocab.json", vocabulary)
+        with replacing(folder / "vocab.json") as path:
+            path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     return Tokenizer.load(folder, MAX_LENGTH)
 
 
@@ -347,7 +349,7 @@ def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, token
             batches.append((mean.half(), torch.exp(0.5 * logvar).half(), ids.short(),
                             places.view(16, CAPTIONS_PER_PICTURE, -1).short(),
                             F.adaptive_avg_pool2d(regions, mean.shape[-2:]).half()))
-        with weights_loader.replacing(file) as path:
+        with replacing(file) as path:
             torch.save([torch.cat(part) for part in zip(*batches)], path)
     return torch.load(file)
 
