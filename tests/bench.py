@@ -4,9 +4,9 @@
     python tests/bench.py step train --device cuda
     python tests/bench.py bf16 --latent 8                  # a CPU without bfloat16: diffusers takes minutes
 
-`plain` are our networks as they are, `fast` after fast_cpu.enable. All hold the same weights and take turns, so
-that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With one thread,
-seconds of the processor are counted instead of the clock's, which other programs disturb little. Parts:
+`plain` are our networks as they are, `fast` after fast_cpu.enable. All hold the same weights and take turns,
+so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With one
+thread, seconds of the processor are counted, not the clock's: other programs disturb them little. Parts:
     memory  peak memory of loading from files and one guided step in float32
     step    one guided step (two latents) in float32
     bf16    the same in bfloat16, with each one's error against float32
@@ -34,6 +34,7 @@ import diffusion
 import fast_cpu
 import models
 import unet
+import weight_formats
 import weights_loader
 
 PARTS = ("memory", "step", "bf16", "train")  # memory first: a child's peak counts from its parent's
@@ -42,27 +43,27 @@ PLAIN_BAR = 1.05
 GUIDANCE, TIMESTEP, TOKENS = 7.5, 501, 77
 
 
-def build(dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """U-Nets with the same random weights, numbers that bfloat16 holds exactly."""
-    from diffusers import UNet2DConditionModel
+def plain_unet(dtype: torch.dtype, device: str) -> unet.UNet:
+    """Our U-Net with random weights, numbers that bfloat16 holds exactly."""
     torch.manual_seed(0)
-    plain = unet.UNet()
-    plain.load_state_dict({name: x.bfloat16() for name, x in plain.state_dict().items()})
-    plain.to(device, dtype)
+    network = unet.UNet().bfloat16().to(device, dtype)
+    return network.eval().requires_grad_(False)
+
+
+def build(dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
+    """The networks that take turns, with the same weights."""
+    from diffusers import UNet2DConditionModel
+    networks = {"plain": plain_unet(dtype, device)}
     with torch.device("meta"):
-        networks = {"plain": plain, "diffusers": UNet2DConditionModel(cross_attention_dim=768)}
+        networks["diffusers"] = UNet2DConditionModel(cross_attention_dim=768)
         networks |= {"fast": unet.UNet()} if device == "cpu" else {}
     for network in networks.values():
-        network.load_state_dict(plain.state_dict(), assign=True)
+        network.load_state_dict(networks["plain"].state_dict(), assign=True)
         network.eval().requires_grad_(False)
-    if device == "cpu":
-        fast_cpu.enable(as_model(networks["fast"]))  # kept memory is for the whole process, so for all
+    if device == "cpu":  # this is all that `enable` asks of a Model; memory is kept for all in the process
+        fast = networks["fast"]
+        fast_cpu.enable(SimpleNamespace(device=torch.device("cpu"), unet=fast, vae=fast, text_encoder=fast))
     return networks
-
-
-def as_model(network: nn.Module) -> SimpleNamespace:
-    """What fast_cpu.enable asks of a Model."""
-    return SimpleNamespace(device=torch.device("cpu"), unet=network, vae=network, text_encoder=network)
 
 
 def inputs(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -107,9 +108,9 @@ def compare(part: str, jobs: dict[str, Callable[[], Tensor]], args: argparse.Nam
     clock = time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
     seconds = {name: [] for name in jobs}
     for k in range(args.repeats + 1):
-        for name, job in jobs.items():
+        for name in [*jobs] if k % 2 else [*jobs][::-1]:
             start = clock()
-            job()
+            jobs[name]()
             if args.device == "cuda":
                 torch.cuda.synchronize()
             if k > 0:
@@ -136,19 +137,20 @@ def bench_time(part: str, args: argparse.Namespace):
     make, dtype = (training_step if part == "train" else guided_step), torch.float32
     if part == "bf16":
         dtype = torch.bfloat16
-        expected = guided_step(build(torch.float32, args.device)["plain"], *inputs(args, torch.float32))()
+        expected = guided_step(plain_unet(torch.float32, args.device), *inputs(args, torch.float32))()
     jobs = {name: make(network, *inputs(args, dtype)) for name, network in build(dtype, args.device).items()}
     results = {name: job() for name, job in jobs.items()}
     against = expected if part == "bf16" else results["diffusers"]
-    print(f"{part:8} difference to " + ("float32: " if part == "bf16" else "diffusers: ") + ", ".join(
-        f"{name} {difference(result, against):.1e}" for name, result in results.items() if result is not against))
+    print(f"{part:8} difference to {'float32' if part == 'bf16' else 'diffusers'}: " + ", ".join(
+        f"{name} {difference(x, against):.2e}" for name, x in results.items() if x is not against))
     compare(part, jobs, args)
 
 
 def bench_memory(args: argparse.Namespace):
     """Each in a process of its own, whose peak is clean."""
     with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, __file__, "--device", args.device, "--latent", str(args.latent), "--folder", folder]
+        run = [sys.executable, __file__, "--device", args.device, "--latent", str(args.latent),
+               "--folder", folder]
         peaks = {}
         for who in ("write", "plain", "fast", "diffusers"):
             output = subprocess.run([*run, f"child-{who}"], check=True, capture_output=True, text=True).stdout
@@ -162,7 +164,8 @@ def child(who: str, args: argparse.Namespace):
     z, e = inputs(args, torch.float32)
     if who == "write":
         config = clip_text.TextConfig(vocab_size=514)  # the toy tokenizer's; full width and depth
-        model = models.toy_model(models.SD_V1 | {"text_encoder": config}, models.toy_tokenizer(TOKENS), "random")
+        model = models.toy_model(weight_formats.SD_V1 | {"text_encoder": config},
+                                 models.toy_tokenizer(TOKENS), "random")
         weights_loader.save(model, args.folder)
     elif who == "diffusers":
         from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -180,7 +183,8 @@ def child(who: str, args: argparse.Namespace):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
