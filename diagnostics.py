@@ -165,7 +165,10 @@ def train(folder, pictures, words, lock):
         command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
     command += ["--resume"] if (folder / "checkpoint.pt").exists() else []
     code = subprocess.run(command).returncode
-    if code:
+    if code < 0:
+        raise ValueError(f"train.py was ended by signal {-code}, perhaps for want of memory: the same "
+                         "command goes on from its last checkpoint")
+    if code:        # it has said why
         sys.exit(code)
 
 
