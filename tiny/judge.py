@@ -275,7 +275,7 @@ def contrast(embeddings: Tensor, partner: Tensor) -> Tensor:
 
 def coarse(masks: list) -> Tensor:
     """Coverages of `world.REGIONS` -> (n, len(LAYERS), 16, 16)."""
-    layers = [[mask["background"], mask["first"] + mask["second"],
+    layers = [[mask["background"] + mask["prop"], mask["first"] + mask["second"],
                mask["first's accessory"] + mask["second's accessory"]] for mask in masks]
     return F.adaptive_avg_pool2d(torch.from_numpy(np.array(layers)), GRID)
 

@@ -2,9 +2,10 @@
 
 Six kinds of thing vary widely within their kind (colours of each part, a pattern, proportions), so that one
 individual is a concept and not a caption. Half of the pictures show two things. They are equals: of one size,
-on either side, described alike, named in random order. A caption always names the kinds and the accessories,
-nearly always the scene, and only in a random part of the pictures colours, parts and patterns: a text-to-image
-model learns directions for such details though no caption says all about an individual.
+on either side, described alike, named in random order. Half of the scenes hold a prop (a palm, a tent, ...).
+A caption always names the kinds and the accessories, nearly always the scene and the prop, and only in a random
+part of the pictures raised arms, colours, parts and patterns: a text-to-image model learns directions for such
+details though no caption says all about an individual.
 
     python tiny/world.py world.png      # a sheet of pictures with captions, and the drawing speed
 """
@@ -49,10 +50,13 @@ ACCESSORIES = {"hat": "wearing a hat", "sunglasses": "wearing sunglasses",
                "balloon": "holding a balloon", "scarf": "wearing a scarf"}
 SCENES = {"beach": "on the beach", "grass": "on the grass", "snow": "in the snow", "night": "at night",
           "room": "in a room"}
+PROPS = {"beach": ("palm", "boat"), "grass": ("tree", "house"), "snow": ("snowman", "igloo"),
+         "night": ("lamp", "tent"), "room": ("clock", "shelf")}
+GESTURE = "with arms up"
 BACKGROUNDS = ("red", "yellow", "green", "blue", "pink", "white", "gray")
 ALL_SCENES = tuple(SCENES) + BACKGROUNDS
 CONNECTIVES = ("next to", "next to", "and", "beside")
-REGIONS = ("background", "first", "first's accessory", "second", "second's accessory")  # of a picture's masks
+REGIONS = ("background", "first", "first's accessory", "second", "second's accessory", "prop")  # of the masks
 
 # Combinations that never occur in training, to see whether the model composes.
 HELD_OUT_SCENE = {("teddy bear", "snow"), ("robot", "beach"), ("dog", "night")}
@@ -82,14 +86,17 @@ class Thing:
     accessory: str | None
     accessory_color: str
     pose: tuple
+    arms_up: bool = False
 
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that decides a picture: one or two things and the scene. `scenery` is six numbers in [0, 1]."""
+    """Everything that decides a picture: one or two things, the scene and its prop. `scenery` is six numbers in
+    [0, 1]."""
     things: tuple
     scene: str
     scenery: tuple
+    prop: str | None = None
 
 
 @dataclass(frozen=True)
@@ -153,7 +160,14 @@ def random_spec(rng: random.Random, allow_held_out: bool = False) -> Spec:
         distinct = len(set(things)) == len(things) and len(set(accessories)) == len(accessories)
         visible = scene not in [one.colors["main"] for one in individuals]
         if distinct and visible and (allow_held_out or not held_out(spec)):
-            return spec
+            raised = [replace(one, arms_up=can_raise_arms(one) and rng.random() < 0.3) for one in spec.things]
+            prop = rng.choice(PROPS[scene]) if scene in PROPS and rng.random() < 0.5 else None
+            return replace(spec, things=tuple(raised), prop=prop)
+
+
+def can_raise_arms(thing: Thing) -> bool:
+    """True for a thing with arms, both of them free."""
+    return thing.individual.kind in WEARERS and thing.accessory != "balloon"
 
 
 def article(words: str) -> str:
@@ -214,17 +228,20 @@ def describe(spec: Spec, rng: random.Random) -> str:
     named = []
     for thing in rng.sample(spec.things, len(spec.things)):
         words = phrase(rng, thing.individual, limit)
-        named.append(words + (" " + ACCESSORIES[thing.accessory] if thing.accessory else ""))
+        words += " " + ACCESSORIES[thing.accessory] if thing.accessory else ""
+        named.append(words + (" " + GESTURE if thing.arms_up and rng.random() < 0.5 else ""))
     others = "".join(f" {rng.choice(CONNECTIVES)} {article(words)}" for words in named[1:])
     chance = rng.random()
     opening = "a photo of {a}" if chance < 0.6 else "{a}" if chance < 0.8 else rng.choice(OPENINGS)
     if others and "shown" in opening:
         opening = "a photo of {a}"
     text = opening.format(a=article(named[0]), plain=named[0]) + others
-    chance = rng.random()
+    chance, where = rng.random(), scene_words(spec.scene)
+    if spec.prop and rng.random() < 0.85:
+        where += f" near {article(spec.prop)}"
     if chance < 0.25:
-        return f"{scene_words(spec.scene)}, {text}"
-    return f"{text} {scene_words(spec.scene)}" if chance < 0.93 else text
+        return f"{where}, {text}"
+    return f"{text} {where}" if chance < 0.93 else text
 
 
 def scene_words(scene: str) -> str:
@@ -237,7 +254,7 @@ def nouns(spec: Spec) -> tuple:
     words = [spec.scene if spec.scene in SCENES else "background"]
     for thing in spec.things:
         words += [thing.individual.kind, thing.accessory or ""]
-    return (*words, "", "")[:len(REGIONS)]
+    return (*words, "", "")[:len(REGIONS) - 1] + (spec.prop or "",)
 
 
 class Pen:
@@ -251,8 +268,9 @@ class Pen:
         self.draw_ids = ImageDraw.Draw(self.ids) if masks else None
         self.stand((0.0, 1.0, 1.0, False))
 
-    def stand(self, pose: tuple):
-        """Objects drawn from here on stand at this pose."""
+    def stand(self, pose: tuple, arms_up: bool = False):
+        """Objects drawn from here on stand at this pose; with `arms_up` without arms at their sides."""
+        self.arms_up = arms_up
         self.x, self.base, self.height, mirrored = pose
         self.sign = -1 if mirrored else 1
 
@@ -323,6 +341,14 @@ def part_color(individual: Individual, part: str) -> tuple:
     return CREAM if name == "cream" else COLORS[name]
 
 
+def draw_raised_arms(pen: Pen, me: Individual, anchors: dict):
+    """Both arms beside the head, in the colour of the paws or arms."""
+    color, x = part_color(me, "arms" if me.kind == "robot" else "paws"), anchors["head"] + 0.11
+    for sign in (-1, 1):
+        pen.line([(sign * (x - 0.12), 0.4), (sign * x, 0.5), (sign * (x + 0.03), 0.72)], color, 0.11)
+        pen.ellipse(sign * (x + 0.03), 0.74, 0.08, 0.08, color)
+
+
 def eyes(pen: Pen, x: float, y: float, r: float):
     for sign in (-1, 1):
         pen.ellipse(sign * x, y, r * 1.25, r * 1.25, (250, 250, 250))
@@ -334,7 +360,8 @@ def draw_teddy_bear(pen: Pen, me: Individual) -> dict:
     wide, ear = 0.25 + 0.05 * me.shape[0], 0.13 + 0.03 * me.shape[1]
     for sign in (-1, 1):
         pen.ellipse(sign * 0.2, 0.09, 0.14, 0.11, paws)
-        pen.ellipse(sign * (wide + 0.05), 0.41, 0.13, 0.1, paws)
+        if not pen.arms_up:
+            pen.ellipse(sign * (wide + 0.05), 0.41, 0.13, 0.1, paws)
     pen.ellipse(0, 0.32, wide, 0.28, main)
     pen.ellipse(0, 0.3, wide - 0.045, 0.22, part_color(me, "belly"))
     draw_pattern(pen, me, 0, 0.3, 0.16)
@@ -392,7 +419,8 @@ def draw_robot(pen: Pen, me: Individual) -> dict:
     wide, head = 0.22 + 0.04 * me.shape[0], 0.2 + 0.04 * me.shape[1]
     for sign in (-1, 1):
         pen.rectangle(sign * 0.05, 0, sign * 0.19, 0.16, arms)
-        pen.rectangle(sign * wide, 0.22, sign * (wide + 0.12), 0.52, arms)
+        if not pen.arms_up:
+            pen.rectangle(sign * wide, 0.22, sign * (wide + 0.12), 0.52, arms)
         pen.rectangle(sign * (head - 0.01), 0.66, sign * (head + 0.09), 0.84, ears)
     pen.rectangle(-wide, 0.13, wide, 0.54, main)
     pen.rectangle(-wide + 0.035, 0.165, wide - 0.035, 0.505, part_color(me, "belly"))
@@ -502,6 +530,53 @@ def draw_scene(pen: Pen, spec: Spec):
         pen.rectangle(x + 0.11, 0.685, x + 0.13, 0.905, (248, 246, 240))
 
 
+def draw_prop(pen: Pen, spec: Spec):
+    """The prop: behind the things, at the left or right, and in the middle of a pair."""
+    x = 0.5 if len(spec.things) == 2 else 0.13 if spec.scenery[4] > 0.5 else 0.87
+    pen.stand((x, 0.55 + 0.04 * spec.scenery[5], 0.42, False))
+    wood, leaf, white = (110, 70, 40), (40, 130, 55), (250, 252, 255)
+    if spec.prop == "palm":
+        pen.line([(0.02, 0), (-0.02, 0.75)], wood, 0.1)
+        for x, y in ((-0.32, 0.7), (-0.24, 0.98), (0.24, 0.98), (0.32, 0.7)):
+            pen.line([(-0.02, 0.78), (x, y)], leaf, 0.13)
+    elif spec.prop == "boat":
+        pen.polygon([(-0.36, 0.3), (0.36, 0.3), (0.22, 0.05), (-0.22, 0.05)], (150, 50, 40))
+        pen.line([(0, 0.3), (0, 0.98)], DARK, 0.05)
+        pen.polygon([(0.04, 0.38), (0.04, 0.98), (0.34, 0.38)], white)
+    elif spec.prop == "tree":
+        pen.line([(0, 0), (0, 0.5)], wood, 0.13)
+        pen.ellipse(0, 0.66, 0.32, 0.32, (25, 95, 45))
+    elif spec.prop == "house":
+        pen.rectangle(-0.28, 0, 0.28, 0.55, (240, 225, 190))
+        pen.polygon([(-0.36, 0.53), (0.36, 0.53), (0, 0.98)], (185, 60, 45))
+        pen.rectangle(-0.09, 0, 0.09, 0.34, wood)
+    elif spec.prop == "snowman":
+        for y, r in ((0.22, 0.25), (0.57, 0.18), (0.84, 0.13)):
+            pen.ellipse(0, y, r + 0.03, r + 0.03, (130, 150, 185))
+            pen.ellipse(0, y, r, r, white)
+        pen.polygon([(0, 0.87), (0, 0.8), (0.2, 0.82)], (240, 120, 30))
+    elif spec.prop == "igloo":
+        pen.ellipse(0, 0.0, 0.4, 0.62, (120, 170, 215))
+        pen.rectangle(-0.4, 0.28, 0.4, 0.32, white)
+        pen.ellipse(0, 0.0, 0.14, 0.3, (40, 60, 100))
+        pen.rectangle(-0.42, -0.64, 0.42, 0.0, (244, 248, 252))
+    elif spec.prop == "lamp":
+        pen.line([(0, 0), (0, 0.75)], (120, 120, 130), 0.07)
+        pen.ellipse(0, 0.82, 0.2, 0.18, (255, 225, 110))
+    elif spec.prop == "tent":
+        pen.polygon([(-0.38, 0), (0.38, 0), (0, 0.8)], (225, 110, 45))
+        pen.polygon([(-0.13, 0), (0.13, 0), (0, 0.5)], DARK)
+    elif spec.prop == "clock":
+        pen.ellipse(0, 0.72, 0.27, 0.27, wood)
+        pen.ellipse(0, 0.72, 0.21, 0.21, white)
+        pen.line([(0, 0.9), (0, 0.72), (0.13, 0.72)], DARK, 0.05)
+    elif spec.prop == "shelf":
+        pen.rectangle(-0.3, 0, 0.3, 0.95, (100, 60, 35))
+        for y in (0.08, 0.52):
+            for k, color in enumerate(((200, 60, 50), (60, 110, 190), (230, 190, 70))):
+                pen.rectangle(-0.24 + 0.17 * k, y, -0.1 + 0.17 * k, y + 0.34, color)
+
+
 GROUND = {"beach": (208, 182, 124), "grass": (62, 140, 48), "snow": (206, 214, 226), "night": (20, 28, 38),
           "room": (134, 92, 58)}
 
@@ -512,13 +587,20 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
     pen = Pen(size * supersample, masks)
     pen.stand((0.0, 1.0, 1.0, False))
     draw_scene(pen, spec)
+    if spec.prop:
+        pen.id = len(REGIONS) - 1
+        draw_prop(pen, spec)
+        pen.stand((0.0, 1.0, 1.0, False))
+        pen.id = 0
     if spec.scene in SCENES:
         for x, base, height, _ in (thing.pose for thing in spec.things):
             pen.ellipse(x, 1 - base, 0.34 * height, 0.05 * height, GROUND[spec.scene])
     for k, thing in reversed(list(enumerate(spec.things))):
         pen.id = 2 * k + 1
-        pen.stand(thing.pose)
+        pen.stand(thing.pose, thing.arms_up)
         anchors = DRAW[thing.individual.kind](pen, thing.individual)
+        if thing.arms_up:
+            draw_raised_arms(pen, thing.individual, anchors)
         if thing.accessory:
             pen.id = 2 * k + 2
             draw_accessory(pen, thing, anchors)
