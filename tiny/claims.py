@@ -61,7 +61,8 @@ PAIR_SCENE = "on the grass"
 MEASURES = {  # key of a record: (its title, factor)
     "first": ("identity: first among 50, %", 100), "identity": ("identity: cosine", 1),
     "pattern": ("pattern right, %", 100), "kept": ("kept of what was asked for, %", 100),
-    "scene": ("scene, %", 100), "accessory": ("accessory, %", 100), "second": ("second thing, %", 100),
+    "scene": ("scene, %", 100), "prop": ("prop, %", 100), "accessory": ("accessory, %", 100),
+    "gesture": ("arms up, %", 100), "second": ("second thing, %", 100),
     "image": ("image similarity", 1), "text": ("text similarity", 1),
     "share": ("attention inside the true mask", 1), "pose": ("pose variety: 1 - IoU of silhouettes", 1),
 }
@@ -161,17 +162,22 @@ def prompts(name: str) -> list:
     scenes = [scene for scene in make_examples.NEW_SCENES if (kind, scene) not in world.HELD_OUT_SCENE]
     worn = [one for one in world.ACCESSORIES if (kind, one) not in world.HELD_OUT_ACCESSORY]
     others = [one for one in world.KINDS if one != kind and {one, kind} not in world.HELD_OUT_PAIR]
-    asked = [{"accessory": worn[(k + k // 4) % len(worn)], "scene": scenes[k // 4 % len(scenes)]},
-             {"second": others[(k + k // 4) % len(others)], "scene": scenes[(k // 4 + 1) % len(scenes)]}]
-    texts = [world.ACCESSORIES[asked[0]["accessory"]], f"next to {world.article(asked[1]['second'])}"]
-    return [(f"a photo of a {{}} {text} {world.scene_words(wish['scene'])}", wish)
-            for text, wish in zip(texts, asked)]
+    asked = [{"accessory": worn[(k + k // 4) % len(worn)]},
+             {"gesture": True, "second": others[(k + k // 4) % len(others)]}]
+    texts = [world.ACCESSORIES[asked[0]["accessory"]],
+             f"{world.GESTURE} next to {world.article(asked[1]['second'])}"]
+    for n, wish in enumerate(asked):
+        wish["scene"] = scenes[(k // 4 + n) % len(scenes)]
+        wish["prop"] = world.PROPS[wish["scene"]][(k + n) % 2]
+    return [(f"a photo of a {{}} {text} {world.scene_words(wish['scene'])} near {world.article(wish['prop'])}",
+             wish) for text, wish in zip(texts, asked)]
 
 
-def kept(found: list, scene: str, kind: str, wish: dict) -> dict:
-    """What of a wish the judge finds: the scene, a thing of this kind with the accessory, a second thing."""
-    checks = {"scene": lambda: scene == wish["scene"],
+def kept(found: list, place: tuple, kind: str, wish: dict) -> dict:
+    """What of a wish the judge finds: scene and prop, a thing of this kind as asked for, a second thing."""
+    checks = {"scene": lambda: place[0] == wish["scene"], "prop": lambda: place[1] == wish["prop"],
               "accessory": lambda: judges.shows(found, kind, accessory=wish["accessory"]),
+              "gesture": lambda: judges.shows(found, kind, arms_up=True),
               "second": lambda: judges.shows(found, wish["second"])}
     return {name: checks[name]() for name in wish}
 
@@ -304,10 +310,10 @@ def measure(row: Row, names: tuple) -> dict:
     found = judge.find(images)
     likeness = [max([(one.embedding @ known[0]).item() for one in things if one.kind == individual.kind],
                     default=0) for things in found]
-    checks = [kept(things, scene, individual.kind, wish)
-              for things, scene, wish in zip(found, judge.scenes(images), wishes)]
+    checks = [kept(things, place, individual.kind, wish)
+              for things, place, wish in zip(found, judge.places(images), wishes)]
     record = {wish: [check[wish] for check in checks if wish in check]
-              for wish in ("scene", "accessory", "second")}
+              for wish in ("scene", "prop", "accessory", "gesture", "second")}
     record |= {
         "first": [bool(judges.recognise(things, individual.kind, known)) for things in found],
         "identity": likeness, "kept": [sum(check.values()) / len(check) for check in checks],

@@ -39,7 +39,8 @@ from files import replacing
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"kind": world.KINDS, "color": tuple(world.COLORS), "pattern": (None, *world.PATTERNS),
-         "accessory": (None, *world.ACCESSORIES)}
+         "accessory": (None, *world.ACCESSORIES), "arms_up": (False, True)}
+PROPS = (None, *world.ALL_PROPS)
 LAYERS = ("background", "things", "accessories")  # of the coarse mask
 FINDER_SIDE, GRID, CROP = 64, 16, 48  # pixels of the finder's picture, cells of its map, pixels of a crop
 CROP_SIDE = 1.4   # of a crop, in heights of the thing: a hat and a balloon lie inside
@@ -58,6 +59,7 @@ class Found:
     color: str
     pattern: str | None
     accessory: str | None
+    arms_up: bool
     box: tuple
     embedding: Tensor
     score: float
@@ -70,7 +72,8 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 class Finder(nn.Module):
     """Pictures (B, 3, H, W) in [0, 1] -> a dict: "heat" (B, 16, 16), logits of a thing's centre; "box" (B, 3,
-    16, 16), its distance in cells (right, down) and log height; "mask" (B, 3, 16, 16) and "scene", logits."""
+    16, 16), its distance in cells (right, down) and log height; "mask" (B, 3, 16, 16), "scene" and "prop",
+    logits."""
 
     def __init__(self):
         super().__init__()
@@ -79,6 +82,7 @@ class Finder(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(width, 48, 1) for width in widths[2:])
         self.out = nn.Sequential(nn.ReLU(), convolution(48, 48), nn.Conv2d(48, 4 + len(LAYERS), 1))
         self.scene = nn.Linear(96 * 16, len(world.ALL_SCENES))
+        self.prop = nn.Linear(96 * 16, len(PROPS))
 
     def forward(self, images: Tensor) -> dict:
         x, features = F.interpolate(images, (FINDER_SIDE, FINDER_SIDE), mode="area") * 2 - 1, []
@@ -88,7 +92,7 @@ class Finder(nn.Module):
         merged = self.out(sum(F.interpolate(lateral(feature), (GRID, GRID), mode="bilinear")
                               for lateral, feature in zip(self.lateral, features[1:])))
         return {"heat": merged[:, 0], "box": merged[:, 1:4], "mask": merged[:, 4:],
-                "scene": self.scene(x.flatten(1))}
+                "scene": self.scene(x.flatten(1)), "prop": self.prop(x.flatten(1))}
 
 
 class Expert(nn.Module):
@@ -156,9 +160,11 @@ class Judge(nn.Module):
         return [sorted(things, key=lambda thing: -thing.score) for things in found]
 
     @torch.no_grad()
-    def scenes(self, images: Tensor) -> list[str]:
-        """The scene of every picture."""
-        return [world.ALL_SCENES[n] for n in self.finder(images)["scene"].argmax(1).tolist()]
+    def places(self, images: Tensor) -> list[tuple]:
+        """The scene of every picture and its prop, or None."""
+        out = self.finder(images)
+        return [(world.ALL_SCENES[n], PROPS[m])
+                for n, m in zip(out["scene"].argmax(1).tolist(), out["prop"].argmax(1).tolist())]
 
     @torch.no_grad()
     def silhouettes(self, images: Tensor) -> Tensor:
@@ -185,11 +191,11 @@ def renders(specs: list, size: int = 64) -> Tensor:
 
 
 def view(rng: random.Random, *individuals: world.Individual) -> world.Spec:
-    """One or two individuals in a random scene, in random poses, half of those that can wear something do."""
+    """One or two individuals in a random scene, in random poses; half of those that can wear something do."""
     scene = rng.choice(list(world.SCENES)) if rng.random() < 0.75 else rng.choice(world.BACKGROUNDS)
     worn = [rng.choice(list(world.ACCESSORIES)) if one.kind in world.WEARERS and rng.random() < 0.5 else None
             for one in individuals]
-    return world.place(rng, individuals, scene, worn)
+    return world.enliven(rng, world.place(rng, individuals, scene, worn))
 
 
 def couple(rng: random.Random, kind: str | None = None) -> tuple:
@@ -234,7 +240,8 @@ def things_of(specs: list) -> tuple:
     which = [b for b, spec in enumerate(specs) for _ in spec.things]
     things = [thing for spec in specs for thing in spec.things]
     names = [{"kind": one.individual.kind, "color": one.individual.colors["main"],
-              "pattern": one.individual.pattern, "accessory": one.accessory} for one in things]
+              "pattern": one.individual.pattern, "accessory": one.accessory, "arms_up": one.arms_up}
+             for one in things]
     return torch.tensor(which), torch.tensor([one.pose[:3] for one in things]), {
         head: torch.tensor([labels.index(name[head]) for name in names]) for head, labels in HEADS.items()}
 
@@ -256,8 +263,10 @@ def finder_loss(out: dict, specs: list, masks: Tensor) -> Tensor:
     boxes = boxes.gather(1, nearest[:, None, None].expand(-1, 1, 3, -1, -1))[:, 0]
     away = (out["box"] - boxes).abs() * (heat * (heat > 0.4))[:, None]
     scenes = torch.tensor([world.ALL_SCENES.index(spec.scene) for spec in specs])
+    props = torch.tensor([PROPS.index(spec.prop) for spec in specs])
     return (20 * F.binary_cross_entropy_with_logits(out["heat"], heat) + away.sum() / heat.sum()
-            + F.cross_entropy(out["scene"], scenes) + F.cross_entropy(out["mask"][:len(masks)], masks))
+            + F.cross_entropy(out["scene"], scenes) + F.cross_entropy(out["prop"], props)
+            + F.cross_entropy(out["mask"][:len(masks)], masks))
 
 
 def jitter(boxes: Tensor) -> Tensor:
@@ -368,7 +377,7 @@ def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
     rng = random.Random(seed)
     specs = [world.random_spec(rng, allow_held_out=True) for _ in range(pictures)]
     found = in_parts(lambda part: judge.find(renders(part)), specs)
-    scenes = in_parts(lambda part: judge.scenes(renders(part)), specs)
+    places = in_parts(lambda part: judge.places(renders(part)), specs)
     pairs = [match(one, spec) for one, spec in zip(found, specs)]
     _, _, truth = things_of(specs)
     seen = [pair.get(n) for pair, spec in zip(pairs, specs) for n in range(len(spec.things))]
@@ -378,7 +387,8 @@ def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
     for head, labels in HEADS.items():
         report[head] = [getattr(thing, head) == labels[y]
                         for thing, y in zip(seen, truth[head].tolist()) if thing]
-    report["scene"] = [guess == spec.scene for guess, spec in zip(scenes, specs)]
+    report["scene"] = [scene == spec.scene for (scene, _), spec in zip(places, specs)]
+    report["prop"] = [prop == spec.prop for (_, prop), spec in zip(places, specs)]
     for kind, others in zip(world.KINDS, (*world.KINDS[1:], world.KINDS[0])):
         people = [[world.random_individual(rng, name) for _ in range(GALLERY)] for name in (kind, others)]
         known = [gallery(judge, one, rng) for one in people]
@@ -424,19 +434,22 @@ def draw_prompts(model, prompts: list, steps: int, batch: int = 32):
 
 
 def shows(found: list[Found], kind: str, **asked) -> bool:
-    """Is there a thing of this kind that is as asked for (color, pattern, accessory)?"""
+    """Is there a thing of this kind that is as asked for (color, pattern, accessory, arms_up)?"""
     return any(thing.kind == kind and all(getattr(thing, name) == value for name, value in asked.items())
                for thing in found)
 
 
-def follow(found: list, scenes: list, pairs: list) -> dict:
+def follow(found: list, places: list, pairs: list) -> dict:
     """Measure -> [one bool for each time it is asked for]: do pictures show what their prompts name?"""
-    kept = {name: [] for name in ("subject", "both things", "scene", "color", "pattern", "accessory")}
-    for seen, scene, (spec, prompt) in zip(found, scenes, pairs):
+    names = ("subject", "both things", "scene", "prop", "color", "pattern", "accessory", "gesture")
+    kept = {name: [] for name in names}
+    for seen, (scene, prop), (spec, prompt) in zip(found, places, pairs):
         kinds = [thing.individual.kind for thing in spec.things]
         kept["subject" if len(kinds) == 1 else "both things"].append(all(shows(seen, kind) for kind in kinds))
         if world.scene_words(spec.scene) in prompt:
             kept["scene"].append(scene == spec.scene)
+        if spec.prop and spec.prop in prompt:
+            kept["prop"].append(prop == spec.prop)
         patterns = [thing.individual.pattern for thing in spec.things]
         for thing, kind, pattern in zip(spec.things, kinds, patterns):
             color = thing.individual.colors["main"]
@@ -447,6 +460,8 @@ def follow(found: list, scenes: list, pairs: list) -> dict:
                 kept["pattern"].append(shows(seen, kind, pattern=pattern))
             if thing.accessory:
                 kept["accessory"].append(shows(seen, kind, accessory=thing.accessory))
+            if thing.arms_up and prompt.count(world.GESTURE) == sum(one.arms_up for one in spec.things):
+                kept["gesture"].append(shows(seen, kind, arms_up=True))
     return kept
 
 
@@ -518,12 +533,12 @@ def measure_base(judge: Judge, args: argparse.Namespace):
     for title, n, held_out in (("combinations seen in training", args.pictures, False),
                                ("held-out combinations", args.held_out, True)):
         pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)
-        found, scenes = [], []
+        found, places = [], []
         for images in draw_prompts(model, [prompt for _, prompt in pairs], args.steps):
             found += judge.find(images)
-            scenes += judge.scenes(images)
+            places += judge.places(images)
         print(f"{title}, {n} pictures, DDIM {args.steps}, guidance {model.guidance}, seeds 0 to {n - 1}:")
-        for name, kept in follow(found, scenes, pairs).items():
+        for name, kept in follow(found, places, pairs).items():
             print(f"  {name}: {interval(kept)}", flush=True)
     print(f"individuals from captions with all details, first among {GALLERY}: "
           f"{interval(identity_of_captions(judge, model, args.steps))}", flush=True)

@@ -52,6 +52,7 @@ SCENES = {"beach": "on the beach", "grass": "on the grass", "snow": "in the snow
           "room": "in a room"}
 PROPS = {"beach": ("palm", "boat"), "grass": ("tree", "house"), "snow": ("snowman", "igloo"),
          "night": ("lamp", "tent"), "room": ("clock", "shelf")}
+ALL_PROPS = tuple(prop for props in PROPS.values() for prop in props)
 GESTURE = "with arms up"
 BACKGROUNDS = ("red", "yellow", "green", "blue", "pink", "white", "gray")
 ALL_SCENES = tuple(SCENES) + BACKGROUNDS
@@ -160,14 +161,15 @@ def random_spec(rng: random.Random, allow_held_out: bool = False) -> Spec:
         distinct = len(set(things)) == len(things) and len(set(accessories)) == len(accessories)
         visible = scene not in [one.colors["main"] for one in individuals]
         if distinct and visible and (allow_held_out or not held_out(spec)):
-            raised = [replace(one, arms_up=can_raise_arms(one) and rng.random() < 0.3) for one in spec.things]
-            prop = rng.choice(PROPS[scene]) if scene in PROPS and rng.random() < 0.5 else None
-            return replace(spec, things=tuple(raised), prop=prop)
+            return enliven(rng, spec)
 
 
-def can_raise_arms(thing: Thing) -> bool:
-    """True for a thing with arms, both of them free."""
-    return thing.individual.kind in WEARERS and thing.accessory != "balloon"
+def enliven(rng: random.Random, spec: Spec) -> Spec:
+    """The spec with a prop in half of the scenes, and with raised arms where there are two free ones."""
+    things = [replace(one, arms_up=one.individual.kind in WEARERS and one.accessory != "balloon"
+                      and rng.random() < 0.3) for one in spec.things]
+    prop = rng.choice(PROPS[spec.scene]) if spec.scene in PROPS and rng.random() < 0.5 else None
+    return replace(spec, things=tuple(things), prop=prop)
 
 
 def article(words: str) -> str:
