@@ -29,12 +29,13 @@ HERO = ("out/teddy/teddy.safetensors", "out/cat/cat.safetensors")
 CONCEPT = (HERO[0], "out/trained/trained.safetensors", "out/inversion/inversion.safetensors")
 BASE_PROMPTS = (
     "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
-    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach", "a turquoise cat in a room",
-    "a yellow dog on the grass", "a green robot at night", "a blue mug in the snow",
-    "in a room, an orange ball", "a teddy bear wearing a hat at night",
-    "a cat wearing sunglasses on the beach", "a dog wearing a scarf in a room", "a robot holding a balloon on the grass",
+    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
+    "a turquoise cat with arms up in a room", "a yellow dog on the grass near a house",
+    "a green robot at night near a lamp", "a blue mug in the snow near a snowman", "in a room, an orange ball",
+    "a teddy bear wearing a hat at night", "a cat wearing sunglasses on the beach",
+    "a dog wearing a scarf in a room", "a robot holding a balloon on the grass",
     "a yellow bellied purple teddy bear in a room", "a white cat with a red heart on a blue background",
-    "a teddy bear next to a cat on the grass", "a dog and a robot in the snow",
+    "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
     "a red dog beside a blue mug on the beach", "a teddy bear in the snow (held out)",
     "a cat wearing a hat on the grass (held out)", "a cat next to a robot in a room (held out)")
 CONCEPT_PROMPTS = ("a photo of a {} on the beach", "a photo of a {} at night",
