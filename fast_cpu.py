@@ -76,8 +76,10 @@ class FastGEGLU(unet.GEGLU):
     """unet.GEGLU: x (B, N, width) -> (B, N, inner)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = (product(F.linear, x, weight, bias)
-                       for weight, bias in zip(self.proj.weight.chunk(2), self.proj.bias.chunk(2)))
+        return product(self.halves, x, self.proj.weight, self.proj.bias)
+
+    def halves(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        value, gate = (F.linear(x, *half) for half in zip(weight.chunk(2), bias.chunk(2)))
         return value * F.gelu(gate)
 
 

@@ -113,9 +113,7 @@ def test_half_precision_is_computed_in_float32_where_the_processor_is_slow_at_it
     monkeypatch.setattr(fast_cpu, "HALF_IS_SLOW", True)
     leaf = x.to(dtype).requires_grad_()
     result = copy.deepcopy(layer).to(dtype)(leaf)
-    if k < 3:                                                   # one product: rounded once, at the end
-        assert result.equal(expected.to(dtype))
-    assert result.dtype == dtype and relative(result.float(), expected) < 0.01
+    assert result.equal(expected.to(dtype))                     # rounded once, at the end
     result.sum().backward()
     assert leaf.grad.abs().max() > 0
     with torch.autocast("cpu", dtype):
