@@ -16,11 +16,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_text import Layer, TextEncoder
-from files import replacing
+from files import read_tensors, replacing
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -141,16 +141,10 @@ def load(folder: str | Path, text_encoder: TextEncoder) -> CLIP:
     folder = Path(folder)
     config, text_sizes = read_config(folder)
     path = folder / "model.safetensors"
-    try:
-        if path.exists():
-            state = load_file(path)
-        else:
-            path = folder / "pytorch_model.bin"
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:      # a corrupt file raises whatever its reader meets first
-        raise ValueError(f"{path} cannot be read as CLIP weights: {str(error).splitlines()[0]}") from None
+    if not path.exists():
+        path = folder / "pytorch_model.bin"
     # position_ids are 0, 1, 2, ... ; the temperature only matters in training.
-    state = {name: value.float() for name, value in state.items()
+    state = {name: value.float() for name, value in read_tensors(path).items()
              if not name.endswith("position_ids") and name != "logit_scale"}
     clip = CLIP(config, text_encoder)
     if text_sizes is None:

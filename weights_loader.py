@@ -108,7 +108,8 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     if tokenizer.vocab_size > t.vocab_size:
         raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
     schedule = diffusion.Schedule.sd_v1(prediction or predicted)
-    model = Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint="", name=name, folder=folder)
+    model = Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint="", name=name,
+                  folder=folder)
     for remark in remarks(model, parts, names, variant):
         warnings.warn(f"{name}: {remark}", stacklevel=2)
     digests = [digest for part, (_, tensors) in parts.items()
