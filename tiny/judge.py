@@ -46,7 +46,7 @@ FINDER_SIDE, GRID, CROP = 64, 16, 48  # pixels of the finder's picture, cells of
 CROP_SIDE = 1.4   # of a crop, in heights of the thing: a hat and a balloon lie inside
 FOUND = 0.4       # how high a peak of the map must be
 EMBEDDING = 64
-TRAIN_STEPS = 700
+TRAIN_STEPS = 900
 TEMPERATURE = 0.07  # of the contrastive loss
 GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each is known by
 
