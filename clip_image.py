@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_text import Layer, TextEncoder
-from files import read_tensors, replacing
+from shell import read_tensors, replacing
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)

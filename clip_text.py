@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from files import replacing
+from shell import replacing
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word

@@ -20,12 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import command_line
 import perfusion
+import shell
 import weights_loader
-from command_line import between
-from drawing import pick_device
-from files import read_lines, replacing
+from shell import between, pick_device, read_lines, replacing
 
 CAPTIONS = 10_000
 FILE = "covariance.safetensors"
@@ -242,9 +240,9 @@ def gate_table(model, prompt: str, super_category: str, captions: list[str], pos
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
-    command_line.add_model(parser)
+    shell.add_model(parser)
     add("--captions", type=Path, metavar="FILE", help="text file, one per line (default: built-in captions)")
     add("--n", type=between(1, 10 ** 7), default=CAPTIONS, help="number of built-in captions")
     add("--positions", choices=("real", "all"), default=POSITIONS, help="tokens that enter")
@@ -268,5 +266,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="--device cpu needs no memory of a graphics card"):
+    with shell.plain_errors(memory="--device cpu needs no memory of a graphics card"):
         main()

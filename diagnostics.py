@@ -36,23 +36,22 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import command_line  # before matplotlib
+import shell  # before matplotlib
 import torch
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
-import drawing
+import diffusion
 import explorer
 import fast_cpu
 import perfusion
 import weights_loader
 from attention_maps import MASK_TIMESTEPS, noised_map, share_inside
-from command_line import between, unquoted
 from diffusion import ddim_timesteps
-from files import replacing
 from pictures import digest, list_images
+from shell import between, replacing, unquoted
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
 BETA = {"local": perfusion.DRAWING_BETA, "global": perfusion.DRAWING_GLOBAL_BETA}
@@ -72,7 +71,7 @@ LOCKS = (  # name, lock in training, lock in drawing, what it is
 
 
 def arguments(argv):
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, metavar="DIR", help="pictures of the concept, for what is not given as a file")
     add("--super", dest="super_category", metavar="WORDS", help='what it is, in ordinary words: "teddy bear"')
@@ -90,7 +89,7 @@ def arguments(argv):
         help="weight of the prompt, 1 for no guidance (default: what suits the model)")
     add("--training-steps", type=between(1, 10 ** 6), metavar="N",
         help="of train.py (default: 160 for tiny, 400 for SD v1)")
-    command_line.add_model(parser)
+    shell.add_model(parser)
     add = parser.add_argument_group("finished files, instead of training").add_argument
     add("--concept", type=Path, metavar="FILE", help="concept with locked keys")
     add("--trained", type=Path, metavar="FILE", help="the same, trained with --lock trained")
@@ -112,12 +111,12 @@ def arguments(argv):
 # %%
 def attempt(function, *inputs):
     """The function's result; an error that the user can mend ends the script in one sentence."""
-    with command_line.plain_errors(memory="a smaller model, or --device cpu, needs less"):
+    with shell.plain_errors(memory="a smaller model, or --device cpu, needs less"):
         return function(*inputs)
 
 
 def load_model():
-    device = drawing.pick_device(args.device)
+    device = shell.pick_device(args.device)
     model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
                                 args.tokenizer, prediction=args.prediction)
     fast_cpu.enable(model)
@@ -184,7 +183,7 @@ def announce(model, files, missing):
     ids, _ = model.tokenizer.encode(["", ""])
     e = model.text_encoder(model.text_encoder.embed(ids.to(model.device)))
     start = time.perf_counter()
-    drawing.draw(model, model.unet.keys(e), model.unet.values(e), [0], model.size, 3, model.guidance)
+    diffusion.draw(model, model.unet.keys(e), model.unet.values(e), [0], model.size, 3, model.guidance)
     step = (time.perf_counter() - start) / 3
     seconds = step * (pictures * args.steps + len(missing) * args.training_steps * TRAINING_COST)
     minutes = max(1, round(seconds / 60))
@@ -275,7 +274,7 @@ class Study:
         latents, maps, seen = explorer.watch(model, keys, values, self.words, seed, args.steps, GUIDANCE,
                                              map_keys)
         progress.update()
-        return Drawn(drawing.decode(model.vae, latents)[0], maps, seen, self.masks(latents), gates)
+        return Drawn(diffusion.decode(model.vae, latents)[0], maps, seen, self.masks(latents), gates)
 
     def masks(self, latents):
         """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
@@ -307,7 +306,7 @@ class Study:
         betas, pictures, gates = [round(middle + TAU * k, 2) for k in SWEEP], [], []
         for beta in betas:
             keys, values, opened = self.project("locked", beta=beta)
-            row = [drawing.draw(model, keys, values, [args.seed + k], model.size, args.steps, GUIDANCE)
+            row = [diffusion.draw(model, keys, values, [args.seed + k], model.size, args.steps, GUIDANCE)
                    for k in range(SEEDS)]
             pictures.append(torch.cat(row))
             gates.append(opened)
@@ -341,7 +340,8 @@ def plot(cells, rows, columns, title, tops=None):
         axis.set_title(columns[c] if r == 0 else "", fontsize=8)
         axis.set_ylabel(rows[r] if c == 0 else "", fontsize=8)
         if not isinstance(cell, Map):
-            axis.imshow(drawing.to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
+            smooth = "nearest" if cell.shape[-1] <= 128 else "auto"
+            axis.imshow(diffusion.to_bytes(cell), interpolation=smooth)
             continue
         axis.imshow(cell.values.numpy(), cmap="magma", vmin=0, vmax=tops[c], extent=(0, 1, 1, 0))
         if cell.mask is not None:
@@ -507,7 +507,7 @@ def figure_steps(columns, title, name):
     """What the U-Net saw at several steps of the locked drawing, beside maps {column: (steps, h, w)}."""
     locked = one.drawn["locked keys"]
     steps = torch.linspace(0, args.steps - 1, min(ROWS, args.steps)).round().int()
-    seen = drawing.decode(model.vae, locked.seen[steps].to(model.device))
+    seen = diffusion.decode(model.vae, locked.seen[steps].to(model.device))
     maps = [[Map(maps[k], locked.masks[0]) for maps in columns.values()] for k in steps]
     rows = [f"t = {ddim_timesteps(args.steps)[k]}" for k in steps]
     plot_maps(seen, maps, rows, ["what the U-Net saw", *columns], title, name, one_scale=True)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import command_line  # before matplotlib
+import shell  # before matplotlib
 import matplotlib
 import torch
 from matplotlib.figure import Figure
@@ -26,15 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import clip_image
-import drawing
+import diffusion
 import fast_cpu
 import perfusion
 import pictures
 import weights_loader
 from clip_text import TextConfig, TextEncoder, Tokenizer
-from command_line import between, unquoted
-from files import read_lines, replacing
 from perfusion import Concept
+from shell import between, read_lines, replacing, unquoted
 
 # DreamBench's prompts (Ruiz et al. 2023, arXiv 2208.12242): the first ten serve objects and live subjects.
 PLACES = ("a {} in the jungle", "a {} in the snow", "a {} on the beach", "a {} on a cobblestone street",
@@ -178,8 +177,8 @@ class Study:
             keys, values, _, _ = perfusion.project(model, ["", prompt.replace("{}", word)], concepts,
                                                    row.beta or 0, args.tau, args.lock)
             for seeds in torch.arange(args.seeds).split(BATCH):
-                images = drawing.draw(model, keys, values, seeds.tolist(), model.size, args.steps,
-                                      args.guidance)
+                images = diffusion.draw(model, keys, values, seeds.tolist(), model.size, args.steps,
+                                        args.guidance)
                 embedded.append(self.clip.image_embedding(images.to(model.device)).cpu())
                 self.bar.update(len(seeds))
         return torch.cat(embedded).view(len(self.prompts), args.seeds, -1)
@@ -267,12 +266,12 @@ def pareto_figure(results: list[dict], path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- the script
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("--concept", metavar="FILE", nargs="+", required=True, help="concept files; each becomes a curve")
     add("--images", metavar="DIR", nargs="+",
         help="training pictures, a folder or one file: one for all or one for each (default: as files say)")
-    command_line.add_model(parser)
+    shell.add_model(parser)
     add("--beta", type=numbers, default="0.4:0.9:0.05", help="START:STOP:STEP or a list with commas")
     add("--tau", type=between(1e-6, 100, float), default=perfusion.DRAWING_TAU,
         help="gate temperature above 0")
@@ -296,7 +295,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    device = drawing.pick_device(args.device)
+    device = shell.pick_device(args.device)
     prompts = read_prompts(args.prompts)
     concepts = [Concept.load(path) for path in args.concept]
     folders = args.images or [training_pictures(concept) for concept in concepts]
@@ -339,5 +338,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="fewer --seeds, which are drawn together, or --device cpu"):
+    with shell.plain_errors(memory="fewer --seeds, which are drawn together, or --device cpu"):
         main()

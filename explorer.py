@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-import drawing
+import diffusion
 from attention_maps import attention, record_queries
 from clip_text import WORD_END
 from diffusion import ddim_timesteps, seeded_noise
@@ -97,8 +97,8 @@ def watch(model, keys: list[Tensor], values: list[Tensor], words: list[Word], se
         seen.append(z.cpu())
 
     with record_queries(model.unet) as queries:
-        latents = drawing.draw_latents(model.unet, model.schedule, keys, values, [seed], size, steps,
-                                       guidance, on_step=keep)
+        latents = diffusion.draw_latents(model.unet, model.schedule, keys, values, [seed], size, steps,
+                                         guidance, on_step=keep)
     return latents, [torch.stack(level) for level in zip(*kept)], torch.cat(seen[:-1])
 
 
@@ -144,7 +144,7 @@ def per_word(gates: Tensor, words: list[Word]) -> list:
 
 def data_uri(picture: Tensor) -> str:
     """A picture (3, H, W) in [0, 1] as the address of a WebP image."""
-    image, file = Image.fromarray(drawing.to_bytes(picture)), io.BytesIO()
+    image, file = Image.fromarray(diffusion.to_bytes(picture)), io.BytesIO()
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     image.save(file, "WEBP", quality=90)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import command_line
+import shell
 import weights_loader
-from files import replacing
 from perfusion import Concept, prepare
+from shell import replacing
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def lora(unet, concepts: list[Concept]) -> list[dict[str, Tensor]]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("--concept", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
         help="concept files made by train.py")
@@ -87,5 +87,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="close other programs"):
+    with shell.plain_errors(memory="close other programs"):
         main()

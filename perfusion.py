@@ -44,7 +44,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from files import replacing
+from shell import replacing
 
 TEMPLATES = ("a photo of a {}", "a good photo of a {}", "the photo of a {}", "a good photo of the {}",
              "image of a {}", "image of the {}", "a photograph of {}", "a {} shown in a photo",

@@ -9,7 +9,9 @@ Picture k starts from noise seeded with seed + k and is drawn alone: it does not
 
 import argparse
 import io
+import itertools
 import math
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -20,13 +22,12 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-import command_line
 import fast_cpu
 import perfusion
+import shell
 import weights_loader
-from command_line import between, unquoted
-from drawing import decode, draw_latents, grid, pick_device, to_bytes
-from files import add_picture, replacing
+from diffusion import decode, draw_latents, grid, to_bytes
+from shell import between, pick_device, replacing, unquoted
 
 BETA = {"local": perfusion.DRAWING_BETA, "global": perfusion.DRAWING_GLOBAL_BETA}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,10 +48,10 @@ def size(text: str) -> tuple[int, int]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("prompt", type=unquoted, help="what to draw; <name> stands for a loaded concept")
-    command_line.add_model(parser)
+    shell.add_model(parser)
     add("--concept", metavar="FILE", action="append", default=[], help="concept file; repeat for several")
     add("--beta", type=numbers, action="extend", metavar="B[,B]", help="gate threshold, lower draws more of "
         f"the concept: one or one each (default: {BETA['local']}, global lock {BETA['global']})")
@@ -98,6 +99,29 @@ def png(image: Tensor, text: dict[str, object]) -> bytes:
         fields.add_itxt(key, str(value))
     Image.fromarray(to_bytes(image)).save(file, format="PNG", pnginfo=fields)
     return file.getvalue()
+
+
+def add_picture(folder: str | os.PathLike, content: bytes) -> Path:
+    """Write a PNG under the next free number of a folder, 0000.png and on; return its path. OSError.
+
+    Of several programs at once only one holds the claim on a number, so that no picture takes another's
+    place. A claim that a killed program left behind costs its number and nothing else.
+    """
+    folder = Path(folder)
+    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+    for number in itertools.count(max(taken, default=-1) + 1):
+        path, claim = folder / f"{number:04d}.png", folder / f".{number:04d}.claim"
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            if not path.exists():
+                with replacing(path) as partial:
+                    partial.write_bytes(content)
+                return path
+        finally:
+            claim.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -158,5 +182,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --size, --precision fp16 or --low-vram needs less"):
+    with shell.plain_errors(memory="a smaller --size, --precision fp16 or --low-vram needs less"):
         main()

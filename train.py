@@ -24,18 +24,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
-import command_line
 import covariance
 import fast_cpu
 import perfusion
+import shell
 import weights_loader
 from attention_maps import noised_map
-from command_line import between
-from diffusion import TRAIN_STEPS
-from drawing import decode, draw_latents, pick_device
-from files import replacing
+from diffusion import TRAIN_STEPS, decode, draw_latents
 from perfusion import TEMPLATES, Concept
 from pictures import Data, digest, draw_preview, list_images, prepare_data
+from shell import between, pick_device, replacing
 
 
 @dataclass(frozen=True)
@@ -373,7 +371,7 @@ def concept_name(text: str | None, images: Path) -> str:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add, positive = parser.add_argument, between(1e-12, 1e6, float)
     add("--images", "--instance_data_dir", type=Path, required=True, metavar="DIR",
         help="folder of 1 to about 20 images, or one image")
@@ -381,7 +379,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="WORDS", help='what it is, in ordinary words: "teddy bear"')
     add("--token", "--placeholder_token", metavar="NAME", help="its name in prompts (default: the folder's)")
     add("--out", "--output_dir", type=Path, metavar="DIR", help="output folder (default: out/NAME)")
-    command_line.add_model(parser)
+    shell.add_model(parser)
     add("--steps", "--max_train_steps", type=between(1, 10 ** 6),
         help=f"(default: {EMBEDDED.steps} for tiny, {SD_V1.steps} for SD v1)")
     add("--masks", default="auto", metavar="auto|none|DIR",
@@ -502,8 +500,8 @@ def summary(training: Training) -> str:
 
 if __name__ == "__main__":
     try:
-        with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less,"
-                                       " and --resume loses nothing"):
+        with shell.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less,"
+                                " and --resume loses nothing"):
             main()
     finally:
         if distributed.is_initialized():

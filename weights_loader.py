@@ -27,7 +27,7 @@ import diffusion
 import unet
 import vae
 import weight_formats
-from files import read_tensors, replacing
+from shell import read_tensors, replacing
 
 NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 TINY = Path(__file__).parent / "tiny" / "weights"

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from models import write_concept, write_weights
 
-import drawing
+import diffusion
 import perfusion
 import weights_loader
 from diffusers_hook import personal
@@ -56,7 +56,7 @@ def concepts(folder, model, tmp_path_factory):
 def ours(model, prompt, concepts, beta, lock="local", n=1):
     """The pictures as sample.py makes them, (n, 3, H, W)."""
     keys, values, _, _ = perfusion.project(model, ["", prompt], concepts, beta, 0.15, lock)
-    return drawing.draw(model, keys, values, range(n), (16, 16), 3, 3.0)
+    return diffusion.draw(model, keys, values, range(n), (16, 16), 3, 3.0)
 
 
 def theirs(pipe, n=1, **arguments):

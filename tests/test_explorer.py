@@ -11,13 +11,13 @@ import urllib.request
 import pytest
 import torch
 
-import drawing
+import diffusion
 import explorer
 from attention_maps import share_inside
 from diffusion import seeded_noise
 from explorer import View, Word
-from perfusion import Concept
 from models import tiny_model
+from perfusion import Concept
 
 PROMPT = "a photo of a <teddy> next to a <cat>"
 CONCEPTS = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
@@ -99,7 +99,7 @@ def test_at_every_place_the_shares_of_all_words_sum_to_one(watched):
 def test_watching_does_not_change_the_picture(model, watched):
     keys, values, (latents, _, seen) = watched
     size = latents.shape[-2:]
-    unwatched = drawing.draw_latents(model.unet, model.schedule, keys, values, [3], size, 2, 2.0)
+    unwatched = diffusion.draw_latents(model.unet, model.schedule, keys, values, [3], size, 2, 2.0)
     assert torch.equal(latents, unwatched)
     assert torch.equal(seen[0], seeded_noise(3, latents.shape[1:])[0]) and len(seen) == 2
 

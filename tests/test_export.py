@@ -7,7 +7,7 @@ from models import PUBLISHED, run_script, write_concept, write_weights
 from safetensors.torch import load_file, save_file
 from test_diffusers_hook import EXACT, pipeline, theirs
 
-import drawing
+import diffusion
 import export
 import perfusion
 import unet
@@ -58,7 +58,7 @@ def test_diffusers_with_the_exported_files_draws_our_ungated_edit(folder, files,
     model = weights_loader.load(folder)
     concepts = perfusion.prepare([Concept.load(file) for file in chosen], model)
     prompt = " next to ".join(f"a <{name}>" for name in names)
-    expected = drawing.draw(model, *ungated(model, ["", prompt], concepts), [0], (16, 16), 3, 3.0)
+    expected = diffusion.draw(model, *ungated(model, ["", prompt], concepts), [0], (16, 16), 3, 3.0)
     pipe = pipeline(folder)
     for name in names:
         pipe.load_textual_inversion(tmp_path / f"{name}_word.safetensors", token=f"<{name}>")
@@ -191,7 +191,7 @@ def test_at_full_size_the_lora_and_the_hook_draw_what_we_draw(tokenizer_folder, 
     concepts = perfusion.prepare([Concept.load(file)], model)
     prompt, z = "a <teddy> on the beach", seeded_noise(0, (4, 8, 8))
     gated = perfusion.project(model, ["", prompt], concepts)
-    ours = [drawing.draw(model, *edit[:2], [0], (64, 64), 2, 3.0)
+    ours = [diffusion.draw(model, *edit[:2], [0], (64, 64), 2, 3.0)
             for edit in (gated, ungated(model, ["", prompt], concepts))]
     pipe = pipeline(folder)
     settings = {"latents": z, "num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "pt",

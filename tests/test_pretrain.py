@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import drawing
+import diffusion
 import weights_loader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def test_every_stage_leaves_its_log_and_the_published_layout(smoke):
 def test_the_result_loads_and_draws(smoke):
     model = weights_loader.load(str(smoke / "weights"))
     e = model.text_encoder(model.text_encoder.embed(model.tokenizer.encode(["", "a photo of a cat"])[0]))
-    images = drawing.draw(model, model.unet.keys(e), model.unet.values(e), [0], (64, 64), steps=2)
+    images = diffusion.draw(model, model.unet.keys(e), model.unet.values(e), [0], (64, 64), steps=2)
     assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all()
 
 

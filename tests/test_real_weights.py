@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import covariance
-import drawing
+import diffusion
 import perfusion
 import weights_loader
 from diffusion import SAMPLERS, guided
@@ -41,7 +41,7 @@ def picture(model, start):
     predict_noise = guided(model.unet, model.schedule, keys, values, 7.5)
     with torch.no_grad():
         *_, z = SAMPLERS["ddim"](predict_noise, start, model.schedule, 3)
-    return drawing.decode(model.vae, z)
+    return diffusion.decode(model.vae, z)
 
 
 def test_v1_4_draws_the_public_numbers_of_the_astronaut(picture):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-import drawing
+import diffusion
 from models import run_script, tiny_model, write_concept, write_weights
 
 
@@ -115,10 +115,10 @@ def test_a_nan_stops_with_a_sentence():
     model.unet.conv_out.bias += float("nan")
     e = torch.randn(2, 24, 16)
     with pytest.raises(ValueError, match="NaN"):
-        drawing.draw(model, model.unet.keys(e), model.unet.values(e), [0], (16, 16), steps=1)
+        diffusion.draw(model, model.unet.keys(e), model.unet.values(e), [0], (16, 16), steps=1)
     model.vae.decoder.conv_out.bias += float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        drawing.decode(model.vae, torch.zeros(1, 4, 8, 8))
+        diffusion.decode(model.vae, torch.zeros(1, 4, 8, 8))
 
 
 def test_a_decoder_that_overflows_in_fp16_decodes_in_float32():
@@ -126,22 +126,22 @@ def test_a_decoder_that_overflows_in_fp16_decodes_in_float32():
     model.vae.decoder.conv_in.weight *= 1e7 ** 0.5
     model.vae.decoder.mid_block.resnets[0].conv1.weight *= 1e5
     latents = torch.randn(1, 4, 8, 8) * 20
-    expected = drawing.decode(model.vae, latents)
+    expected = diffusion.decode(model.vae, latents)
     assert not torch.isfinite(model.vae.half().decode(latents.half())).all()
-    assert (drawing.decode(model.vae, latents) - expected).abs().max() < 0.1
+    assert (diffusion.decode(model.vae, latents) - expected).abs().max() < 0.1
 
 
 @torch.no_grad()
 def test_a_batch_of_seeds_draws_the_same_pictures_as_one_by_one():
     model, e = tiny_model(), torch.randn(2, 24, 16)
     keys, values = model.unet.keys(e), model.unet.values(e)
-    together = drawing.draw(model, keys, values, [3, 4], (16, 16), steps=3)
-    alone = torch.cat([drawing.draw(model, keys, values, [seed], (16, 16), steps=3) for seed in (3, 4)])
+    together = diffusion.draw(model, keys, values, [3, 4], (16, 16), steps=3)
+    alone = torch.cat([diffusion.draw(model, keys, values, [seed], (16, 16), steps=3) for seed in (3, 4)])
     assert (together - alone).abs().max() < 1e-4 and together.min() >= 0 and together.max() <= 1
 
 
 def test_a_grid_holds_the_pictures_row_by_row_and_white_where_none_is():
     images = torch.arange(3.)[:, None, None, None].expand(3, 3, 2, 2) / 4
-    sheet = drawing.grid(images, columns=2)
+    sheet = diffusion.grid(images, columns=2)
     assert sheet.shape == (3, 4, 4)
     assert sheet[0, ::2, ::2].tolist() == [[0, 0.25], [0.5, 1]]

@@ -29,20 +29,19 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import clip_image
-import command_line  # before matplotlib
 import covariance
-import drawing
+import diffusion
 import fast_cpu
 import judge as judges
 import make_examples
 import perfusion
+import shell  # before matplotlib
 import weights_loader
 import world
 from attention_maps import noised_map, share_inside
-from command_line import between
-from files import replacing
 from matplotlib.figure import Figure
 from perfusion import DRAWING_BETA, DRAWING_GLOBAL_BETA, DRAWING_TAU
+from shell import between, replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAININGS = {  # name: (arguments of train.py, number of pictures)
@@ -269,10 +268,10 @@ def draw(row: Row, concepts: list, texts: list, name: str) -> torch.Tensor:
     keys, values, _ = encoded(row, concepts, ["", *texts])
     each = [n for n in range(1, len(texts) + 1) for _ in range(seeds)]
     order = [0] * len(each) + each
-    images = drawing.draw(model, [x[order] for x in keys], [x[order] for x in values],
-                          [*range(seeds)] * len(texts), model.size, STUDY.args.sampling_steps, model.guidance)
+    images = diffusion.draw(model, [x[order] for x in keys], [x[order] for x in values],
+                            [*range(seeds)] * len(texts), model.size, STUDY.args.sampling_steps, model.guidance)
     path = STUDY.folder / "pictures" / f"{row.title.replace(' ', '_').replace(':', '')}__{name}.png"
-    Image.fromarray(drawing.to_bytes(drawing.grid(images, seeds))).save(path)
+    Image.fromarray(diffusion.to_bytes(diffusion.grid(images, seeds))).save(path)
     return images
 
 
@@ -518,7 +517,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv=None):
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("--quick", action="store_true", help="only the main rows, and two concepts in one picture")
     add("--only", nargs="+", metavar="TEXT", help="only rows whose title holds one of these")
@@ -538,5 +537,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="fewer --seeds or --workers need less"):
+    with shell.plain_errors(memory="fewer --seeds or --workers need less"):
         main()

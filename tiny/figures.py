@@ -11,15 +11,14 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
-import command_line  # before matplotlib
-import drawing
+import diffusion
 import fast_cpu
 import numpy as np
 import perfusion
+import shell  # before matplotlib
 import torch
 import weights_loader
-from command_line import between
-from files import replacing
+from shell import between, replacing
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from PIL import Image
@@ -52,14 +51,14 @@ def draw(model, concepts: list, prompts: list, seeds: int, steps: int) -> torch.
     pictures = []
     for prompt in prompts:
         text = perfusion.project(model, ["", prompt], concepts)
-        pictures.append(drawing.draw(model, text.keys, text.values, range(seeds), model.size, steps,
-                                     model.guidance))
+        pictures.append(diffusion.draw(model, text.keys, text.values, range(seeds), model.size, steps,
+                                       model.guidance))
     return torch.stack(pictures)
 
 
 def show(axes, images: torch.Tensor, columns: int, title: str):
     """A grid of pictures (n, 3, H, W) with a title above it."""
-    axes.imshow(drawing.to_bytes(drawing.grid(images, columns)))
+    axes.imshow(diffusion.to_bytes(diffusion.grid(images, columns)))
     axes.set(xticks=[], yticks=[])
     axes.set_title(title, fontsize=8, loc="left", pad=2)
 
@@ -187,7 +186,7 @@ def method(model, files: list, steps: int) -> Figure:
 
 def main(argv=None):
     figures = {one.__name__: one for one in (base, hero, concept, method)}
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)
     add("files", nargs="*", help="concept files, if not those of the README's commands")
@@ -206,5 +205,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="close other programs"):
+    with shell.plain_errors(memory="close other programs"):
         main()

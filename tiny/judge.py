@@ -26,16 +26,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
-import command_line
-import drawing
+import diffusion
 import fast_cpu
 import make_examples
 import perfusion
+import shell
 import weights_loader
 import world
 from attention_maps import noised_map, word_masks
-from command_line import between
-from files import replacing
+from shell import between, replacing
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"kind": world.KINDS, "color": tuple(world.COLORS), "pattern": (None, *world.PATTERNS),
@@ -429,8 +428,8 @@ def draw_prompts(model, prompts: list, steps: int, batch: int = 32):
     for k in range(0, len(prompts), batch):
         part = prompts[k:k + batch]
         text = perfusion.project(model, [""] * len(part) + part, [])
-        yield drawing.draw(model, text.keys, text.values, range(k, k + len(part)), model.size, steps,
-                           model.guidance)
+        yield diffusion.draw(model, text.keys, text.values, range(k, k + len(part)), model.size, steps,
+                             model.guidance)
 
 
 def shows(found: list[Found], kind: str, **asked) -> bool:
@@ -551,7 +550,7 @@ def measure_base(judge: Judge, args: argparse.Namespace):
 
 
 def main(argv=None):
-    parser = command_line.Parser(__doc__)
+    parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("command", choices=("train", "accuracy", "base"))
     add("--judge", type=Path, default=FILE, help="file of the judge")
@@ -573,5 +572,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="fewer --pictures need less"):
+    with shell.plain_errors(memory="fewer --pictures need less"):
         main()

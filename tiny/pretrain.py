@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library file
 import clip_image
 import clip_text
 import covariance
-import drawing
+import diffusion
 import weights_loader
 import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
-from files import replacing
+from shell import replacing
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -261,7 +261,7 @@ def to_images(pictures: list) -> torch.Tensor:
 
 def save_images(images: torch.Tensor, columns: int, path: Path):
     """Images (n, 3, H, W) in [0, 1] as one PNG."""
-    Image.fromarray(drawing.to_bytes(drawing.grid(images, columns))).save(path)
+    Image.fromarray(diffusion.to_bytes(diffusion.grid(images, columns))).save(path)
 
 
 def train_tokenizer(run: Path) -> Tokenizer:
@@ -443,9 +443,9 @@ def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Token
     for prompt in SHEET:
         ids = tokenizer.encode(["", prompt])[0].to(next(unet.parameters()).device)
         e = text_encoder(text_encoder.embed(ids))
-        latents = drawing.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16),
-                                       steps=20, guidance=4.0)
-        images.append(drawing.decode(vae, latents))
+        latents = diffusion.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16),
+                                         steps=20, guidance=4.0)
+        images.append(diffusion.decode(vae, latents))
     save_images(torch.cat(images), 8, path)
 
 
