@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import shell
@@ -52,6 +52,26 @@ def lora(unet, concepts: list[Concept]) -> list[dict[str, Tensor]]:
                 tensors[f"{name}.lora_up.weight"] = up[:, None]
                 tensors[f"{name}.alpha"] = torch.tensor(1.0)  # divided by the rank, it scales the edit
     return loras
+
+
+def read_embedding(path: Path) -> Tensor:
+    """The word embedding (k, d) in a textual-inversion file; no code in it is run. ValueError.
+
+    Known are {"<token>": (k, d) or (d,)} of diffusers, {"emb_params": ...}, {"string_to_param": {"*": ...}}.
+    """
+    if not path.is_file():
+        raise ValueError(f"--init-embedding {path}: there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:       # the original code saved a ParameterDict, the web UI a dict
+            with torch.serialization.safe_globals([torch.nn.ParameterDict]):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+        content = content.get("string_to_param", content)
+        embedding, = getattr(content, "_parameters", content).values()
+        return torch.atleast_2d(embedding.detach().float())
+    except Exception as error:      # whatever is wrong with a foreign file
+        raise ValueError(f"--init-embedding {path} is not a textual inversion of one word") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

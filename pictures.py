@@ -1,4 +1,4 @@
-"""From files to training data: pictures as squares of numbers, their latents, and masks of where the thing is."""
+"""The pictures of a training: files as squares of numbers, their latents and masks, and previews."""
 
 import hashlib
 import io
@@ -14,11 +14,15 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-from attention_maps import word_masks
+import perfusion
+from attention_maps import noised_map, word_masks
+from diffusion import decode, draw_latents
+from shell import replacing
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 MAX_PIXELS = 100_000_000    # of a picture: 0.4 GB while it is read
+PREVIEW_TIMESTEP = 400      # of the attention in a preview
 LOSS_WINDOW = 20            # steps over which a preview averages the loss
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
@@ -173,6 +177,37 @@ def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
         raise ValueError(f"--masks {folder} has no mask for {image.name}: it needs {image.stem}.png")
     rgb, alpha, _ = read_image(found[0], side)
     return (rgb.mean(0, keepdim=True) / 2 + 0.5, False) if alpha is None else (alpha, True)
+
+
+# --------------------------------------------------------------------------------------------------- previews
+
+@torch.no_grad()
+def write_preview(training, out: Path, family) -> None:
+    """Write preview_0123.png and the concept of that step, steps/NAME_0123.safetensors (for step 0 none).
+
+    training: a `train.Training`; family: the `train.Defaults` whose prompts are drawn.
+    """
+    model, concept, n = training.model, training.result(), len(training.losses)
+    if n:
+        (out / "steps").mkdir(exist_ok=True)
+        concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
+    prompts = [prompt.format(concept.token) for prompt in family.prompts]
+    keys, values, positions, _ = perfusion.project(model, ["", *prompts], [concept])
+    latents, maps = [], []
+    with training.autocast():
+        for i, found in enumerate(positions[1:], 1):
+            K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
+            latents.append(draw_latents(model.unet, model.schedule, K, V, [training.settings.seed],
+                                        training.data.latents.shape[-2:], family.sampling_steps,
+                                        family.guidance))
+            maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
+                                   [v[1:] for v in V], found[concept.token][0])[0].cpu())
+    model.vae.to(model.device)
+    images = decode(model.vae, torch.cat(latents))
+    model.vae.cpu()
+    with replacing(out / f"preview_{n:04d}.png") as path:
+        figure = draw_preview(images, torch.stack(maps), prompts, training.data, training.losses)
+        figure.savefig(path, format="png", dpi=100)
 
 
 def draw_preview(images: Tensor, maps: Tensor, titles: list[str], data: Data, losses: list[float]) -> Figure:

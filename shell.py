@@ -84,6 +84,27 @@ def unquoted(text: str) -> str:
     return re.sub(r"""^\s*["'“‘]([^"'“”‘’]*)["'”’]\s*$""", r"\1", text)
 
 
+def ordinary_words(text: str) -> str:
+    """--super without quotes and stops around it: the keys are locked to the last of its tokens."""
+    words = text.strip(" \t\n\"'“”‘’«»„.,;:!?…")
+    if not re.search(r"\w", words) or re.search(r"[<>{}|]", words):
+        raise argparse.ArgumentTypeError(f'"{text}" must be ordinary words, like "teddy bear"')
+    return words
+
+
+def concept_name(text: str | None, images: Path) -> str:
+    """The bare name of the token: given, or else made from the name of the images' folder."""
+    if text is None:
+        path = images.resolve()
+        text = re.sub(r"[^a-z0-9]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-")[:41]
+        if not text:
+            raise ValueError(f"no name can be made from {images}: give one with --token")
+    name = text[1:-1] if text.startswith("<") and text.endswith(">") else text
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}", name):
+        raise ValueError(f'--token "{text}" must consist of up to 41 letters, digits, - and _')
+    return name
+
+
 def add_model(parser: argparse._ActionsContainer) -> None:
     """The flags of a base model, for `weights_loader.load` and `pick_device`."""
     add = parser.add_argument

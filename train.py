@@ -11,16 +11,11 @@ On several processors: torchrun --nproc_per_node=2 train.py ...
 
 import argparse
 import dataclasses
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-import torch.distributed as distributed
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -29,11 +24,12 @@ import fast_cpu
 import perfusion
 import shell
 import weights_loader
-from attention_maps import noised_map
-from diffusion import TRAIN_STEPS, decode, draw_latents
+from diffusion import TRAIN_STEPS
+from export import read_embedding
 from perfusion import TEMPLATES, Concept
-from pictures import Data, digest, draw_preview, list_images, prepare_data
-from shell import between, pick_device, replacing
+from pictures import Data, digest, list_images, prepare_data, write_preview
+from processes import Processes
+from shell import between, concept_name, ordinary_words, pick_device, replacing
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,6 @@ EMBEDDED = Defaults(steps=160, lr=0.2, lr_embedding=0.003, preview_every=80, sam
 BATCH = 16                      # paper
 WEIGHT_DECAY = 0.01             # AdamW's default
 CHECKPOINT_EVERY = 50
-PREVIEW_TIMESTEP = 400          # of the attention in a preview
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -97,23 +92,19 @@ class Training:
     """The state of one training, and its step."""
 
     def __init__(self, model, data: Data, settings: Settings, C_inverse: Tensor,
-                 embedding: Tensor | None = None, processes: "Processes | None" = None):
+                 embedding: Tensor | None = None, processes: Processes | None = None):
         """C_inverse (d, d) float64. embedding (k, d): a start other than the super-category's."""
         self.model, self.data, self.settings, self.C_inverse = model, data, settings, C_inverse
         self.processes, self.losses, s = processes or Processes(), [], settings
         self.generator = torch.Generator().manual_seed(s.seed)
-        if s.lock not in perfusion.LOCKS:
-            raise ValueError(f"the lock is one of {', '.join(perfusion.LOCKS)}, not {s.lock}")
-        if s.batch % (self.processes.world * s.accumulate):
-            raise ValueError(f"a batch of {s.batch} cannot be shared by {self.processes.world} processes in "
+        if s.batch % (self.processes.count * s.accumulate):
+            raise ValueError(f"a batch of {s.batch} cannot be shared by {self.processes.count} processes in "
                              f"{s.accumulate} parts each: choose a multiple of both")
 
         # The training prompts: their ordinary embeddings (9, T, d), and where the concept stands in them.
         prompts = [template.format(s.token) for template in TEMPLATES]
         ids, self.positions = model.tokenizer.encode(prompts, {s.token: s.super_category})
         places = [found[s.token] for found in self.positions]
-        if not all(places):
-            raise ValueError(f'--super "{s.super_category}" has too many tokens for the text encoder')
         self.ordinary = model.text_encoder.embed(ids.to(model.device))
         self.last = torch.tensor([place[0][-1] for place in places], device=model.device)
 
@@ -253,122 +244,26 @@ class Training:
             f"; i_star moves as for {steps} steps, not {state['steps']}" if steps != state["steps"] else "")
 
 
-class Processes:
-    """The processes that torchrun started, or this one alone: they share a batch and add up their results."""
-
-    def __init__(self, device: str = "cpu"):
-        self.rank, self.world, self.device = 0, int(os.environ.get("WORLD_SIZE", "1")), device
-        if self.world > 1:
-            if device == "cuda":
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(self.device)
-            if not distributed.is_initialized():
-                distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-            self.rank = distributed.get_rank()
-
-    def share(self, batch: int) -> Tensor:
-        """The places in a batch that belong to this process."""
-        return torch.arange(batch).chunk(self.world)[self.rank]
-
-    def add_up(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over all processes."""
-        if self.world > 1:
-            packed = torch.cat([x.flatten() for x in tensors])
-            distributed.all_reduce(packed)
-            for x, total in zip(tensors, packed.split([x.numel() for x in tensors])):
-                x.copy_(total.view_as(x))
-
-
 def run(training: Training, out: Path | None = None, preview_every: int = 0,
         checkpoint_every: int = CHECKPOINT_EVERY) -> Concept:
     """Train to the last step; with `out`, write previews, checkpoints and the concept, which is returned."""
     out = out if training.processes.rank == 0 else None
-    steps, done = training.settings.steps, len(training.losses)
+    steps, done, family = training.settings.steps, len(training.losses), defaults(training.model)
     if out and preview_every and done == 0:
-        preview(training, out)
+        write_preview(training, out, family)
     with tqdm(total=steps, initial=done, unit="step", desc="training", disable=out is None) as bar:
         for n in range(done + 1, steps + 1):
             training.step()
             bar.update()
-            bar.set_postfix(loss=f"{np.mean(training.losses[-50:]):.4f}")
+            bar.set_postfix(loss=f"{torch.tensor(training.losses[-50:]).mean():.4f}")
             if out and (n == steps or checkpoint_every and n % checkpoint_every == 0):
                 training.save(out)
             if out and preview_every and (n == steps or n % preview_every == 0):
-                preview(training, out)
+                write_preview(training, out, family)
     return training.result()
 
 
-# --------------------------------------------------------------------------------------------------- previews
-
-@torch.no_grad()
-def preview(training: Training, out: Path) -> None:
-    """Write preview_0123.png and the concept of that step, steps/NAME_0123.safetensors (for step 0 none)."""
-    model, concept, n = training.model, training.result(), len(training.losses)
-    family = defaults(model)
-    if n:
-        (out / "steps").mkdir(exist_ok=True)
-        concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
-    prompts = [prompt.format(concept.token) for prompt in family.prompts]
-    keys, values, positions, _ = perfusion.project(model, ["", *prompts], [concept])
-    latents, maps = [], []
-    with training.autocast():
-        for i, found in enumerate(positions[1:], 1):
-            K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
-            latents.append(draw_latents(model.unet, model.schedule, K, V, [training.settings.seed],
-                                        training.data.latents.shape[-2:], family.sampling_steps,
-                                        family.guidance))
-            maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
-                                   [v[1:] for v in V], found[concept.token][0])[0].cpu())
-    model.vae.to(model.device)
-    images = decode(model.vae, torch.cat(latents))
-    model.vae.cpu()
-    with replacing(out / f"preview_{n:04d}.png") as path:
-        figure = draw_preview(images, torch.stack(maps), prompts, training.data, training.losses)
-        figure.savefig(path, format="png", dpi=100)
-
-
 # ------------------------------------------------------------------------------------------------- the script
-
-def read_embedding(path: Path) -> Tensor:
-    """The word embedding (k, d) in a textual-inversion file; no code in it is run. ValueError.
-
-    Known are {"<token>": (k, d) or (d,)} of diffusers, {"emb_params": ...}, {"string_to_param": {"*": ...}}.
-    """
-    if not path.is_file():
-        raise ValueError(f"--init-embedding {path}: there is no such file")
-    try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:       # the original code saved a ParameterDict, the web UI a dict
-            with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-        content = content.get("string_to_param", content)
-        embedding, = getattr(content, "_parameters", content).values()
-        return torch.atleast_2d(embedding.detach().float())
-    except Exception as error:      # whatever is wrong with a foreign file
-        raise ValueError(f"--init-embedding {path} is not a textual inversion of one word") from error
-
-
-def ordinary_words(text: str) -> str:
-    """--super without quotes and stops around it: the keys are locked to the last of its tokens."""
-    words = text.strip(" \t\n\"'“”‘’«»„.,;:!?…")
-    if not re.search(r"\w", words) or re.search(r"[<>{}|]", words):
-        raise argparse.ArgumentTypeError(f'"{text}" must be ordinary words, like "teddy bear"')
-    return words
-
-
-def concept_name(text: str | None, images: Path) -> str:
-    """The bare name of the token: given, or else made from the name of the images' folder."""
-    if text is None:
-        path = images.resolve()
-        text = re.sub(r"[^a-z0-9]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-")[:41]
-        if not text:
-            raise ValueError(f"no name can be made from {images}: give one with --token")
-    name = text[1:-1] if text.startswith("<") and text.endswith(">") else text
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}", name):
-        raise ValueError(f'--token "{text}" must consist of up to 41 letters, digits, - and _')
-    return name
-
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = shell.Parser(__doc__)
@@ -463,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.lr_embedding or family.lr_embedding, args.seed, args.lock, args.beta, flips=not args.no_flip,
         precision=args.precision or ("fp32" if model.device.type == "cpu" else "bf16"),
         accumulate=args.accumulate)
+    perfusion.super_encoding(model.text_encoder, model.tokenizer, args.super_category)  # refused if too long
     C_inverse = covariance.inverse(covariance.cached(model, report))
     data = prepare_data(model, files, settings.super_category, args.masks, side, report)
     data.origin = origin
@@ -499,10 +395,6 @@ def summary(training: Training) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        with shell.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less,"
-                                " and --resume loses nothing"):
-            main()
-    finally:
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+    with shell.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less, and "
+                            "--resume loses nothing"):
+        main()

@@ -8,11 +8,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
-    "shell",
+    "shell processes",
     "unet vae clip_text diffusion perfusion",
     "weight_formats attention_maps clip_image",
     "weights_loader pictures diffusers_hook",
-    "covariance fast_cpu explorer",
+    "covariance fast_cpu explorer export",
     "tiny.world",
     "tiny.make_examples",
     "tiny.judge")]
@@ -21,7 +21,8 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(
          for folder in (ROOT, ROOT / "tiny") for path in folder.glob("*.py")}
 PACKAGES = {  # what a file may import besides torch, the standard library and the project
     "perfusion": {"safetensors"}, "attention_maps": set(), "unet": set(), "vae": set(), "diffusion": set(),
-    "clip_text": {"tokenizers"}, "clip_image": {"safetensors"}, "fast_cpu": {"numpy"}, "shell": {"safetensors"}}
+    "clip_text": {"tokenizers"}, "clip_image": {"safetensors"}, "fast_cpu": {"numpy"}, "shell": {"safetensors"},
+    "processes": set()}
 
 
 def imports(source):

@@ -17,8 +17,10 @@ from safetensors.torch import save_file
 
 import covariance
 import diffusion
+import export
 import fast_cpu
 import perfusion
+import shell
 import train
 from models import ROOT, run_script, write_weights
 from perfusion import Concept
@@ -232,9 +234,9 @@ def test_a_textual_inversion_is_read_and_its_code_is_not_run(tmp_path, monkeypat
     torch.save(content, "x.pt")
     if shape is None:
         with pytest.raises(ValueError, match="x.pt is not a textual inversion"):
-            train.read_embedding(Path("x.pt"))
+            export.read_embedding(Path("x.pt"))
     else:
-        assert train.read_embedding(Path("x.pt")).shape == shape
+        assert export.read_embedding(Path("x.pt")).shape == shape
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
 
 
@@ -279,13 +281,13 @@ def test_the_output_may_not_stand_among_the_pictures(pictures, tmp_path, inside)
 
 @pytest.mark.parametrize("text", ["teddy bear.", '"teddy bear"', " “teddy bear”, ", "'teddy bear!'"])
 def test_the_super_category_is_its_words(text):
-    assert train.ordinary_words(text) == "teddy bear"
+    assert shell.ordinary_words(text) == "teddy bear"
 
 
 @pytest.mark.parametrize("folder, name", [("toy.v1", "toy-v1"), ("toy.v2", "toy-v2"), ("My Toy", "my-toy")])
 def test_a_token_is_the_whole_name_of_the_folder(tmp_path, folder, name):
     (tmp_path / folder).mkdir()
-    assert train.concept_name(None, tmp_path / folder) == name
+    assert shell.concept_name(None, tmp_path / folder) == name
 
 
 def test_when_memory_runs_out_one_sentence_says_what_needs_less(weights, pictures, tmp_path, monkeypatch):

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from tokenizers import models, normalizers, pre_tokenizers, trainers
@@ -40,6 +39,7 @@ import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
+from processes import Processes
 from shell import replacing
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -93,27 +93,6 @@ SMOKE = Plan(vae_steps=12, pictures=48, steps=6, batch=6, clip_steps=4, clip_bat
              covariance_captions=200)
 
 
-class Processes:
-    """The data-parallel group: one process by itself, or those that torchrun started; and this one's device."""
-
-    def __init__(self, device: str = "cpu"):
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.count))
-        torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
-        if self.count > 1:
-            dist.init_process_group("nccl" if device == "cuda" else "gloo")
-
-    def average(self, tensors: list):
-        """Replace each tensor by its mean over the processes (one message for all of them)."""
-        if self.count == 1:
-            return
-        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-        dist.all_reduce(flat)
-        for tensor, mean in zip(tensors, (flat / self.count).split([tensor.numel() for tensor in tensors])):
-            tensor.copy_(mean.view_as(tensor))
-
-
 class Optimizer:
     """Muon for the hidden weight matrices (convolutions flattened), AdamW for everything else.
 
@@ -149,8 +128,9 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float, clip: float = 1.0):
         """Average the gradients over the processes, clip their norm, and move every parameter once."""
-        gradients = [p.grad for p in self.parameters]
-        self.processes.average(gradients)
+        self.processes.add_up([p.grad for p in self.parameters])
+        for p in self.parameters:
+            p.grad /= self.processes.count
         nn.utils.clip_grad_norm_(self.parameters, clip)
         updates = [torch.zeros_like(p) for p in self.matrices]
         for p, momentum in zip(self.matrices, self.momenta):
@@ -158,9 +138,9 @@ class Optimizer:
         for i in self.mine:
             p, momentum = self.matrices[i], self.momenta[i]
             nesterov = p.grad.lerp(momentum, self.beta).flatten(1)
-            scale = 0.2 * max(nesterov.shape) ** 0.5 * self.processes.count  # average() divides by the count
+            scale = 0.2 * max(nesterov.shape) ** 0.5
             updates[i].copy_((orthogonal(nesterov) * scale).view_as(p))
-        self.processes.average(updates)
+        self.processes.add_up(updates)
         for p, update in zip(self.matrices, updates):
             p.mul_(1 - lr * self.weight_decay).sub_(update, alpha=lr)
         for group in self.adamw.param_groups:
@@ -228,10 +208,9 @@ class Training:
 
     def checkpoint_due(self, steps: int) -> bool:
         """True, in all processes alike, every few minutes and at the end."""
-        due = float(self.step >= steps or time.time() - self.saved > 60 * self.minutes)
-        due = torch.tensor([due], device=self.device)
-        if self.processes.count > 1:
-            dist.broadcast(due, 0)
+        due = self.step >= steps or time.time() - self.saved > 60 * self.minutes
+        due = torch.tensor([float(due and self.processes.rank == 0)], device=self.device)   # its clock counts
+        self.processes.add_up([due])
         return bool(due)
 
     def save(self, row: dict):
@@ -510,6 +489,8 @@ def main():
     plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch,
                                          lr=args.lr)
     processes = Processes(args.device)
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.count))
+    torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
     args.workdir.mkdir(parents=True, exist_ok=True)
     start = weights_loader.load(args.init, processes.device) if args.init else None
 
