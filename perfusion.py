@@ -110,26 +110,28 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 def keys_and_values(unet, e: Tensor, e_super: Tensor | None, concepts: list[Concept],
                     beta: float | Sequence[float], tau: float | Sequence[float],
-                    lock: str = "local") -> tuple[list[Tensor], list[Tensor]]:
+                    lock: str = "local") -> tuple[list[Tensor], list[Tensor], Tensor | None]:
     """K and V of every layer with the concepts' edits: the method, in training and at inference.
 
     e, e_super (B, T, d) from `encode`; beta, tau: one number, or one per concept. lock "local": every concept
     brings its own key target. lock "global": the keys of the whole prompt are those of e_super, needed only
-    then. Returns two lists over layers of (B, T, width_l), ready for `unet(z, t, keys, values)`; the text is
-    the same in all denoising steps, so once is enough.
+    then. Returns two lists over layers of (B, T, width_l), ready for `unet(z, t, keys, values)`, and the gates
+    (B, T, n) of the n concepts that edit, None without any. The text is the same in all denoising steps, so
+    once is enough.
     """
     if lock not in ("local", "global"):
         raise ValueError(f'the lock is "local" or "global", not "{lock}"')
     edits = [concept for concept in concepts if concept.lock != "none"]
     if not edits:
-        return unet.keys(e_super if lock == "global" else e), unet.values(e)
+        return unet.keys(e_super if lock == "global" else e), unet.values(e), None
     e_perp, gates = split_and_gate(e, concepts, beta, tau)
     values = edit(unet.values, e_perp, gates, _stacked([concept.values for concept in edits], gates))
     if lock == "global":
-        return unet.keys(e_super), values
+        return unet.keys(e_super), values, gates
     if any(concept.keys is None for concept in edits):
         raise ValueError("a concept's locked keys are missing: call prepare(concepts, model)")
-    return edit(unet.keys, e_perp, gates, _stacked([concept.keys for concept in edits], gates)), values
+    keys = edit(unet.keys, e_perp, gates, _stacked([concept.keys for concept in edits], gates))
+    return keys, values, gates
 
 
 def split_and_gate(e: Tensor, concepts: list[Concept], beta: float | Sequence[float],
@@ -209,9 +211,7 @@ def project(model, prompts: list[str], concepts: list[Concept], beta: float | Se
     lock: "local" or "global", for which DRAWING_GLOBAL_BETA suits.
     """
     e, e_super, positions = encode(model.text_encoder, model.tokenizer, prompts, concepts)
-    keys, values = keys_and_values(model.unet, e, e_super, concepts, beta, tau, lock)
-    edits = any(concept.lock != "none" for concept in concepts)
-    gates = split_and_gate(e, concepts, beta, tau)[1] if edits else None
+    keys, values, gates = keys_and_values(model.unet, e, e_super, concepts, beta, tau, lock)
     return Projection(keys, values, positions, gates)
 
 
@@ -309,7 +309,8 @@ class Concept:
         """True if types, shapes and numbers are those of a concept; may raise if they are not."""
         targets = self.values + (self.keys or [])
         vectors = [] if self.lock == "none" else [self.i_star, self.d_star]
-        return (self.token.strip("<>") and self.super_category.strip() and self.lock in LOCKS and 0 < self.tau < float("inf")
+        return (self.token.strip("<>") and self.super_category.strip()
+                and self.lock in LOCKS and 0 < self.tau < float("inf")
                 and self.embedding.ndim == 2 and len(self.embedding) > 0
                 and all(x.shape == self.embedding.shape[1:] for x in vectors)
                 and bool(targets) == bool(vectors) and all(o.ndim == 1 for o in targets)

@@ -167,7 +167,7 @@ class Training:
         e = self.model.text_encoder(perfusion.insert(self.ordinary[template], found, [self.concept]))
         e_concept = e.detach()[torch.arange(len(e)), self.last[template]][row]
         # edit keys and values
-        keys, values = perfusion.keys_and_values(unet, e, None, [self.concept], s.beta, s.tau)
+        keys, values, _ = perfusion.keys_and_values(unet, e, None, [self.concept], s.beta, s.tau)
         # predict
         with self.autocast():
             output = unet(z_t, t, [k[row] for k in keys], [v[row] for v in values]).float()

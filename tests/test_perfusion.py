@@ -175,7 +175,7 @@ def test_the_metric_stays_in_float32_under_autocast_and_for_half_precision_encod
 
 def both(model, concepts, lock="local", beta=0.7, tau=0.15, prompts=["a <teddy> and a <cat> on the beach"]):
     e, e_super, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, concepts)
-    keys, values = keys_and_values(model.unet, e, e_super, concepts, beta, tau, lock)
+    keys, values, _ = keys_and_values(model.unet, e, e_super, concepts, beta, tau, lock)
     return e, e_super, positions, keys, values
 
 
@@ -218,7 +218,7 @@ def test_two_concepts_each_follow_their_own_beta(model):
     e_perp, sims = split(e, I, D)
     tau = torch.tensor([0.1, 0.2], dtype=torch.float64)
     opened = torch.sigmoid((sims - torch.tensor([0.6, 0.8], dtype=torch.float64)) / tau)
-    keys, values = keys_and_values(model.unet, e, e_super, pair, [0.6, 0.8], [0.1, 0.2])
+    keys, values, _ = keys_and_values(model.unet, e, e_super, pair, [0.6, 0.8], [0.1, 0.2])
     first, second = pair
     for i, layer in enumerate(model.unet.cross_attentions):
         o_K, o_V = (torch.stack(pair) for pair in ((first.keys[i], second.keys[i]),

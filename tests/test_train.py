@@ -142,7 +142,7 @@ def test_the_loss_is_the_masked_error_in_what_the_network_predicts(setting, pred
         prompts = [perfusion.TEMPLATES[i].format("<teddy>") for i in template]
         model, concept = training.model, training.concept
         e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [concept])
-        keys, values = perfusion.keys_and_values(model.unet, e, None, [concept], 0.75, 0.1)
+        keys, values, _ = perfusion.keys_and_values(model.unet, e, None, [concept], 0.75, 0.1)
         z, m = training.data.latents[picture, flip], training.data.masks[picture, flip]
         output = model.unet(model.schedule.add_noise(z, noise, t), t, keys, values)
         target = model.schedule.target(z, noise, t)
@@ -282,6 +282,12 @@ def test_the_output_may_not_stand_among_the_pictures(pictures, tmp_path, inside)
 @pytest.mark.parametrize("text", ["teddy bear.", '"teddy bear"', " “teddy bear”, ", "'teddy bear!'"])
 def test_the_super_category_is_its_words(text):
     assert shell.ordinary_words(text) == "teddy bear"
+
+
+def test_a_super_category_of_too_many_tokens_is_refused_before_the_covariance_is_computed(pictures, tmp_path):
+    weights = write_weights(tmp_path / "weights")
+    code, _, error = run_script("train.py", *command(weights, pictures, tmp_path / "o", "--super", "bear " * 30))
+    assert code == 2 and "too long" in error and not (weights / covariance.FILE).exists()
 
 
 @pytest.mark.parametrize("folder, name", [("toy.v1", "toy-v1"), ("toy.v2", "toy-v2"), ("My Toy", "my-toy")])
