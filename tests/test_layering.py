@@ -1,6 +1,7 @@
 """Imports point downwards: a library file needs only the files below it, and no script is imported."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -70,3 +71,11 @@ def test_every_wrong_import_is_found(name, line):
 def test_the_core_needs_only_torch_and_its_one_declared_package(name):
     foreign = {module.split(".")[0] for module in imports(FILES[name])} - set(sys.stdlib_module_names)
     assert foreign - set(FILES) <= {"torch"} | PACKAGES[name]
+
+
+def test_the_readme_names_every_file_once_and_links_each_equation_to_its_line():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme[readme.index("| group | files |"):readme.index("| apart |")]
+    assert sorted(re.findall(r"`(\w+)`", table)) == sorted(name for name in FILES if "." not in name)
+    lines, links = FILES["perfusion"].splitlines(), re.findall(r"\[`(\w+)`\]\(perfusion\.py#L(\d+)\)", readme)
+    assert len(links) == 5 and all(lines[int(n) - 1].startswith(f"def {name}(") for name, n in links)
