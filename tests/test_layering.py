@@ -22,8 +22,8 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(
          for folder in (ROOT, ROOT / "tiny") for path in folder.glob("*.py")}
 PACKAGES = {  # what a file may import besides torch, the standard library and the project
     "perfusion": {"safetensors"}, "attention_maps": set(), "unet": set(), "vae": set(), "diffusion": set(),
-    "clip_text": {"tokenizers"}, "clip_image": {"safetensors"}, "fast_cpu": {"numpy"}, "shell": {"safetensors"},
-    "processes": set()}
+    "clip_text": {"tokenizers"}, "clip_image": {"safetensors"}, "fast_cpu": {"numpy"},
+    "shell": {"safetensors"}, "processes": set()}
 
 
 def imports(source):
