@@ -115,9 +115,9 @@ def keys_and_values(unet, e: Tensor, e_super: Tensor | None, concepts: list[Conc
 
     e, e_super (B, T, d) from `encode`; beta, tau: one number, or one per concept. lock "local": every concept
     brings its own key target. lock "global": the keys of the whole prompt are those of e_super, needed only
-    then. Returns two lists over layers of (B, T, width_l), ready for `unet(z, t, keys, values)`, and the gates
-    (B, T, n) of the n concepts that edit, None without any. The text is the same in all denoising steps, so
-    once is enough.
+    then. Returns two lists over layers of (B, T, width_l), ready for `unet(z, t, keys, values)`, and the
+    gates (B, T, n) of the n concepts that edit, None without any. The text is the same in all denoising
+    steps, so once is enough.
     """
     if lock not in ("local", "global"):
         raise ValueError(f'the lock is "local" or "global", not "{lock}"')
@@ -223,9 +223,9 @@ class Concept:
 
     token          its name in a prompt, "<teddy>"
     super_category ordinary words for the kind of thing, "teddy bear"
-    embedding      (k, d) word embedding, one row per token of the super-category
+    embedding      (k, d) word embedding, trained, one row per token of the super-category
     i_star, d_star (d,); None for textual inversion
-    values         o_star of the values: list over layers, in order of execution, of (width_l,)
+    values         o_star of the values, trained: list over layers, in order of execution, of (width_l,)
     keys           o_star of the keys, the same; if locked, not in the file but computed by `prepare`
     beta, tau      the gate in training; inference chooses its own
     lock           one of LOCKS

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import diffusion
-import drawing
 import perfusion
 import weights_loader
 from diffusion import SAMPLERS, Schedule, ddim_step, ddim_timesteps, dpm_timesteps, guided, seeded_noise
@@ -135,7 +134,7 @@ def test_dpm_from_the_noisiest_timestep_comes_nearer_to_the_converged_picture(mo
     text = perfusion.project(model, ["", "a photo of a red robot on the beach"], [])
 
     def picture(steps):
-        return drawing.draw(model, text.keys, text.values, [0], (64, 64), steps, model.guidance, "dpm++")
+        return diffusion.draw(model, text.keys, text.values, [0], (64, 64), steps, model.guidance, "dpm++")
     converged, now = picture(30), picture(10)
     monkeypatch.setattr(diffusion, "dpm_timesteps", ddim_timesteps)     # what this sampler took before
     before, now = ((x - converged).square().mean().sqrt().item() for x in (picture(10), now))
