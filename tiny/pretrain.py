@@ -14,7 +14,6 @@ import copy
 import csv
 import json
 import math
-import os
 import random
 import sys
 import time
@@ -489,7 +488,6 @@ def main():
     plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch,
                                          lr=args.lr)
     processes = Processes(args.device)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes.count))
     torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
     args.workdir.mkdir(parents=True, exist_ok=True)
     start = weights_loader.load(args.init, processes.device) if args.init else None
