@@ -445,9 +445,23 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
         training.update(learning_rate(training.step, plan.clip_steps, plan.clip_lr))
         losses.append(loss.item())
         if training.checkpoint_due(plan.clip_steps):
-            training.save({"loss": round(sum(losses) / len(losses), 4)})
+            training.save({"loss": round(sum(losses) / len(losses), 4),
+                           "retrieval": round(retrieval(training.averages[0], tokenizer), 3)})
             losses = []
     return training.averages[0]
+
+
+@torch.no_grad()
+def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, groups: int = 8, n: int = 64) -> float:
+    """Share of held-out pictures whose own caption is the most similar of n."""
+    rng, device, hits = random.Random(10**9), clip.visual_projection.weight.device, []
+    for _ in range(groups):
+        pictures = [world.picture(rng) for _ in range(n)]
+        images = to_images([picture.image for picture in pictures]).to(device) / 2 + 0.5
+        ids = tokenizer.encode([picture.caption for picture in pictures])[0].to(device)
+        best = (clip.image_embedding(images) @ clip.text_embedding(ids).T).argmax(1)
+        hits.append((best.cpu() == torch.arange(n)).float().mean().item())
+    return sum(hits) / groups
 
 
 def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer,
