@@ -242,10 +242,10 @@ def save_images(images: torch.Tensor, columns: int, path: Path):
     Image.fromarray(diffusion.to_bytes(diffusion.grid(images, columns))).save(path)
 
 
-def train_tokenizer(run: Path) -> Tokenizer:
+def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
     """Byte-pair encoding of the captions, with CLIP's conventions; every letter and digit stays encodable."""
     folder = run / "tokenizer"
-    if not (folder / "merges.txt").exists():
+    if processes.rank == 0 and not (folder / "merges.txt").exists():
         rng = random.Random(0)
         captions = [world.picture(rng, 8).caption for _ in range(4000)]
         letters = [" ".join("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-*<>")]
@@ -263,6 +263,7 @@ def train_tokenizer(run: Path) -> Tokenizer:
         vocabulary |= {token: len(vocabulary) + k for k, token in enumerate((clip_text.START, clip_text.END))}
         with replacing(folder / "vocab.json") as path:
             path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    processes.add_up([torch.zeros(1, device=processes.device)])     # wait: another run numbers words anew
     return Tokenizer.load(folder, MAX_LENGTH)
 
 
@@ -506,7 +507,7 @@ def main():
     args.workdir.mkdir(parents=True, exist_ok=True)
     start = weights_loader.load(args.init, processes.device) if args.init else None
 
-    tokenizer = train_tokenizer(args.workdir)
+    tokenizer = train_tokenizer(args.workdir, processes)
     if set(args.stages) <= {"tokenizer"}:
         return
     vae = train_vae(args.workdir, plan, processes, start)
