@@ -85,11 +85,12 @@ class Plan:
     clip_batch: int = 64
     clip_lr: float = 2e-3
     covariance_captions: int = 10_000
+    sheet_steps: int = 20
     minutes_between_checkpoints: float = 5.0
 
 
 SMOKE = Plan(vae_steps=12, pictures=48, steps=6, batch=6, clip_steps=4, clip_batch=8,
-             covariance_captions=200)
+             covariance_captions=200, sheet_steps=1)
 
 
 class Optimizer:
@@ -247,7 +248,7 @@ def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
     folder = run / "tokenizer"
     if processes.rank == 0 and not (folder / "merges.txt").exists():
         rng = random.Random(0)
-        captions = [world.picture(rng, 8).caption for _ in range(4000)]
+        captions = [world.describe(world.random_spec(rng), rng) for _ in range(4000)]
         letters = [" ".join("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-*<>")]
         bpe = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=clip_text.WORD_END, unk_token=clip_text.END))
         bpe.normalizer = normalizers.Lowercase()
@@ -410,20 +411,20 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
             losses = []
             if processes.rank == 0:
                 path = run / f"sheet_{training.step:06d}.png"
-                draw_sheet(*training.averages, vae, tokenizer, schedule, path)
+                draw_sheet(*training.averages, vae, tokenizer, schedule, plan.sheet_steps, path)
     return tuple(training.averages) + (schedule,)
 
 
 @torch.no_grad()
 def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule,
-               path: Path):
+               steps: int, path: Path):
     """Four pictures of each prompt of SHEET, one row per two prompts."""
     images = []
     for prompt in SHEET:
         ids = tokenizer.encode(["", prompt])[0].to(next(unet.parameters()).device)
         e = text_encoder(text_encoder.embed(ids))
         latents = diffusion.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16),
-                                         steps=20, guidance=4.0)
+                                         steps=steps, guidance=4.0)
         images.append(diffusion.decode(vae, latents))
     save_images(torch.cat(images), 8, path)
 
