@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before diffusers and transformers are imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: pytest-xdist already uses every processor
 
 import pytest
 import torch
