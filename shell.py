@@ -169,7 +169,8 @@ def replacing(path: str | os.PathLike):
         partial.chmod(0o666 & ~umask)       # safetensors leaves files that only their owner can read
         os.replace(partial, path)
     except (OSError, SafetensorError, RuntimeError) as error:   # torch.save's full disk is a RuntimeError
-        raise OSError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or f"is the disk full? ({error})"
+        raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -22,6 +22,7 @@ import fast_cpu
 import perfusion
 import shell
 import train
+from attention_maps import noised_map, share_inside
 from models import ROOT, run_script, write_weights
 from perfusion import Concept
 from pictures import list_images, prepare_data
@@ -492,3 +493,20 @@ def test_the_loss_falls(teddy):
 def test_a_trained_word_opens_its_gate_in_every_training_template(teddy):
     training, concept = teddy
     assert energies(training.model, concept) == pytest.approx([1] * len(perfusion.TEMPLATES), abs=0.1)
+
+
+@pytest.mark.slow
+def test_a_locked_word_stays_on_its_object_and_a_trained_one_leaks(teddy):
+    """Measured by the default trainings of the embedded model, in the true masks of the training pictures."""
+    model, data = teddy[0].model, teddy[0].data
+    masks = [np.asarray(Image.open(path)) for path in sorted((ROOT / "examples/masks/teddy").iterdir())]
+    truth, shares = torch.from_numpy(np.stack(masks)) / 255, {}
+    for lock in ("locked", "trained"):
+        settings = Settings("teddy bear", "<teddy>", lock=lock)
+        concept = train.run(Training(model, data, settings, teddy[0].C_inverse))
+        text = perfusion.project(model, ["a photo of a <teddy> in a room"], perfusion.prepare([concept], model))
+        where = noised_map(model, data.latents[:, 0], 400, text.keys, text.values,
+                           text.positions[0]["<teddy>"][0])
+        shares[lock] = share_inside(where, truth).mean().item()
+    print(shares)
+    assert shares["locked"] > shares["trained"] + 0.1
