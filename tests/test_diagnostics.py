@@ -2,10 +2,8 @@
 
 import csv
 import multiprocessing
-import os
 import runpy
 import shutil
-import subprocess
 import sys
 
 import jupytext
@@ -140,11 +138,6 @@ def test_what_is_missing_is_trained_once_and_kept(files, tmp_path):
     code, out, err = run_script("diagnostics.py", *flags)
     assert code == 0 and out.startswith("0 trainings"), err
     assert (kept / "checkpoint.pt").stat().st_mtime_ns == before
-
-
-def test_it_starts_in_a_jupyter_cell_whose_drawing_backend_is_not_installed():
-    environment = os.environ | {"MPLBACKEND": "module://no_such_package.backend_inline"}
-    subprocess.run([sys.executable, ROOT / "diagnostics.py", "--help"], env=environment, check=True)
 
 
 def test_other_pictures_words_weights_or_steps_are_another_training(result, files, tmp_path):

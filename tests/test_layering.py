@@ -1,6 +1,7 @@
 """Imports point downwards: a library file needs only the files below it, and no script is imported."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -26,22 +27,25 @@ PACKAGES = {  # what a file may import besides torch, the standard library and t
     "shell": {"safetensors"}, "processes": set()}
 
 
+@functools.cache
 def imports(source):
     """Names of all modules that a source imports, wherever in it."""
+    found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "a relative import"
-            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) == "import_module":
-            yield node.args[0].value
+            found.add(node.args[0].value)
+    return found
 
 
 def project_imports(name, files):
     """The project files that a file imports; those in tiny/ import one another by their bare names."""
     beside = {f"tiny.{module}" for module in imports(files[name])} if name.startswith("tiny.") else set()
-    return (set(imports(files[name])) | beside) & set(files) - {name}
+    return (imports(files[name]) | beside) & set(files) - {name}
 
 
 def violations(files=FILES):
