@@ -73,7 +73,7 @@ def test_all_gradients_stay_the_same(model, fast, calls, trained, checkpointing)
         run(network, z, e).square().sum().backward()
         results.append([z.grad, e.grad, *(p.grad for p in network.parameters() if trained)])
     for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)  # the largest are about 1
+        assert relative(ours, expected) < 1e-4              # float32, in another order of summation
     assert bool(calls) != trained
 
 
