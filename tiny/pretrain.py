@@ -81,7 +81,7 @@ class Plan:
     steps: int = 9300
     batch: int = 30
     lr: float = 3e-3
-    clip_steps: int = 500
+    clip_steps: int = 1000
     clip_batch: int = 64
     clip_lr: float = 2e-3
     covariance_captions: int = 10_000
