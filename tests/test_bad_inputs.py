@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import weights_loader
-from models import ROOT, run_script, write_concept, write_weights
+from models import ROOT, Call, run_script, write_concept, write_weights
 from perfusion import Concept
 
 WEIGHTS = {part: f"{part}/{names[0]}" for part, names in weights_loader.WEIGHTS.items()}
@@ -191,23 +191,13 @@ def places(weights, tmp_path_factory):
             ("binary.txt", b"\xff\xfe\x00", None), ("short.safetensors", teddy.read_bytes()[:-1], None),
             ("gigabyte.txt", b"", 10 ** 9),
             ("header.safetensors", (10 ** 8).to_bytes(8, "little") + b"{", 10 ** 8 + 8),
-            ("evil.ckpt", pickle.dumps(Evil(folder / "burgled")), None)):
+            ("evil.ckpt", pickle.dumps(Call(os.mkdir, str(folder / "burgled"))), None)):
         (folder / name).write_bytes(content)
         os.truncate(folder / name, len(content) if size is None else size)      # what is longer takes no room
     files = {path.stem.upper(): path for path in folder.iterdir()}
     return files | {"PICTURE": picture, "BELOW": picture / "below", "WEIGHTS": weights,
                     "UNET": weights / WEIGHTS["unet"], "NOT_UTF_8": os.fsdecode(b"caf\xe9"),
                     "BURGLED": folder / "burgled"}
-
-
-class Evil:
-    """A pickle that makes a folder when it is read."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
 
 
 @pytest.fixture
