@@ -15,6 +15,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 import clip_image
 import clip_text
@@ -123,6 +124,40 @@ def single_file_tensors(model, average=False):
     return tensors
 
 
+BIN = dict(weights_loader.WEIGHTS.values())    # the name of a file of weights -> that of its older form
+
+
+def bins(tensors, path, variant=""):
+    """The older form beside a path: a pickle."""
+    torch.save(tensors, path.with_name(BIN[path.name].replace(".bin", f"{variant}.bin")))
+
+
+def half(tensors, path):
+    """The variant in half precision beside a path."""
+    save_file({key: tensor.half() for key, tensor in tensors.items()}, path.with_suffix(".fp16.safetensors"))
+
+
+def shards(tensors, path, suffix=".safetensors", variant=""):
+    """Three parts and their index beside a path, as diffusers and transformers split large networks."""
+    path = path if suffix == ".safetensors" else path.with_name(BIN[path.name])
+    places = {key: f"{path.stem}-0000{i % 3 + 1}-of-00003{suffix}" for i, key in enumerate(tensors)}
+    for name in set(places.values()):
+        part = {key: tensors[key] for key, place in places.items() if place == name}
+        (save_file if suffix == ".safetensors" else torch.save)(part, path.with_name(name))
+    index = path.with_name(f"{path.name}.index{variant}.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def rewritten(folder, write, *more):
+    """The folder with every file of weights replaced by what write(tensors, path, *more) makes of it."""
+    for part, (name, _) in weights_loader.WEIGHTS.items():
+        path = folder / part / name
+        tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+        path.unlink()
+        write(tensors, path, *more)
+    return folder
+
+
 def write_weights(folder):
     """The folder of a tiny_model in the published layout, with a CLIP of its own."""
     model = tiny_model()
@@ -148,6 +183,16 @@ def write_concept(weights, path, words="teddy bear", lock="locked", seed=0):
         concept.keys = [k + 2 for k in model.unet.keys(i_super)]
     concept.save(path)
     return path
+
+
+class Call:
+    """Pickled, it is a call of a function."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
 
 
 def run_script(name, *arguments):

@@ -117,72 +117,42 @@ def test_each_of_two_concepts_is_measured_on_its_own_object(result):
         assert float(row["share on its object"]) == pytest.approx(share, abs=1e-4)
 
 
-def test_without_optional_files_the_other_figures_are_still_drawn(files, tmp_path):
+def test_without_optional_files_the_other_figures_are_still_drawn_and_other_braces_are_ordinary(files, tmp_path):
     code, out, err = run_script("diagnostics.py", "--weights", files / "weights", "--concept",
                                 files / "teddy.safetensors", "--steps", 1, "--out", tmp_path,
-                                "--tokenizer", files / "weights" / "tokenizer")
+                                "--tokenizer", files / "weights" / "tokenizer", "--prompt", "a {} {x}",
+                                "--words", "")
     assert code == 0, err
     assert {path.stem for path in tmp_path.glob("*.png")} == FIGURES - {"3_keys", "6_two"}
     assert "figure 3 needs --trained" in out
 
 
-def test_what_is_missing_is_trained_once_and_kept(files, tmp_path):
-    flags = ["--weights", files / "weights", "--images", files / "pictures", "--super", "teddy bear",
-             "--concept", files / "teddy.safetensors", "--trained", files / "trained.safetensors",
-             "--training-steps", 1, "--steps", 1, "--out", tmp_path]
-    code, out, err = run_script("diagnostics.py", *flags)
-    assert code == 0 and out.startswith("1 trainings of 1 steps and 24 pictures of 1: about 1 minute"), err
-    kept, = (tmp_path / "trained").iterdir()
-    assert perfusion.Concept.load(kept / "pictures.safetensors").lock == "none"
-    before = (kept / "checkpoint.pt").stat().st_mtime_ns
-    code, out, err = run_script("diagnostics.py", *flags)
-    assert code == 0 and out.startswith("0 trainings"), err
-    assert (kept / "checkpoint.pt").stat().st_mtime_ns == before
+def test_what_is_missing_is_trained_once_and_kept(result, files, tmp_path, monkeypatch, capsys):
+    names, model = result[0], result[0]["model"]
+    for name, value in {"images": files / "pictures", "super_category": "teddy bear", "inversion": None,
+                        "second": None, "training_steps": 1, "out": tmp_path}.items():
+        monkeypatch.setattr(names["args"], name, value)
+    found, missing = names["concept_files"](model)
+    names["announce"](model, found, missing)
+    assert capsys.readouterr().out.startswith("1 trainings of 1 steps and 24 pictures of 2: about 1 minute")
+    (folder, *_, lock), = missing
+    assert lock == "none" and folder.parent == tmp_path / "trained"
+    names["train"](*missing[0])
+    assert names["read_concepts"](model, found[0])["none"].metadata["steps"] == 1
+    assert names["concept_files"](model) == (found, [])
 
 
-def test_other_pictures_words_weights_or_steps_are_another_training(result, files, tmp_path):
-    names, folder = result[0]["training_folder"], tmp_path / "pictures"
+def test_other_pictures_words_weights_or_steps_are_another_training(result, files, tmp_path, monkeypatch):
+    names, model, folder = result[0]["training_folder"], result[0]["model"], tmp_path / "pictures"
     shutil.copytree(files / "pictures", folder)
-    model, args = result[0]["model"], result[0]["args"]
-    seen = {names(model, folder, "teddy bear", "locked"), names(model, folder, "bear", "locked"),
-            names(model, folder, "teddy bear", "none")}
-    args.training_steps += 1
-    seen.add(names(model, folder, "teddy bear", "locked"))
-    args.training_steps -= 1
+    seen = {names(model, folder, *which) for which in (("teddy bear", "locked"), ("bear", "locked"),
+                                                       ("teddy bear", "none"))}
     Image.open(folder / "0.png").rotate(90).save(folder / "0.png")
     seen.add(names(model, folder, "teddy bear", "locked"))
-    model.fingerprint += "x"
-    seen.add(names(model, folder, "teddy bear", "locked"))
-    model.fingerprint = model.fingerprint[:-1]
+    for owner, name, value in ((result[0]["args"], "training_steps", 7), (model, "fingerprint", "x")):
+        monkeypatch.setattr(owner, name, value)
+        seen.add(names(model, folder, "teddy bear", "locked"))
     assert len(seen) == 6
-
-
-@pytest.mark.filterwarnings("ignore:the prompt has")
-@pytest.mark.parametrize("wrong, what", [   # what any script can be given wrongly is in test_bad_inputs.py
-    ([], "--images"),
-    (["--images", "PICTURES"], "--super"),
-    (["--images", "nowhere", "--super", "cat"], "nowhere"),
-    (["--images", "PICTURES", "--super", "teddy bear " * 20], "too long"),
-    (["--concept", "INVERSION"], "--lock none"),
-    (["--concept", "TEDDY", "--trained", "TEDDY"], "--lock trained"),
-    (["--concept", "TEDDY", "--prompt", "a photo " * 20 + "{}"], "too long"),
-    (["--concept", "TEDDY", "--words", "bear"], "bear"),
-    (["--concept", "TEDDY", "--second", "TEDDY"], "<teddy>"),
-    (["--concept", "TEDDY", "--second", "PICTURES"], "--second-super")])
-def test_a_wrong_command_is_one_sentence_and_exit_code_2(wrong, what, files, tmp_path):
-    places = {"TEDDY": files / "teddy.safetensors", "INVERSION": files / "inversion.safetensors",
-              "PICTURES": files / "pictures"}
-    code, _, err = run_script("diagnostics.py", "--weights", files / "weights", "--out", tmp_path,
-                              *(places.get(part, part) for part in ["--steps", 1, *wrong]))
-    last = err.splitlines()[-1]
-    assert code == 2 and "Traceback" not in err and "error: " in last and what in last, err
-
-
-def test_other_braces_in_a_prompt_are_ordinary_characters(files, tmp_path):
-    code, _, err = run_script("diagnostics.py", "--weights", files / "weights", "--out", tmp_path,
-                              "--concept", files / "teddy.safetensors", "--prompt", "a {} {x}",
-                              "--words", "", "--steps", 1)
-    assert code == 0, err
 
 
 @pytest.mark.slow
