@@ -94,8 +94,7 @@ def hero(model, files: list, steps: int) -> Figure:
         given = training_pictures(file)
         show(left, given, len(given), f"{concept.token}: the training pictures")
         prompts = [prompt.format(concept.token) for prompt in HERO_PROMPTS]
-        show(right, draw(model, concepts, prompts, 1, steps)[:, 0], 4,
-             ", ".join(prompt.rpartition("> ")[2] for prompt in prompts))
+        show(right, draw(model, concepts, prompts, 1, steps)[:, 0], 4, f"{concept.token} in new scenes")
     for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
         prompt = f"a photo of a {a.token} next to a {b.token} on the grass"
         show(axes, draw(model, concepts, [prompt], 4, steps)[0], 4, prompt)
