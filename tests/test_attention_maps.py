@@ -49,14 +49,6 @@ def test_recording_leaves_the_output_and_the_network_as_they_were(unet):
     assert not any(layer.to_q._forward_hooks for layer in unet.cross_attentions)
 
 
-def test_keys_of_batch_1_serve_the_whole_batch(unet):
-    with record_queries(unet) as queries:
-        _, keys, _, _ = forward(unet)
-    one, two = ([k[rows] for k in keys] for rows in ([0], [0, 0]))
-    for a, b in zip(attention(queries, one, 2), attention(queries, two, 2)):
-        torch.testing.assert_close(a, b)
-
-
 def test_the_maps_of_all_tokens_sum_to_one_and_sub_tokens_are_averaged(unet):
     with record_queries(unet) as queries:
         _, keys, _, _ = forward(unet)

@@ -7,6 +7,7 @@ import resource
 import shlex
 import subprocess
 import sys
+import zipfile
 
 import pytest
 import torch
@@ -148,7 +149,7 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
 LATER = {  # what can only be seen in the weights, or beside them
     "train": {
         "--weights": ["''", "nowhere", "no/such/folder", "missing.safetensors", "a/missing.ckpt", "..",
-                      "EMPTY", "PICTURE", "TEDDY", "NOTHING", "HEADER", "EVIL"],
+                      "EMPTY", "PICTURE", "TEDDY", "NOTHING", "HEADER", "EVIL", "BOMB", "BOUNDLESS"],
         "--tokenizer": ["nowhere", "EMPTY", "PICTURE"], "--resolution": ["15"], "--accumulate": ["3"],
         "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"], "--masks": ["EMPTY", "BLACK"],
         "--resume": ["PICTURE", "TEDDY", "EVIL"]},
@@ -194,6 +195,12 @@ def places(weights, tmp_path_factory):
             ("evil.ckpt", pickle.dumps(Call(os.mkdir, str(folder / "burgled"))), None)):
         (folder / name).write_bytes(content)
         os.truncate(folder / name, len(content) if size is None else size)      # what is longer takes no room
+    with zipfile.ZipFile(folder / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("archive/data.pkl", "w") as file:
+            for _ in range(70):                                                 # 700 MB in 3 MB
+                file.write(bytes(10 ** 7))
+    torch.save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1).expand(10 ** 12)},
+               folder / "boundless.ckpt")
     files = {path.stem.upper(): path for path in folder.iterdir()}
     return files | {"PICTURE": picture, "BELOW": picture / "below", "WEIGHTS": weights,
                     "UNET": weights / WEIGHTS["unet"], "NOT_UTF_8": os.fsdecode(b"caf\xe9"),

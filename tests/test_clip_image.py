@@ -50,22 +50,6 @@ def test_image_and_text_embeddings_equal_transformers(pair):
     assert (clip.text_embedding(ids) - output.text_embeds).abs().max() < 1e-5
 
 
-def test_every_parameter_matters(pair):
-    """A permuted tensor changes the output: nothing is loaded and then left unused."""
-    _, clip, folder = pair
-    images = torch.rand(2, 3, 32, 32)
-    ids = torch.tensor([[98, 1, 2, 3, 4, 99]])
-    expected = torch.cat([clip.image_embedding(images), clip.text_embedding(ids)])
-    for name, parameter in clip.named_parameters():
-        if name.endswith("k_proj.bias") or "token_embedding" in name or "position_embedding" in name:
-            continue        # a key bias cancels in the softmax; embeddings only matter at the rows in use
-        saved = parameter.data.clone()
-        parameter.data = parameter.data * 1.5 + 0.1
-        changed = torch.cat([clip.image_embedding(images), clip.text_embedding(ids)])
-        parameter.data = saved
-        assert (changed - expected).abs().max() > 1e-6, name
-
-
 def test_pixels_equal_the_public_preprocessor(pair):
     """Pillow resizes in 8 bits and ours in float: equal within two of 255 levels."""
     _, clip, _ = pair

@@ -121,15 +121,6 @@ def test_half_precision_is_computed_in_float32_where_the_processor_is_slow_at_it
     assert automatic.dtype == dtype and relative(automatic.float(), layer(x)) < 0.01
 
 
-@pytest.mark.parametrize("points", [fast_cpu.POINTS, (0, 1, -1, 2, -2)])
-def test_the_matrices_compute_the_convolution_of_a_tile(points):
-    tile, weight = torch.randn(6, 6, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
-    inputs, weights, outputs = (m.double() for m in fast_cpu.matrices(points))
-    result = outputs @ ((inputs @ tile.flatten()) * (weights @ weight.flatten()))
-    expected = F.conv2d(tile[None, None], weight[None, None]).flatten()
-    torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)  # the matrices are float32
-
-
 # one band of tiles; several with a rest; wider than high; so many images that one row of tiles is a band
 @pytest.mark.parametrize("shape", [(1, 32, 32), (1, 100, 88), (3, 20, 64), (100, 8, 12)])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
@@ -146,15 +137,6 @@ def test_output_and_gradient_equal_those_of_torch_in_float64(calls, shape, layou
     expected.backward(gradient.double())
     assert relative(output, expected) < 3e-6
     assert relative(x.grad, exact.grad) < 3e-6
-
-
-def test_the_chosen_points_halve_the_error_of_the_usual_ones(monkeypatch):
-    layer, x = frozen(256, 256), torch.randn(1, 256, 32, 32)
-    expected = F.conv2d(x.double(), layer.weight.double(), layer.bias.double(), padding=1)
-    chosen = relative(layer(x), expected)
-    for name, matrix in zip(("INPUTS", "WEIGHTS", "OUTPUTS"), fast_cpu.matrices((0, 1, -1, 2, -2))):
-        monkeypatch.setattr(fast_cpu, name, matrix)
-    assert chosen < 0.6 * relative(layer(x), expected)
 
 
 @pytest.mark.parametrize("case", ["few channels", "few tiles", "odd size", "stride", "bfloat16", "trained",

@@ -61,10 +61,8 @@ def test_a_file_imports_only_files_below_it_and_scripts_are_never_imported():
 
 
 @pytest.mark.parametrize("name, line", [
-    ("perfusion", "import unet"), ("unet", "import perfusion"), ("unet", "from fast_cpu import enable"),
-    ("vae", "def f():\n    import weights_loader as w"), ("sample", "from train import main"),
-    ("tiny.world", "from judge import Judge"), ("tiny.claims", "import pretrain"),
-    ("diffusion", "import tiny.judge"), ("train", "from tiny import world"),
+    ("unet", "import perfusion"), ("vae", "def f():\n    import weights_loader as w"),
+    ("tiny.world", "from judge import Judge"), ("train", "from tiny import world"),
     ("weights_loader", "importlib.import_module('fast_cpu')")])
 def test_every_wrong_import_is_found(name, line):
     broken = violations(FILES | {name: f"{FILES[name]}\n{line}\n"})

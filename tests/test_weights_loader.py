@@ -1,15 +1,11 @@
 """weights_loader.py takes the public files of Stable Diffusion v1 in every form; complete means loadable."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
-import time
 import types
 import warnings
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -464,69 +460,19 @@ def test_parts_of_two_models_are_refused(model, folder):
 
 @pytest.mark.parametrize("wrap", [lambda evil: {"state_dict": {"a": torch.zeros(1)}, "callbacks": evil},
                                   lambda evil: {"state_dict": {"a": evil}}, lambda evil: evil])
-@pytest.mark.parametrize("call, name", [(lambda target: Call(Path.touch, target), "pathlib"),
-                                        (lambda target: Call(eval, f"open({str(target)!r}, 'w')"), "eval"),
-                                        (lambda target: Call(subprocess.Popen, ["touch", target]), "Popen")])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_path, wrap, call, name, zipped):
-    target, path = tmp_path / "was-run", tmp_path / "evil.ckpt"
-    torch.save(wrap(call(target)), path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=f"evil.ckpt.*asks to run .*{name}" if zipped else "evil.ckpt.*not a zip"):
+def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_path, wrap, zipped):
+    path = tmp_path / "evil.ckpt"
+    evil = wrap(Call(eval, f"open({str(tmp_path / 'was-run')!r}, 'w')"))
+    torch.save(evil, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="evil.ckpt.*asks to run .*eval" if zipped else "evil.ckpt.*not a zip"):
         load(path)
-    assert not target.exists()
-    if name != "Popen":
-        torch.load(path, weights_only=False)
-        assert target.exists()  # so it was a real one
+    assert list(tmp_path.iterdir()) == [path]
+    torch.load(path, weights_only=False)
+    assert (tmp_path / "was-run").exists()      # so it was a real one
 
 
-def large_header(path):
-    path.write_bytes((99_999_990).to_bytes(8, "little") + b"{")
-    os.truncate(path, 99_999_998)
-
-
-def many_tensors(path):
-    entries = b",".join(b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % i for i in range(10**5))
-    path.write_bytes((len(entries) + 2).to_bytes(8, "little") + b"{" + entries + b"}")
-
-
-def bomb(path):
-    """A pickle of 100 MB in an archive of 100 KB."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/version", "3")
-        archive.writestr("archive/data.pkl", b"0" * 10**8)
-
-
-def boundless(path):
-    """A tensor of 10^12 numbers that are all the same one."""
-    torch.save({CONV_IN: torch.zeros(1).expand(10**12)}, path)
-
-
-MALICIOUS = """
-import resource, sys, time, weights_loader
-weights_loader.load()
-for path in sys.argv[1:]:
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-    try:
-        weights_loader.load(path)
-    except ValueError as error:
-        named = path in str(error) and "\\n" not in str(error)
-    print(named, time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-def test_malicious_files_cost_neither_time_nor_memory(tmp_path):
-    paths = {"a.safetensors": large_header, "b.safetensors": many_tensors, "c.ckpt": bomb, "d.ckpt": boundless}
-    for name, write in paths.items():
-        write(tmp_path / name)
-    done = subprocess.run([sys.executable, "-c", MALICIOUS, *(tmp_path / name for name in paths)], check=True,
-                          capture_output=True, text=True, cwd=Path(weights_loader.__file__).parent)
-    assert done.stdout.count("\n") == len(paths)
-    for line in done.stdout.splitlines():
-        named, seconds, kilobytes = line.split()
-        assert named == "True" and float(seconds) < 2 and int(kilobytes) < 50_000, done.stdout
-
-
-# ---- files written here, speed and memory
+# ---- files written here
 
 def test_saved_files_have_the_published_names_and_leave_nothing_else(model, folder):
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
@@ -535,11 +481,6 @@ def test_saved_files_have_the_published_names_and_leave_nothing_else(model, fold
         "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
         "vae/diffusion_pytorch_model.safetensors"]
-    keys = {part: load_file(folder / part / names[0]).keys()
-            for part, names in weights_loader.WEIGHTS.items()}
-    assert keys["unet"] == PUBLISHED["diffusers_unet"].keys()
-    assert keys["vae"] == PUBLISHED["diffusers_vae_new_names"].keys()
-    assert keys["text_encoder"] == PUBLISHED["text_encoder"].keys() - {"text_model.embeddings.position_ids"}
 
 
 def test_diffusers_and_transformers_load_what_is_saved(model, folder):
@@ -550,30 +491,3 @@ def test_diffusers_and_transformers_load_what_is_saved(model, folder):
         assert not info["missing_keys"] and not info["unexpected_keys"], part
         state = {key.removeprefix("text_model."): value for key, value in loaded.state_dict().items()}
         assert all(state[key].equal(value) for key, value in getattr(model, part).state_dict().items())
-
-
-MEMORY = """
-import resource, sys, torch, unet, weights_loader
-from pathlib import Path
-config = unet.UNetConfig(block_out_channels=(96, 192, 384), layers_per_block=1,
-                         cross_attention=(True, True, False))
-path = Path(sys.argv[1])
-torch.zeros(8).aminmax()
-weights_loader.CHUNK = 2**23
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tensors = weights_loader.mapped([path])
-network, names = weights_loader.connect("unet", config, tensors)
-weights_loader.fill(network, names, tensors, "cpu", torch.float32)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
-"""
-
-
-@pytest.mark.parametrize("write, suffix", [(save_file, ".safetensors"), (torch.save, ".bin")])
-def test_loading_needs_the_memory_of_the_weights_once(tmp_path, write, suffix):
-    path = tmp_path / f"unet{suffix}"
-    write(unet.UNet(unet.UNetConfig(block_out_channels=(96, 192, 384), layers_per_block=1,
-                                    cross_attention=(True, True, False))).state_dict(), path)
-    done = subprocess.run([sys.executable, "-c", MEMORY, path], check=True, capture_output=True, text=True,
-                          cwd=Path(weights_loader.__file__).parent)
-    # 8 MB: what is read before the file is opened anew; 20 MB: the largest tensor twice, and modules
-    assert path.stat().st_size > 1e8 and int(done.stdout) < 1.05 * path.stat().st_size + 28e6
