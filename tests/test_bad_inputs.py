@@ -126,7 +126,7 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
         "--masks": ["nowhere", "TEDDY"], "--lock": ["open"], "--precision": ["fp8"],
         "--resume": ["nowhere", "EMPTY"], "--init-embedding": [*CONCEPT, "EVIL"],
         "--out": ["PICTURE", "BELOW", "IMAGES"], "--prediction": ["sample", "''"], "--device": ["tpu"],
-        "--weights": ["NOT_UTF_8"], "--nonsense": ["1"]},
+        "--weights --images --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
     "sample": {
         "--steps --n": ["0", "-1", "1.5", "1000000", "two"], "--seed": ["-1", "1e3", "99999999999999999999"],
         "--size": ["0", "big", "16x16x16", "-16", "100000", "''"], "--sampler": ["euler"],

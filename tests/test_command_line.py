@@ -5,6 +5,7 @@ import errno
 import io
 import os
 import resource
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -36,19 +37,34 @@ def test_an_error_of_the_program_keeps_its_traceback(error):
         raise error
 
 
-def test_what_the_terminal_cannot_show_is_replaced(monkeypatch):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+@pytest.mark.parametrize("encoding, shown", [("ascii", b"0.5 ? 0.1 f?r ?\n"),
+                                             ("latin-1", b"0.5 \xb1 0.1 f\xfcr ?\n")])
+def test_what_the_terminal_cannot_show_is_replaced(monkeypatch, encoding, shown):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", None)                # was closed
     with shell.plain_errors(memory="less"):
         print("0.5 ± 0.1 für 熊", flush=True)
-    assert terminal.buffer.getvalue() == b"0.5 ? 0.1 f?r ?\n"
+    assert terminal.buffer.getvalue() == shown
 
 
 def test_a_notebooks_backend_does_not_reach_matplotlib():
     done = subprocess.run([sys.executable, "-c", "import shell, matplotlib"], cwd=ROOT, capture_output=True,
                           text=True, env=os.environ | {"MPLBACKEND": "module://not_installed.inline"})
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("backend, notebook, left", [
+    ("module://matplotlib_inline.backend_inline", False, None),
+    ("module://matplotlib_inline.backend_inline", True, "module://matplotlib_inline.backend_inline"),
+    ("pdf", False, "pdf")])
+def test_a_notebooks_backend_is_kept_in_a_notebook_and_any_other_everywhere(monkeypatch, backend, notebook, left):
+    monkeypatch.setenv("MPLBACKEND", backend)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    if notebook:
+        monkeypatch.setitem(sys.modules, "ipykernel", None)
+    runpy.run_path(str(ROOT / "shell.py"))
+    assert os.environ.get("MPLBACKEND") == left
 
 
 @pytest.mark.parametrize("text, prompt", [

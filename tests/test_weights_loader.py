@@ -234,7 +234,7 @@ FORMS = {  # how a model is kept -> a function that keeps it so, what load() say
     "new attention": (single(attention("to_q", "to_k", "to_v", "to_out.0")), [BUFFERS]),
     "old attention": (single(attention("query", "key", "value", "proj_attn")), [BUFFERS]),
     "linear attention": (single(linear_attention), [BUFFERS]),
-    "DreamBooth": (single(lambda tensors: tensors | DREAMBOOTH), ["embedding_manager* (3), model_ema* (2), "]),
+    "DreamBooth": (single(lambda tensors: tensors | DREAMBOOTH, "v1.ckpt"), ["embedding_manager* (3), model_ema* (2), "]),
     "tensors at the top level": (single(lambda tensors: channels_last(tensors) | TOP_LEVEL, "v1.ckpt"),
                                  ["not used: model_ema* (2), "]),
     "Lightning": (lightning, ["not used: model_ema* (2), "]),
@@ -440,11 +440,12 @@ REFUSED = {  # what a file is -> (what is done to a complete one, the sentence's
         if not key.startswith(PLAIN) and (i % 2 or "model_ema" not in key)}, "its unet lacks 3.. of 686")}
 
 
-@pytest.mark.parametrize("kind", REFUSED)
-def test_an_incomplete_or_other_model_is_refused_in_one_sentence(model, tmp_path, kind):
+@pytest.mark.parametrize("kind, suffix", [*((kind, ".ckpt") for kind in REFUSED), ("a LoRA", ".safetensors"),
+                                          ("fp8", ".safetensors"), ("other fp8", ".safetensors")])
+def test_an_incomplete_or_other_model_is_refused_in_one_sentence(model, tmp_path, kind, suffix):
     change, words = REFUSED[kind]
-    path = write_single(model, tmp_path / "model.ckpt", change(single_file_tensors(model)))
-    with pytest.raises(ValueError, match=f"model.ckpt.*{words}") as error:
+    path = write_single(model, tmp_path / f"model{suffix}", change(single_file_tensors(model)))
+    with pytest.raises(ValueError, match=f"model{suffix}.*{words}") as error:
         load(path)
     assert "\n" not in str(error.value)
 
