@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 import shell
 import weights_loader
 from perfusion import Concept, prepare
-from shell import replacing
+from shell import read_tensors, replacing
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def read_embedding(path: Path) -> Tensor:
         raise ValueError(f"--init-embedding {path}: there is no such file")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
+            content = read_tensors(path)
         else:       # the original code saved a ParameterDict, the web UI a dict
             with torch.serialization.safe_globals([torch.nn.ParameterDict]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
