@@ -2,10 +2,9 @@
 
     python tiny/figures.py base         # figures/base.png: the model without a concept
     python tiny/figures.py hero         # figures/hero.png: two concepts, each alone and both together
-    python tiny/figures.py concept      # figures/concept.png: one concept, learned in three ways
     python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
 
-Hero and concept show the files that the README's commands make; other files can be named instead.
+The hero figure shows the files that the README's commands make; other two can be named instead.
 """
 import sys
 from pathlib import Path
@@ -23,9 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from PIL import Image
 
-ROWS = {"locked": "locked keys", "trained": "trained keys", "none": "textual inversion"}
 HERO = ("out/teddy/teddy.safetensors", "out/cat/cat.safetensors")
-CONCEPT = (HERO[0], "out/trained/trained.safetensors", "out/inversion/inversion.safetensors")
 BASE_PROMPTS = (
     "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
     "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
@@ -37,10 +34,6 @@ BASE_PROMPTS = (
     "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
     "a red dog beside a blue mug on the beach", "a teddy bear in the snow (held out)",
     "a cat wearing a hat on the grass (held out)", "a cat next to a robot in a room (held out)")
-CONCEPT_PROMPTS = ("a photo of a {} on the beach", "a photo of a {} at night",
-                   "a photo of a {} wearing a hat on the grass",
-                   "a photo of a {} holding a balloon on the beach",
-                   "a photo of a {} next to a ball on the grass")
 HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
                 "a photo of a {} holding a balloon on the grass", "a photo of a {} next to a mug in a room")
 FROZEN, LOCKED, LEARNED, PLAIN, LINE = "#dbe4f0", "#cfe8cf", "#ffd9a8", "#ffffff", "#444444"
@@ -98,23 +91,6 @@ def hero(model, files: list, steps: int) -> Figure:
     for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
         prompt = f"a photo of a {a.token} next to a {b.token} on the grass"
         show(axes, draw(model, concepts, [prompt], 4, steps)[0], 4, prompt)
-    return figure
-
-
-def concept(model, files: list, steps: int) -> Figure:
-    """The training pictures, then the same prompts and seeds for each way of training."""
-    files = [Path(file) for file in files or CONCEPT]
-    given = training_pictures(files[0])
-    figure = Figure(figsize=(9, 1.2 + 2.1 * len(files)), layout="constrained")
-    top, *parts = figure.subfigures(1 + len(files), 1, height_ratios=[1.2] + [2.1] * len(files))
-    show(top.subplots(), given, len(given), "training pictures")
-    for part, file in zip(parts, files):
-        mine, = perfusion.prepare([perfusion.Concept.load(file)], model)
-        part.suptitle(ROWS[mine.lock], fontsize=9, fontweight="bold", x=0.01, ha="left")
-        prompts = [prompt.format(mine.token) for prompt in CONCEPT_PROMPTS]
-        for axes, row, prompt in zip(part.subplots(1, len(prompts)), draw(model, [mine], prompts, 4, steps),
-                                     CONCEPT_PROMPTS):
-            show(axes, row, 2, prompt.removeprefix("a photo of a {} "))
     return figure
 
 
@@ -184,7 +160,7 @@ def method(model, files: list, steps: int) -> Figure:
 
 
 def main(argv=None):
-    figures = {one.__name__: one for one in (base, hero, concept, method)}
+    figures = {one.__name__: one for one in (base, hero, method)}
     parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)

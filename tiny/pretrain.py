@@ -98,7 +98,8 @@ class Optimizer:
 
     Muon (Keller Jordan, 2024): the momentum of each matrix is replaced by the nearest orthogonal one, found
     by five Newton-Schulz steps. The factor 0.2 sqrt(max(rows, columns)) gives its updates AdamW's size, so
-    that both share one learning rate (Liu et al., arXiv 2502.16982). They are dealt out over the processes.
+    that both share one learning rate (Liu et al., arXiv 2502.16982). torch's own Muon takes these steps in
+    bfloat16 only, eleven times slower on a processor that has no such products, and takes no convolutions.
     """
 
     def __init__(self, networks: list, processes: Processes, betas=(0.95, 0.99), weight_decay=0.01):
@@ -112,18 +113,6 @@ class Optimizer:
         self.adamw = torch.optim.AdamW([p for _, p in named if id(p) not in chosen], betas=(0.9, betas[1]),
                                        weight_decay=0.0)
         self.parameters = [p for _, p in named]
-        shapes = {}
-        for i, p in enumerate(self.matrices):
-            shapes.setdefault((len(p), p[0].numel()), []).append(i)
-        load = [0] * processes.count
-        self.mine = []
-        largest_first = sorted(shapes.items(), key=lambda item: -math.prod(item[0]) * len(item[1]))
-        for (rows, columns), group in largest_first:
-            for i in group:
-                owner = load.index(min(load))
-                load[owner] += rows * columns * min(rows, columns)
-                if owner == processes.rank:
-                    self.mine.append(i)
 
     @torch.no_grad()
     def step(self, lr: float, clip: float = 1.0):
@@ -132,17 +121,11 @@ class Optimizer:
         for p in self.parameters:
             p.grad /= self.processes.count
         nn.utils.clip_grad_norm_(self.parameters, clip)
-        updates = [torch.zeros_like(p) for p in self.matrices]
         for p, momentum in zip(self.matrices, self.momenta):
             momentum.lerp_(p.grad, 1 - self.beta)
-        for i in self.mine:
-            p, momentum = self.matrices[i], self.momenta[i]
             nesterov = p.grad.lerp(momentum, self.beta).flatten(1)
             scale = 0.2 * max(nesterov.shape) ** 0.5
-            updates[i].copy_((orthogonal(nesterov) * scale).view_as(p))
-        self.processes.add_up(updates)
-        for p, update in zip(self.matrices, updates):
-            p.mul_(1 - lr * self.weight_decay).sub_(update, alpha=lr)
+            p.mul_(1 - lr * self.weight_decay).sub_((orthogonal(nesterov) * scale).view_as(p), alpha=lr)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
