@@ -53,6 +53,7 @@ TRAININGS = {  # name: (arguments of train.py, number of pictures)
     "no masks": (("--masks", "none"), 5),
     "one image": ((), 1),
     "training beta 0.5": (("--beta", "0.5"), 5),
+    "rate 0.2": (("--lr", "0.2"), 5),
 }
 SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 RENDERS, TIMESTEPS = 8, (200, 400, 600, 800)  # noised renders of a concept whose attention is measured
@@ -106,7 +107,9 @@ MAIN_ROWS = (
 )
 MORE_ROWS = (
     *sweep("locked keys"), *sweep("trained keys"),
-    Row("no masks", "no masks"), Row("one image", "one image"),
+    Row("no masks", "no masks"), Row("pair: no masks", "no masks", who="different kinds"),
+    Row("rate 0.2", "rate 0.2"), Row("pair: rate 0.2", "rate 0.2", who="different kinds"),
+    Row("one image", "one image"),
     Row("training beta 0.5", "training beta 0.5"), Row("tau 0.1", "locked keys", tau=0.1),
     *sweep("locked keys, 400 steps"), *sweep("trained keys, 400 steps"),
 )
