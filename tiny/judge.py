@@ -146,6 +146,8 @@ class Judge(nn.Module):
         heat = out["heat"].sigmoid()
         peaks = (heat > FOUND) & (heat == F.max_pool2d(heat, 5, stride=1, padding=2))
         which, row, column = peaks.nonzero().T
+        if len(which) == 0:         # no crops: torch samples none from nothing
+            return [[] for _ in images]
         right, down, height = out["box"][which, :, row, column].T
         x, height = (column + 0.5 + right) / GRID, height.exp()
         boxes = torch.stack([x, (row + 0.5 + down) / GRID + height / 2, height], 1)
