@@ -2,7 +2,6 @@
 
 import gzip
 import importlib.util
-import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +12,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: pytest-xdist a
 import pytest
 import torch
 
+import covariance
 import weight_formats
 import weights_loader
-from models import REFERENCE, write_vocabulary
+from models import REFERENCE, write_concept, write_vocabulary, write_weights
 
 
 def pytest_addoption(parser):
@@ -64,6 +64,25 @@ def model(reference):
     return weights_loader.load(reference.folder)
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """The folder of a tiny_model with its covariance, only to be read."""
+    folder = write_weights(tmp_path_factory.mktemp("tiny") / "weights")
+    model = weights_loader.load(folder)
+    captions = covariance.built_in_captions(200, model.tokenizer)
+    covariance.store(covariance.covariance(model.text_encoder, model.tokenizer, captions), model)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def concept_files(weights, tmp_path_factory):
+    """Concepts of that model: with locked keys, with trained keys, and of textual inversion."""
+    folder = tmp_path_factory.mktemp("concepts")
+    return {"teddy": write_concept(weights, folder / "teddy.safetensors"),
+            "cat": write_concept(weights, folder / "cat.safetensors", "cat", lock="trained", seed=1),
+            "hat": write_concept(weights, folder / "hat.safetensors", "hat", lock="none", seed=2)}
+
+
 def build_reference(folder, configs):
     """Random networks of the reference, saved by it into the folder; returns them and the folder."""
     from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
@@ -91,17 +110,3 @@ def unlike(network):
             parameter += 0.2 * torch.randn_like(parameter)
         elif any(part in name for part in ("to_q", "to_k", "q_proj", "k_proj")):
             parameter *= 2
-
-
-@pytest.fixture(scope="session")
-def swapped():
-    """A function: state dict, two names of modules or tensors -> a copy with what they name exchanged."""
-    def swap(state, a, b):
-        result = dict(state)
-        for first, second in ((a, b), (b, a)):
-            names = [name for name in state if name == first or name.startswith(first + ".")]
-            assert names
-            for name in names:
-                result[name] = state[second + name.removeprefix(first)]
-        return result
-    return swap

@@ -14,7 +14,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clip_image
@@ -127,9 +129,9 @@ def single_file_tensors(model, average=False):
 BIN = dict(weights_loader.WEIGHTS.values())    # the name of a file of weights -> that of its older form
 
 
-def bins(tensors, path, variant=""):
+def bins(tensors, path):
     """The older form beside a path: a pickle."""
-    torch.save(tensors, path.with_name(BIN[path.name].replace(".bin", f"{variant}.bin")))
+    torch.save(tensors, path.with_name(BIN[path.name]))
 
 
 def half(tensors, path):
@@ -137,15 +139,14 @@ def half(tensors, path):
     save_file({key: tensor.half() for key, tensor in tensors.items()}, path.with_suffix(".fp16.safetensors"))
 
 
-def shards(tensors, path, suffix=".safetensors", variant=""):
+def shards(tensors, path, suffix=".safetensors"):
     """Three parts and their index beside a path, as diffusers and transformers split large networks."""
     path = path if suffix == ".safetensors" else path.with_name(BIN[path.name])
     places = {key: f"{path.stem}-0000{i % 3 + 1}-of-00003{suffix}" for i, key in enumerate(tensors)}
     for name in set(places.values()):
         part = {key: tensors[key] for key, place in places.items() if place == name}
         (save_file if suffix == ".safetensors" else torch.save)(part, path.with_name(name))
-    index = path.with_name(f"{path.name}.index{variant}.json")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
 def rewritten(folder, write, *more):
@@ -183,6 +184,28 @@ def write_concept(weights, path, words="teddy bear", lock="locked", seed=0):
         concept.keys = [k + 2 for k in model.unet.keys(i_super)]
     concept.save(path)
     return path
+
+
+def largest_difference(a, b):
+    return (a - b).abs().max().item()
+
+
+def assert_parity(ours, theirs, x):
+    """Two functions have the same value, and the same gradient with respect to x."""
+    mine, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+    output, expected = ours(mine), theirs(other)
+    assert output.shape == expected.shape and expected.abs().max() > 0.1
+    assert largest_difference(output, expected) < 1e-5
+    weight = torch.randn_like(output) / output[0].numel() ** 0.5
+    gradient, = torch.autograd.grad((output * weight).sum(), mine)
+    expected_gradient, = torch.autograd.grad((expected * weight).sum(), other)
+    assert expected_gradient.abs().max() > 0.01
+    assert largest_difference(gradient, expected_gradient) < 1e-5
+
+
+def noise(height, width, seed=0):
+    """A picture."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
 
 
 class Call:

@@ -1,26 +1,19 @@
 """Maps from recorded queries agree with the attention that the U-Net itself computes."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from attention_maps import attention, noised_map, record_queries, share_inside, word_map
-from diffusion import Schedule
-from unet import UNet, UNetConfig
-
-CONFIG = UNetConfig(block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=6, attention_heads=2,
-                    norm_num_groups=4, cross_attention=(True, True))
+from models import tiny_model
 
 
 @pytest.fixture(scope="module")
 def unet():
-    torch.manual_seed(0)
-    return UNet(CONFIG).requires_grad_(False)
+    return tiny_model().unet
 
 
 def forward(unet, B=2, H=4, W=8):
-    z, e = torch.randn(B, 4, H, W), torch.randn(B, 5, 6)
+    z, e = torch.randn(B, 4, H, W), torch.randn(B, 5, 16)
     keys, values = unet.keys(e), unet.values(e)
     return z, keys, values, unet(z, 10, keys, values)
 
@@ -78,9 +71,10 @@ def test_the_share_inside_is_a_weighted_mean_and_resizes_the_mask():
     torch.testing.assert_close(share_inside(where, mask), torch.tensor([1.0, 0.5]))
 
 
-def test_a_noised_map_is_the_word_map_of_one_forward_pass(unet):
-    model = SimpleNamespace(unet=unet, schedule=Schedule.sd_v1())
-    z, e, other = torch.randn(2, 4, 4, 8), torch.randn(2, 5, 6), torch.randn(2, 5, 6)
+def test_a_noised_map_is_the_word_map_of_one_forward_pass():
+    model = tiny_model()
+    unet = model.unet
+    z, e, other = torch.randn(2, 4, 4, 8), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
     keys, values = unet.keys(e), unet.values(e)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
     with record_queries(unet) as queries:

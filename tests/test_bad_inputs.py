@@ -5,7 +5,6 @@ import os
 import pickle
 import resource
 import shlex
-import subprocess
 import sys
 import zipfile
 
@@ -15,17 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import weights_loader
-from models import ROOT, Call, run_script, write_concept, write_weights
+from models import Call, run_script, write_concept
 from perfusion import Concept
 
-WEIGHTS = {part: f"{part}/{names[0]}" for part, names in weights_loader.WEIGHTS.items()}
-FILES = [*WEIGHTS.values(), *(f"{part}/config.json" for part in WEIGHTS), "scheduler/scheduler_config.json",
-         "tokenizer/vocab.json"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return write_weights(tmp_path_factory.mktemp("good") / "weights")
+UNET = "unet/diffusion_pytorch_model.safetensors"
+FILES = [UNET, "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"]
 
 
 @pytest.fixture
@@ -63,43 +56,31 @@ def test_a_file_of_something_else(folder, name, content):
     assert_refused(folder, (folder / name).parent if name.startswith("tokenizer") else folder / name)
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
-@pytest.mark.parametrize("length", [1, 7, 8, 9, 100, 5000, -1])
-def test_truncated_weights(folder, part, length):
-    replace(folder / WEIGHTS[part], (folder / WEIGHTS[part]).read_bytes()[:length])
-    assert_refused(folder, WEIGHTS[part])
+@pytest.mark.parametrize("length", [1, 8, 5000, -1])
+def test_truncated_weights(folder, length):
+    replace(folder / UNET, (folder / UNET).read_bytes()[:length])
+    assert_refused(folder, UNET)
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
 @pytest.mark.parametrize("change", [
-    lambda x: torch.cat([x, x]).transpose(0, 1).contiguous(), lambda x: torch.cat([x, x]), lambda x: x.sum(),
-    lambda x: x.long(), lambda x: None, lambda x: x * float("nan"), lambda x: x / 0],
-    ids=["transposed", "longer", "scalar", "integers", "missing", "nan", "infinite"])
-def test_a_tensor_that_does_not_fit_is_named(folder, part, change):
-    tensors = load_file(folder / WEIGHTS[part])
-    key = sorted(key for key in tensors if tensors[key].ndim > 1)[len(tensors) // 4]
+    lambda x: torch.cat([x, x]), lambda x: x.sum(), lambda x: x.long(), lambda x: None,
+    lambda x: x * float("nan"), lambda x: x / 0])
+def test_a_tensor_that_does_not_fit_is_named(folder, change):
+    tensors, key = load_file(folder / UNET), "conv_out.weight"
     tensors[key] = change(tensors[key].clone())
-    replace(folder / WEIGHTS[part], None)
-    save_file({key: x for key, x in tensors.items() if x is not None}, folder / WEIGHTS[part])
-    assert_refused(folder, key.removeprefix("text_model."))
+    replace(folder / UNET, None)
+    save_file({key: x for key, x in tensors.items() if x is not None}, folder / UNET)
+    assert_refused(folder, key)
 
 
 @pytest.mark.parametrize("part, change", [(part, change) for part, changes in {
     "unet": [{"block_out_channels": [3, 3], "norm_num_groups": 2}, {"block_out_channels": 5},
-             {"block_out_channels": []}, {"block_out_channels": ["a", "b"]}, {"block_out_channels": [4, 4]},
-             {"layers_per_block": 2}, {"layers_per_block": -1}, {"attention_head_dim": [5, 10]},
-             {"use_linear_projection": True}, {"down_block_types": ["DownBlock2D"]}, {"down_block_types": 7},
-             {"_class_name": "UNet1DModel"}, {"norm_num_groups": 0}, {"norm_eps": 1e-6}, {"in_channels": 9},
-             {"addition_embed_type": "text_time"}, {"up_block_types": ["UpBlock2D"] * 2},
-             *({"sample_size": side} for side in (0, 64.5, "64", [64], [64, None], {"height": 64}))],
-    "vae": [{"block_out_channels": "wide"}, {"latent_channels": 16}, {"shift_factor": 0.1},
-            {"down_block_types": [1]}, {"down_block_types": ["AttnDownBlock2D"] * 2},
-            {"layers_per_block": "2"}, {"use_quant_conv": False}, {"norm_num_groups": 0}],
-    "text_encoder": [{"hidden_act": "gelu"}, {"hidden_size": 5}, {"num_hidden_layers": 0},
-                     {"model_type": "t5"}, {"num_attention_heads": 3}, {"vocab_size": "all"},
-                     {"max_position_embeddings": 77}],
-    "scheduler": [{"beta_schedule": "linear"}, {"prediction_type": "sample"}, {"num_train_timesteps": 10},
-                  {"prediction_type": ["epsilon"]}]}.items() for change in changes])
+             {"block_out_channels": []}, {"block_out_channels": ["a", "b"]}, {"layers_per_block": 2},
+             {"attention_head_dim": [5, 10]}, {"use_linear_projection": True}, {"down_block_types": 7},
+             {"norm_num_groups": 0}, {"sample_size": 0}, {"sample_size": {"height": 64}}],
+    "vae": [{"latent_channels": 16}, {"down_block_types": [1]}, {"layers_per_block": "2"}],
+    "text_encoder": [{"hidden_act": "gelu"}, {"num_attention_heads": 3}, {"vocab_size": "all"}],
+    "scheduler": [{"beta_schedule": "linear"}, {"prediction_type": ["v"]}]}.items() for change in changes])
 def test_a_config_of_another_network(folder, part, change):
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     replace(path, json.dumps(json.loads(path.read_text()) | change).encode())
@@ -118,52 +99,40 @@ CONCEPT = "nowhere EMPTY NOTHING SHORT PICTURE UNET MISSHAPED HEADER ''".split()
 IMAGES = ["nowhere", "EMPTY", "NOTHING", "APPLE", "''"]
 BEFORE = {  # script -> {options: values} that are refused before any weights are read
     "train": {
-        "--steps --batch --accumulate --resolution": ["0", "-1", "1.5", "two", "''"],
-        "--lr --lr-embedding": ["0", "-1", "nan", "inf", "''"], "--beta": ["nan", "inf", "two"],
-        "--seed --preview --checkpoint": ["-1", "two", "1.5"],
-        "--super": ["''", "' '", "'<teddy>'", "'a {}'", "'a|b'"],
-        "--token": ["''", "'a b'", "'<>'", "a/b", "../a", "'" + "a" * 50 + "'"], "--images": [*IMAGES, "___"],
-        "--masks": ["nowhere", "TEDDY"], "--lock": ["open"], "--precision": ["fp8"],
-        "--resume": ["nowhere", "EMPTY"], "--init-embedding": [*CONCEPT, "EVIL"],
-        "--out": ["PICTURE", "BELOW", "IMAGES"], "--prediction": ["sample", "''"], "--device": ["tpu"],
-        "--weights --images --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
+        "--steps --batch --accumulate --resolution --lr --lr-embedding": ["0", "two"], "--beta": ["nan"],
+        "--seed --preview --checkpoint": ["-1", "1.5"], "--super": ["' '", "'a {}'"],
+        "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--images": [*IMAGES, "___"], "--masks": ["TEDDY"],
+        "--resume": ["nowhere", "EMPTY"], "--init-embedding": ["nowhere", "UNET", "EVIL"],
+        "--out": ["PICTURE", "BELOW", "IMAGES"], "--weights --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
     "sample": {
-        "--steps --n": ["0", "-1", "1.5", "1000000", "two"], "--seed": ["-1", "1e3", "99999999999999999999"],
-        "--size": ["0", "big", "16x16x16", "-16", "100000", "''"], "--sampler": ["euler"],
-        "--guidance": ["nan", "inf", "much"], "--beta": ["nan", "low", "0.1,0.2,0.3", "''"],
-        "--tau": ["0", "-1", "nan", "soft"], "--lock": ["open"], "--concept": CONCEPT,
-        "--precision": ["fp8"], "--negative": ["'a <dog>'"], "--out": ["PICTURE", "BELOW"]},
-    "diagnostics": {
-        "--steps": ["0", "1000", "two"], "--seed": ["-1", "two"], "--guidance": ["nan", "much"],
-        "--prompt": ["''", "'{} {}'", "'{'"], "--pair": ["'{}'"], "--super": ["cat"],
-        "--second": ["PICTURE", "EMPTY"], "--out": ["PICTURE"]},
-    "evaluate": {
-        "--seeds --steps": ["0", "-1", "1.5", "1000000", "two"], "--guidance": ["nan", "much"],
-        "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "''", "0:1"], "--tau": ["0", "nan", "soft"],
-        "--concept": CONCEPT, "--images": [*IMAGES, "'EMPTY EMPTY'"], "--lock": ["open"],
-        "--prompts": ["nowhere", "EMPTY", "NOTES", "PICTURE", "NOTHING", "GIGABYTE"],
+        "--steps --n": ["1000000"], "--seed": ["99999999999999999999"],
+        "--size": ["big", "16x16x16", "-16", "100000"], "--guidance --tau": ["nan"],
+        "--beta": ["low", "0.1,0.2,0.3"], "--concept": CONCEPT, "--negative": ["'a <dog>'"],
         "--out": ["PICTURE", "BELOW"]},
-    "covariance": {"--n": ["0", "-1", "many"], "--positions": ["some"],
-                   "--captions": ["nowhere", "EMPTY", "NOTHING", "PICTURE", "BINARY", "GIGABYTE"]},
-    "export": {"--concept": CONCEPT}}
+    "diagnostics": {"--prompt": ["''", "'{} {}'"], "--pair": ["'{}'"], "--super": ["cat"],
+                    "--second": ["EMPTY"], "--out": ["PICTURE"]},
+    "evaluate": {
+        "--seeds --steps": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
+        "--tau": ["0"], "--concept": ["EMPTY"], "--images": ["NOTHING", "'EMPTY EMPTY'"],
+        "--prompts": ["nowhere", "NOTES", "NOTHING", "GIGABYTE"], "--out": ["BELOW"]},
+    "covariance": {"--n": ["0"], "--captions": ["nowhere", "NOTHING", "BINARY"]},
+    "export": {"--concept": ["nowhere", "EMPTY"]}}
 LATER = {  # what can only be seen in the weights, or beside them
     "train": {
-        "--weights": ["''", "nowhere", "no/such/folder", "missing.safetensors", "a/missing.ckpt", "..",
-                      "EMPTY", "PICTURE", "TEDDY", "NOTHING", "HEADER", "EVIL", "BOMB", "BOUNDLESS"],
-        "--tokenizer": ["nowhere", "EMPTY", "PICTURE"], "--resolution": ["15"], "--accumulate": ["3"],
+        "--weights": ["''", "nowhere", "missing.safetensors", "EMPTY", "PICTURE", "TEDDY", "HEADER", "EVIL",
+                      "BOMB", "BOUNDLESS"],
+        "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
         "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"], "--masks": ["EMPTY", "BLACK"],
         "--resume": ["PICTURE", "TEDDY", "EVIL"]},
     "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"]},
     "diagnostics": {
-        "--concept": [*CONCEPT, "OTHER_BASE", "INVERTED"], "--trained": ["nowhere", "TEDDY"],
-        "--inversion": ["nowhere", "OTHER_BASE"], "--second": ["SHORT", "TEDDY"],
-        "--words": ["castle", "bear"], "--prompt": ["'" + "a photo " * 20 + "{}'"],
-        "--images": ["nowhere --super cat"],
-        "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
+        "--concept": ["EMPTY", "OTHER_BASE", "INVERTED"], "--trained": ["TEDDY"], "--inversion": ["TEDDY"],
+        "--second": ["SHORT", "TEDDY"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
+        "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
     "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip": ["nowhere", "EMPTY"]},
     "covariance": {}, "export": {"--concept": ["OTHER_BASE"], "--out": ["PICTURE", "BELOW"]}}
 for script in [script for script in LATER if script != "train"]:
-    LATER[script] |= {"--weights": ["nowhere", "TEDDY"], "--tokenizer": ["nowhere"]}
+    LATER[script] |= {"--weights": ["nowhere"]}
 CASES = [(when, script, option, value) for when, scripts in (("before", BEFORE), ("later", LATER))
          for script, own in scripts.items() for options, values in own.items()
          for option in options.split() for value in values]
@@ -181,7 +150,6 @@ def places(weights, tmp_path_factory):
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")                  # 200 megapixels, 25 kB
     teddy = write_concept(weights, folder / "teddy.safetensors")
     write_concept(weights, folder / "inverted.safetensors", lock="none")
-    run_script("covariance.py", "--weights", weights, "--n", 300)               # train.py would write it there
     for name, change in {"other_base": {"metadata": {"base": "another"}},
                          "misshaped": {"embedding": torch.zeros(2, 5)}}.items():
         concept = Concept.load(teddy)
@@ -197,22 +165,22 @@ def places(weights, tmp_path_factory):
         os.truncate(folder / name, len(content) if size is None else size)      # what is longer takes no room
     with zipfile.ZipFile(folder / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("archive/data.pkl", "w") as file:
-            for _ in range(70):                                                 # 700 MB in 3 MB
+            for _ in range(35):                                                 # 350 MB in 2 MB
                 file.write(bytes(10 ** 7))
     torch.save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1).expand(10 ** 12)},
                folder / "boundless.ckpt")
     files = {path.stem.upper(): path for path in folder.iterdir()}
     return files | {"PICTURE": picture, "BELOW": picture / "below", "WEIGHTS": weights,
-                    "UNET": weights / WEIGHTS["unet"], "NOT_UTF_8": os.fsdecode(b"caf\xe9"),
+                    "UNET": weights / UNET, "NOT_UTF_8": os.fsdecode(b"caf\xe9"),
                     "BURGLED": folder / "burgled"}
 
 
 @pytest.fixture
 def little_memory():
-    """600 MB more than now, above which python raises MemoryError."""
+    """300 MB more than now, above which python raises MemoryError."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + 600 * 10 ** 6, before[1]))
+    resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 10 ** 6, before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_AS, before)
 
@@ -241,9 +209,3 @@ def assert_one_sentence(code, _, stderr):
     lines = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), stderr
     assert 15 < len(lines[0]) < 500 and "out of memory" not in stderr, stderr
-
-
-def test_a_script_as_a_program_answers_in_the_same_way():
-    command = [sys.executable, "sample.py", "--nonsense"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert_one_sentence(done.returncode, done.stdout, done.stderr)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import clip_text
-from clip_text import TextEncoder, Tokenizer
+from clip_text import Tokenizer
+from models import assert_parity
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text(encoding="utf-8"))
 ALPHABETS = {
@@ -51,25 +51,18 @@ def test_golden_prompts_have_their_published_ids(tokenizer):
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_two_thousand_random_strings_have_the_ids_of_the_reference(tokenizer, tokenizer_folder):
+def test_five_hundred_random_strings_have_the_ids_of_the_reference(tokenizer, tokenizer_folder):
     from transformers import CLIPTokenizer
 
     reference = CLIPTokenizer(vocab=str(tokenizer_folder / "vocab.json"),
                               merges=str(tokenizer_folder / "merges.txt"), model_max_length=77)
     generator = random.Random(0)
-    prompts = [random_prompt(generator) for _ in range(2000)]
+    prompts = [random_prompt(generator) for _ in range(500)]
     expected = reference(prompts, padding="max_length", truncation=True, max_length=77).input_ids
     ids = tokenizer.encode(prompts)[0].tolist()
-    different = [prompts[i] for i in range(2000) if ids[i] != expected[i]]
+    different = [prompts[i] for i in range(500) if ids[i] != expected[i]]
     assert different == []
-    assert sum(theirs[-2] != 49407 for theirs in expected) > 20  # truncation is among them
-
-
-def test_a_saved_tokenizer_gives_the_same_ids(tokenizer, tmp_path):
-    tokenizer.save(tmp_path)
-    prompts = ["a photo of a café", "1 2 3 日本語"]
-    assert Tokenizer.load(tmp_path).encode(prompts)[0].equal(tokenizer.encode(prompts)[0])
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["model_max_length"] == 77
+    assert sum(theirs[-2] != 49407 for theirs in expected) > 5  # truncation is among them
 
 
 def test_a_long_prompt_is_truncated_with_a_warning_that_shows_the_rest(tokenizer):
@@ -136,59 +129,19 @@ def test_an_ordinary_word_is_found_whole_and_in_any_case(tokenizer):
     assert tokenizer.find(prompt, "dog") == []
 
 
-def test_tokens_are_readable(tokenizer):
-    ids, _ = tokenizer.encode(["a café 日"])
-    tokens = tokenizer.tokens(ids[0])
-    assert tokens[:3] == ["<|startoftext|>", "a", "café"] and tokens[-1] == "<|endoftext|>"
-    assert len(tokens) == 77
-
-
 def encoder_ids(model):
     config = model.text_encoder.config
     return torch.randint(0, config.vocab_size - 2, (2, config.max_length))
 
 
-def largest_difference(a, b):
-    return (a - b).abs().max().item()
-
-
 def test_encodings_and_their_gradient_equal_the_reference(reference, model):
     ids = encoder_ids(model)
-    ours, theirs = [model.text_encoder.embed(ids).detach().requires_grad_() for _ in range(2)]
-    e = model.text_encoder(ours)
-    expected = reference.text_encoder(ids).last_hidden_state
-    assert expected.abs().max() > 1
-    assert largest_difference(e, expected) < 1e-5
-    hook = reference.text_encoder.embeddings.token_embedding.register_forward_hook(lambda *_: theirs)
-    expected = reference.text_encoder(ids).last_hidden_state
-    hook.remove()
-    weight = torch.randn_like(e) / e[0].numel() ** 0.5
-    gradient, = torch.autograd.grad((e * weight).sum(), ours)
-    expected_gradient, = torch.autograd.grad((expected * weight).sum(), theirs)
-    assert expected_gradient.abs().max() > 0.1
-    assert largest_difference(gradient, expected_gradient) < 1e-5
 
-
-LAYER = "encoder.layers.1."
-SWAPS = [(LAYER + a, LAYER + b) for a, b in (
-    ("self_attn.q_proj", "self_attn.k_proj"), ("self_attn.k_proj", "self_attn.v_proj"),
-    ("self_attn.q_proj", "self_attn.v_proj"), ("self_attn.v_proj", "self_attn.out_proj"),
-    ("self_attn.q_proj", "self_attn.out_proj"), ("layer_norm1", "layer_norm2"))] + [
-    ("encoder.layers.0", "encoder.layers.1"), (LAYER + "layer_norm1", "final_layer_norm")]
-
-
-@pytest.mark.parametrize("a, b", SWAPS)
-def test_a_swap_that_no_shape_check_sees_breaks_parity(reference, model, swapped, a, b):
-    ids = encoder_ids(model)
-    network = TextEncoder(model.text_encoder.config)
-    network.load_state_dict(swapped(model.text_encoder.state_dict(), a, b))
-    e = network(network.embed(ids))
-    assert largest_difference(e, reference.text_encoder(ids).last_hidden_state) > 1e-3
-
-
-def test_a_token_does_not_see_what_follows_it(model):
-    embeddings = model.text_encoder.embed(encoder_ids(model))
-    changed = embeddings.clone()
-    changed[:, 5] = torch.randn(48)
-    difference = (model.text_encoder(embeddings) - model.text_encoder(changed)).abs().amax(dim=(0, 2))
-    assert difference[:5].max() == 0 and difference[5:].min() > 1e-3
+    def theirs(embeddings):
+        hook = reference.text_encoder.embeddings.token_embedding.register_forward_hook(lambda *_: embeddings)
+        expected = reference.text_encoder(ids).last_hidden_state
+        hook.remove()
+        return expected
+    embeddings = model.text_encoder.embed(ids)
+    assert_parity(model.text_encoder, theirs, embeddings)
+    assert theirs(embeddings).equal(reference.text_encoder(ids).last_hidden_state)

@@ -1,12 +1,9 @@
 """What shell.py promises to every script."""
 
-import contextlib
 import errno
 import io
 import os
-import resource
 import runpy
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -37,28 +34,18 @@ def test_an_error_of_the_program_keeps_its_traceback(error):
         raise error
 
 
-@pytest.mark.parametrize("encoding, shown", [("ascii", b"0.5 ? 0.1 f?r ?\n"),
-                                             ("latin-1", b"0.5 \xb1 0.1 f\xfcr ?\n")])
-def test_what_the_terminal_cannot_show_is_replaced(monkeypatch, encoding, shown):
-    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+def test_what_the_terminal_cannot_show_is_replaced(monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", None)                # was closed
     with shell.plain_errors(memory="less"):
         print("0.5 ± 0.1 für 熊", flush=True)
-    assert terminal.buffer.getvalue() == shown
-
-
-def test_a_notebooks_backend_does_not_reach_matplotlib():
-    done = subprocess.run([sys.executable, "-c", "import shell, matplotlib"], cwd=ROOT, capture_output=True,
-                          text=True, env=os.environ | {"MPLBACKEND": "module://not_installed.inline"})
-    assert done.returncode == 0, done.stderr
+    assert terminal.buffer.getvalue() == b"0.5 \xb1 0.1 f\xfcr ?\n"
 
 
 @pytest.mark.parametrize("backend, notebook, left", [
-    ("module://matplotlib_inline.backend_inline", False, None),
-    ("module://matplotlib_inline.backend_inline", True, "module://matplotlib_inline.backend_inline"),
-    ("pdf", False, "pdf")])
-def test_a_notebooks_backend_is_kept_in_a_notebook_and_any_other_everywhere(monkeypatch, backend, notebook, left):
+    ("module://inline", False, None), ("module://inline", True, "module://inline"), ("pdf", False, "pdf")])
+def test_a_notebooks_backend_stays_in_notebooks(monkeypatch, backend, notebook, left):
     monkeypatch.setenv("MPLBACKEND", backend)
     monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
     if notebook:
@@ -68,32 +55,19 @@ def test_a_notebooks_backend_is_kept_in_a_notebook_and_any_other_everywhere(monk
 
 
 @pytest.mark.parametrize("text, prompt", [
-    ('"a cat"', "a cat"), ("'a cat' ", "a cat"), ("“a cat”", "a cat"), ('a "cat"', 'a "cat"'),
-    ('"cat" and "dog"', '"cat" and "dog"'), ("the dogs'", "the dogs'")])
+    ("'a cat' ", "a cat"), ("“a cat”", "a cat"), ('"cat" and "dog"', '"cat" and "dog"')])
 def test_only_quotes_around_a_whole_prompt_go(text, prompt):
     assert shell.unquoted(text) == prompt
 
 
 # ------------------------------------------------------------------------------------------------------ files
 
-@contextlib.contextmanager
-def full_disk():
-    """No file of this process grows beyond 100 bytes: pytest's own output neither, so this is for a moment."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.parametrize("write", [
-    lambda folder: sample.add_picture(folder, bytes(1000)),
-    lambda folder: write_text(folder / "old.txt", "x" * 1000)])
-def test_on_a_full_disk_nothing_is_lost_and_nothing_left_behind(tmp_path, write):
+def test_on_a_full_disk_nothing_is_lost_and_nothing_left_behind(tmp_path):
     (tmp_path / "old.txt").write_text("old")
-    with full_disk(), pytest.raises(OSError, match="cannot be written: File too large"):
-        write(tmp_path)
+    with pytest.raises(OSError, match="old.txt cannot be written: full"):
+        with shell.replacing(tmp_path / "old.txt") as partial:
+            partial.write_text("half")
+            raise OSError(errno.ENOSPC, "full")
     assert [path.name for path in tmp_path.iterdir()] == ["old.txt"]
     assert (tmp_path / "old.txt").read_text() == "old"
 
@@ -103,11 +77,6 @@ def test_a_file_has_the_usual_permissions(tmp_path):
     with shell.replacing(tmp_path / "a.safetensors") as partial:
         save_file({"a": torch.zeros(1)}, partial)
     assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "usual").stat().st_mode
-
-
-def write_text(path, text):
-    with shell.replacing(path) as partial:
-        partial.write_text(text)
 
 
 def test_pictures_added_at_once_take_different_numbers_after_those_that_are_there(tmp_path):

@@ -59,14 +59,10 @@ def test_the_direction_that_a_plain_layer_norm_empties_is_left_out_of_the_invers
     assert covariance.condition_number(C) < 10
 
 
-def test_built_in_captions_are_reproducible_varied_and_use_the_vocabulary(model):
+def test_built_in_captions_are_reproducible_and_varied(model):
     captions = covariance.built_in_captions(2000, model.tokenizer)
     assert captions == covariance.built_in_captions(2000, model.tokenizer)
     assert len(set(captions)) > 1700 and not any("{" in caption or "}" in caption for caption in captions)
-    for company in covariance.COMPANY:
-        assert any(f" {company} a " in caption for caption in captions)
-    assert any(caption.startswith("on the beach, a ") for caption in captions)
-    assert any("wearing on" in caption or "wearing and" in caption for caption in captions)
 
 
 def test_it_is_computed_once_and_kept_beside_the_weights(files, monkeypatch):
@@ -110,20 +106,16 @@ def test_weights_without_a_folder_of_their_own_use_the_users_cache(files, tmp_pa
 
 
 def test_the_script_stores_and_reports(files, tmp_path):
-    def run(*arguments):
-        return run_script("covariance.py", "--weights", files.folder, "--device", "cpu", *arguments)
-    lines = [*covariance.built_in_captions(90, files.tokenizer), ""]
-    (tmp_path / "captions.txt").write_text("\n".join(lines))
-    for arguments, name, count in ((["--n", 300], "built-in 300", 300),
-                                   (["--captions", tmp_path / "captions.txt"], "captions.txt", 90)):
-        code, said, _ = run(*arguments)
-        assert code == 0 and f"{count} captions, condition number" in said
-        with safe_open(files.folder / covariance.FILE, "pt") as file:
-            assert file.metadata()["captions"] == name
+    captions = tmp_path / "captions.txt"
+    captions.write_text("\n".join(covariance.built_in_captions(90, files.tokenizer)))
+    code, said, _ = run_script("covariance.py", "--weights", files.folder, "--captions", captions)
+    assert code == 0 and "90 captions, condition number" in said
+    with safe_open(files.folder / covariance.FILE, "pt") as file:
+        assert file.metadata()["captions"] == "captions.txt"
 
 
 def test_the_table_shows_the_gates_of_the_word_in_both_places_and_of_a_prompt(files):
-    code, said, _ = run_script("covariance.py", "--weights", files.folder, "--device", "cpu", "--n", 120,
+    code, said, _ = run_script("covariance.py", "--weights", files.folder, "--n", 120,
                                "--gates", "bear", "a photo of a bear")
     table = said.splitlines()
     assert code == 0 and table[1].split()[:4] == ["captions", "condition", "first", "second"]

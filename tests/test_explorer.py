@@ -72,15 +72,8 @@ def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word(model, 
     assert [t for word in words for t in word.tokens] == list(range(24))
     pieces = explorer.prompt_words(model.tokenizer, "a xyz of", [])[2]
     assert (pieces.label, pieces.pieces) == ("xyz", ["x", "y", "z"])
-
-
-def test_a_concept_beside_itself_is_two_words(model):
-    words = explorer.prompt_words(model.tokenizer, "<teddy> <teddy>", CONCEPTS)
-    assert [word.tokens for word in words[1:3]] == [[1, 2], [3, 4]]
-
-
-def test_a_prompt_that_fills_the_context_has_no_padding(model):
-    assert explorer.prompt_words(model.tokenizer, "a " * 22, [])[-1].label == "end"
+    twice = explorer.prompt_words(model.tokenizer, "<teddy> <teddy>", CONCEPTS)
+    assert [word.tokens for word in twice[1:3]] == [[1, 2], [3, 4]]
 
 
 @pytest.fixture(scope="module")
@@ -89,26 +82,12 @@ def watched(model, words):
     return keys, values, explorer.watch(model, keys, values, words, seed=3, steps=2, guidance=2.0)
 
 
-def test_at_every_place_the_shares_of_all_words_sum_to_one(watched):
-    _, _, (_, maps, _) = watched
-    assert len(maps) == 1 + 4 and maps[0].shape[:2] == (2, 12)
-    for level in maps:
-        assert (level.sum(1) - 1).abs().max() < 1e-5        # float32
-
-
 def test_watching_does_not_change_the_picture(model, watched):
     keys, values, (latents, _, seen) = watched
     size = latents.shape[-2:]
     unwatched = diffusion.draw_latents(model.unet, model.schedule, keys, values, [3], size, 2, 2.0)
     assert torch.equal(latents, unwatched)
     assert torch.equal(seen[0], seeded_noise(3, latents.shape[1:])[0]) and len(seen) == 2
-
-
-def test_other_keys_change_the_maps_but_not_the_picture(model, words, watched):
-    keys, values, (latents, maps, _) = watched
-    other = [k.flip(1) for k in keys]
-    again, others, _ = explorer.watch(model, keys, values, words, 3, 2, 2.0, map_keys=other)
-    assert torch.equal(latents, again) and not torch.allclose(maps[0], others[0])
 
 
 # -------------------------------------------------------------------------------------------------- the file
@@ -138,21 +117,10 @@ def test_fewer_steps_are_shown_rather_than_more_bytes(words):
     assert (data["steps"][0], data["steps"][-1]) == ({"number": 1, "t": 951}, {"number": 20, "t": 1})
 
 
-def test_at_sd_v1s_size_the_page_stays_under_5_mb():
-    words = [Word(f"word{t}", [t], [f"word{t}"], (0, 1)[t] if t < 2 else None) for t in range(20)]
-    sizes = [(24, 24)] * 11 + [(16, 16)] * 5 + [(8, 8)]
-    views = views_of(words, steps=50, sizes=sizes, side=512)
-    assert len(page_of(words, views, side=512)) < 5_000_000
-
-
 def test_a_prompt_cannot_end_the_script_that_holds_it():
     words = [Word("</script><b>", [0], ["</script><b>"], 0)]
     page = page_of(words, views_of(words))
     assert "</script><b>" not in page and data_of(page)["words"][0]["label"] == "</script><b>"
-
-
-def test_the_page_names_no_other_address(words):
-    assert not re.search(r"https?:|@import|url\(|<link|<script src", page_of(words, views_of(words)))
 
 
 # ------------------------------------------------------------------------------------------------ the browser

@@ -1,17 +1,12 @@
 """With fast_cpu switched on the networks compute what they did, and each trick is used where it belongs."""
 
 import copy
-import platform
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 import fast_cpu
-import unet
 
 
 @pytest.fixture
@@ -75,19 +70,9 @@ def test_all_gradients_stay_the_same(model, fast, calls, trained, checkpointing)
     for ours, expected in zip(*results, strict=True):
         assert relative(ours, expected) < 1e-4              # float32, in another order of summation
     assert bool(calls) != trained
-
-
-def test_a_model_that_is_cast_afterwards_stays_within_the_rounding_of_its_type(model, fast):
-    z, e = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 48)
-    expected = run(model.unet, z, e)
-    plain, fast = copy.deepcopy(model.unet).bfloat16(), fast.unet.bfloat16()
-    results = [run(network, z.bfloat16(), e.bfloat16()) for network in (plain, fast)]
-    with torch.autocast("cpu", torch.bfloat16):
-        results.append(run(copy.deepcopy(fast).float(), z, e))
-    assert all(result.dtype == torch.bfloat16 for result in results)
-    errors = [relative(result.float(), expected) for result in results]
-    assert max(errors[1:]) < 1.2 * errors[0] < 0.1
-    assert torch.isfinite(run(fast.double(), z.double(), e.double())).all()
+    with torch.no_grad():
+        run(fast.unet, z, e)
+    assert calls                                            # without gradients all weights are frozen
 
 
 def test_on_another_device_nothing_changes(model):
@@ -139,40 +124,13 @@ def test_output_and_gradient_equal_those_of_torch_in_float64(calls, shape, layou
     assert relative(x.grad, exact.grad) < 3e-6
 
 
-@pytest.mark.parametrize("case", ["few channels", "few tiles", "odd size", "stride", "bfloat16", "trained",
-                                  "autocast"])
-def test_all_else_is_left_to_torch(monkeypatch, calls, case):
+@pytest.mark.parametrize("channels, stride, size, dtype", [
+    (64, 1, (32, 64), torch.float32), (128, 1, (16, 32), torch.float32), (128, 1, (34, 64), torch.float32),
+    (128, 2, (32, 64), torch.float32), (128, 1, (32, 64), torch.bfloat16)])
+def test_few_channels_or_tiles_odd_sizes_strides_and_bfloat16_are_left_to_torch(
+        monkeypatch, calls, channels, stride, size, dtype):
     monkeypatch.setattr(fast_cpu, "HALF_IS_SLOW", False)
-    layer = frozen(64 if case == "few channels" else 128, 128, stride=2 if case == "stride" else 1)
-    layer.to(memory_format=torch.channels_last).requires_grad_(case == "trained")
-    x = torch.randn(1, layer.in_channels, *{"few tiles": (16, 32), "odd size": (34, 64)}.get(case, (32, 64)))
-    if case == "bfloat16":
-        layer, x = layer.bfloat16(), x.bfloat16()
-    with torch.autocast("cpu", enabled=case == "autocast"):
-        output = layer(x)
-        expected = F.conv2d(x, layer.weight, layer.bias, stride=layer.stride, padding=1)
-    assert torch.equal(output, expected)
-    if case == "trained":
-        output.sum().backward()
-        assert layer.weight.grad.abs().max() > 0
-        with torch.no_grad():
-            layer(x)  # trained weights are frozen while there are no gradients
-        assert len(calls) == 1
-    else:
-        assert not calls
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left as they are")
-def test_large_blocks_are_reused_without_fetching_their_pages_anew():
-    code = ("import resource, torch, fast_cpu\n"
-            "def cost():\n"
-            "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "    torch.ones(2 ** 24)  # 64 MB\n"
-            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
-            "before = min(cost() for _ in range(2))\n"
-            "fast_cpu.keep_freed_memory()\n"
-            "print(before, min(cost() for _ in range(20)))")
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,
-                             cwd=Path(__file__).parents[1])
-    before, after = map(int, process.stdout.split())
-    assert after < 0.1 * before
+    layer = frozen(channels, 128, stride).to(dtype, memory_format=torch.channels_last)
+    x = torch.randn(1, channels, *size, dtype=dtype)
+    assert layer(x).equal(F.conv2d(x, layer.weight, layer.bias, stride=stride, padding=1))
+    assert not calls

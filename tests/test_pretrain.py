@@ -1,38 +1,34 @@
 """Pretraining from nothing, every stage for a moment; the result loads and draws like any other model."""
-import os
-import random
-import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 import diffusion
-import weights_loader
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tiny"))
 import pretrain
-import world
+import weights_loader
+from models import ROOT
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     """The folders of a finished smoke run."""
     folder = tmp_path_factory.mktemp("pretrain")
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, ROOT / "tiny" / "pretrain.py", "--smoke", "--workdir", folder / "work",
-               "--out", folder / "weights"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr[-2000:]
+    command = ["pretrain.py", "--smoke", "--workdir", str(folder / "work"), "--out", str(folder / "weights")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        plan = replace(pretrain.SMOKE, vae_steps=1, pictures=9, steps=1, clip_steps=1)
+        patch.setattr(pretrain, "SMOKE", plan)
+        patch.setattr(pretrain, "SHEET", pretrain.SHEET[:1])
+        patch.setattr(pretrain, "retrieval", partial(pretrain.retrieval, groups=1, n=8))
+        pretrain.main()
     return folder
 
 
 def test_every_stage_leaves_its_log_and_the_published_layout(smoke):
-    for name in ("unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-                 "text_encoder/model.safetensors", "tokenizer/vocab.json", "tokenizer/merges.txt",
-                 "scheduler/scheduler_config.json", "clip/model.safetensors", "covariance.safetensors"):
+    for name in ("unet/config.json", "clip/model.safetensors", "covariance.safetensors"):
         assert (smoke / "weights" / name).is_file(), name
     for name in ("vae.csv", "text2image.csv"):
         assert len((smoke / "work" / name).read_text().splitlines()) >= 2
@@ -82,14 +78,3 @@ def test_going_on_from_finished_weights_keeps_every_word_they_know():
     ids = start.tokenizer.encode(["a photo of a teddy bear"])[0]
     assert torch.equal(text(text.embed(ids)), start.text_encoder(start.text_encoder.embed(ids)))
     assert all(torch.equal(a, b) for a, b in zip(unet.parameters(), start.unet.parameters()))
-
-
-def test_every_region_of_a_picture_has_a_noun_that_its_caption_may_name():
-    for seed in range(40):
-        spec = world.random_spec(random.Random(seed))
-        caption, nouns = world.describe(spec, random.Random(seed)), world.nouns(spec)
-        assert len(nouns) == len(world.REGIONS)
-        for region, noun in zip(world.REGIONS[1:-1], nouns[1:]):
-            assert noun in caption, (region, caption)
-        assert nouns[0] in caption or world.scene_words(spec.scene) not in caption
-        assert nouns[-1] in world.PROPS.get(spec.scene, ()) or not nouns[-1]

@@ -1,28 +1,24 @@
 """sample.py draws what it is asked for, repeatably, and loses no picture."""
 
-import multiprocessing
-
 import pytest
 import torch
 from PIL import Image
 
 import diffusion
-from models import run_script, tiny_model, write_concept, write_weights
+from models import run_script, tiny_model
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Weights, two concepts, and three pictures of the base model in drawn/."""
-    folder = tmp_path_factory.mktemp("sample")
-    for name, words in (("teddy", "teddy bear"), ("cat", "cat")):
-        write_concept(write_weights(folder / "weights"), folder / f"{name}.safetensors", words)
-    draw(folder, folder / "drawn", "a photo of a cat", "--n", 3, "--seed", 5)
-    return folder
+def drawn(weights, tmp_path_factory):
+    """Three pictures of the base model."""
+    out = tmp_path_factory.mktemp("drawn")
+    draw(weights, out, "a photo of a cat", "--n", 3, "--seed", 5)
+    return out
 
 
-def draw(folder, out, prompt, *arguments):
+def draw(weights, out, prompt, *arguments):
     """Run sample.py with two steps at 16 x 24; returns stdout and stderr."""
-    code, stdout, stderr = run_script("sample.py", prompt, "--weights", folder / "weights", "--steps", 2,
+    code, stdout, stderr = run_script("sample.py", prompt, "--weights", weights, "--steps", 2,
                                       "--size", "16x24", "--out", out, *arguments)
     assert code == 0, stderr
     return stdout, stderr
@@ -36,77 +32,60 @@ def names(out):
     return sorted(path.name for path in out.iterdir())
 
 
-def test_numbered_pictures_and_a_grid_of_the_size_asked_for(folder):
-    assert names(folder / "drawn") == ["0000.png", "0001.png", "0002.png", "grid_0000-0002.png"]
-    assert Image.open(folder / "drawn" / "0000.png").size == (24, 16)            # Pillow says width first
-    assert Image.open(folder / "drawn" / "grid_0000-0002.png").size == (48, 32)
+def test_numbered_pictures_and_a_grid_of_the_size_asked_for(drawn):
+    assert names(drawn) == ["0000.png", "0001.png", "0002.png", "grid_0000-0002.png"]
+    assert Image.open(drawn / "0000.png").size == (24, 16)            # Pillow says width first
+    assert Image.open(drawn / "grid_0000-0002.png").size == (48, 32)
 
 
-def test_text_fields_and_the_first_line_hold_what_is_needed_to_draw_the_picture_again(folder, tmp_path):
-    concept = folder / "cat.safetensors"
-    stdout, _ = draw(folder, tmp_path, "a <cat>", "--concept", concept, "--seed", 3)
+def test_text_fields_and_the_first_line_hold_what_draws_the_picture_again(weights, concept_files, tmp_path):
+    concept = concept_files["cat"]
+    stdout, _ = draw(weights, tmp_path, "a <cat>", "--concept", concept, "--seed", 3)
     expected = {"prompt": "a <cat>", "steps": "2", "sampler": "ddim", "guidance": "4.0", "size": "16x24",
-                "weights": str(folder / "weights"), "prediction": "epsilon", "precision": "fp32",
+                "weights": str(weights), "prediction": "epsilon", "precision": "fp32",
                 "concepts": str(concept), "beta": "0.7", "tau": "0.15", "lock": "local"}
     assert Image.open(tmp_path / "0000.png").text == expected | {"negative": "", "seed": "3"}
     assert stdout.splitlines() == ["; ".join(f"{key}: {value}" for key, value in expected.items()),
                                    str(tmp_path / "0000.png")]
 
 
-def test_a_picture_depends_on_its_seed_and_not_on_how_many_are_drawn(folder, tmp_path):
-    draw(folder, tmp_path, "a photo of a cat", "--seed", 6)
-    assert torch.equal(pixels(tmp_path / "0000.png"), pixels(folder / "drawn" / "0001.png"))
-    assert not torch.equal(pixels(folder / "drawn" / "0000.png"), pixels(folder / "drawn" / "0001.png"))
+def test_a_picture_depends_on_its_seed_and_not_on_how_many_are_drawn(weights, drawn, tmp_path):
+    draw(weights, tmp_path, "a photo of a cat", "--seed", 6)
+    assert torch.equal(pixels(tmp_path / "0000.png"), pixels(drawn / "0001.png"))
+    assert not torch.equal(pixels(drawn / "0000.png"), pixels(drawn / "0001.png"))
 
 
-def test_the_size_is_by_default_that_of_the_models_training(folder, tmp_path):
-    run_script("sample.py", "a cat", "--weights", folder / "weights", "--steps", 1, "--out", tmp_path)
+def test_the_size_is_by_default_that_of_the_models_training(weights, tmp_path):
+    run_script("sample.py", "a cat", "--weights", weights, "--steps", 1, "--out", tmp_path)
     assert Image.open(tmp_path / "0000.png").size == (16, 16)
 
 
-def test_two_runs_at_once_in_one_folder_lose_no_picture(folder, tmp_path):
-    """Each picture that a run names is there, and is the one of its seed."""
-    def child(seed):
-        torch.set_num_threads(1)                            # threads do not survive a fork
-        draw(folder, tmp_path, "a cat", "--n", 5, "--seed", seed)
-    fork = multiprocessing.get_context("fork")
-    processes = [fork.Process(target=child, args=(seed,)) for seed in (0, 100)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    seeds = [int(Image.open(tmp_path / f"{k:04d}.png").text["seed"]) for k in range(10)]
-    assert sorted(seeds) == [*range(5), *range(100, 105)]
-    assert len(names(tmp_path)) == 12                       # with two grids, and nothing else is left
-
-
-def test_low_vram_and_the_other_sampler_and_precision_draw(folder, tmp_path):
-    common, drawn = ["a photo of a cat", "--seed", 5], pixels(folder / "drawn" / "0000.png")
-    draw(folder, tmp_path / "low", *common, "--low-vram")
+def test_low_vram_and_the_other_sampler_and_precision_draw(weights, drawn, tmp_path):
+    common, drawn = ["a photo of a cat", "--seed", 5], pixels(drawn / "0000.png")
+    draw(weights, tmp_path / "low", *common, "--low-vram")
     assert torch.equal(pixels(tmp_path / "low" / "0000.png"), drawn)
-    draw(folder, tmp_path / "bf16", *common, "--precision", "bf16")
+    draw(weights, tmp_path / "bf16", *common, "--precision", "bf16")
     assert (pixels(tmp_path / "bf16" / "0000.png") - drawn).abs().mean() < 8
-    draw(folder, tmp_path / "dpm", *common, "--sampler", "dpm++", "--negative", "a hat")
+    draw(weights, tmp_path / "dpm", *common, "--sampler", "dpm++", "--negative", "a hat")
     assert not torch.equal(pixels(tmp_path / "dpm" / "0000.png"), drawn)
 
 
-def test_concepts_change_the_picture_and_each_setting_does(folder, tmp_path):
-    teddy, cat = (["--concept", folder / f"{name}.safetensors"] for name in ("teddy", "cat"))
+def test_concepts_change_the_picture_and_each_setting_does(weights, concept_files, tmp_path):
+    teddy, cat = (["--concept", concept_files[name]] for name in ("teddy", "cat"))
     common = ["a <teddy> next to a <cat>", *teddy, *cat]
     found = {}
     for name, more in {"plain": [], "beta": ["--beta", 5], "each": ["--beta", "0.7,5"], "tau": ["--tau", 1],
                        "global": ["--lock", "global", "--beta", 0.7]}.items():
-        draw(folder, tmp_path / name, *common, *more)
+        draw(weights, tmp_path / name, *common, *more)
         found[name] = pixels(tmp_path / name / "0000.png")
     for a in found:
         assert not any(torch.equal(found[a], found[b]) for b in found if b != a), a
 
 
 @pytest.mark.parametrize("prompt, warning", [
-    ("a cat", "the prompt does not use <teddy>"),
-    ("cat " * 2500 + "<teddy>", "cut off"), ("cat " * 2500 + "<teddy>", "does not use <teddy>")])
-def test_what_the_prompt_does_not_reach_is_a_warning(folder, tmp_path, prompt, warning):
-    _, stderr = draw(folder, tmp_path, prompt, "--concept", folder / "teddy.safetensors")
+    ("a cat", "the prompt does not use <teddy>"), ("cat " * 2500 + "<teddy>", "cut off")])
+def test_what_the_prompt_does_not_reach_is_a_warning(weights, concept_files, tmp_path, prompt, warning):
+    _, stderr = draw(weights, tmp_path, prompt, "--concept", concept_files["teddy"])
     assert warning in stderr and stderr.count("warning: ") <= 4 and len(stderr) < 3000
 
 

@@ -24,36 +24,13 @@ import perfusion
 import shell
 import train
 from attention_maps import noised_map, share_inside
-from models import ROOT, Call, run_script, write_weights
+from models import ROOT, noise, run_script
 from perfusion import Concept
 from pictures import list_images, prepare_data
-from train import Data, Settings, Training
+from train import Settings, Training
 from weights_loader import load
 
 SMALL = ["--resolution", "16", "--batch", "4", "--preview", "0", "--device", "cpu"]
-
-
-def noise(height, width, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Sums are then taken in one order: bit-identity is tested."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A folder with a random model and its covariance."""
-    folder = write_weights(tmp_path_factory.mktemp("weights"))
-    model = load(folder)
-    captions = covariance.built_in_captions(200, model.tokenizer)
-    covariance.store(covariance.covariance(model.text_encoder, model.tokenizer, captions), model)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +69,6 @@ def run(*arguments):
 
 # --------------------------------------------------------------------------------------------------- the step
 
-@pytest.mark.parametrize("lock, targets", [("locked", 1), ("trained", 2), ("none", 0)])
-def test_the_optimizer_holds_exactly_the_embedding_and_one_target_per_layer(setting, lock, targets):
-    training = setting(lock=lock)
-    held = [x for group in training.optimizer.param_groups for x in group["params"]]
-    layers = len(training.model.unet.cross_attentions)
-    assert len(held) == 1 + targets * layers and held[0].shape == (2, 16)
-    assert [x.ndim for x in held[1:]] == [1] * (targets * layers)
-    rates = {group["lr"] for group in training.optimizer.param_groups}
-    embedding, values = train.EMBEDDED.lr_embedding, train.EMBEDDED.lr
-    assert rates == ({embedding, values} if targets else {embedding})
-
-
 @pytest.mark.parametrize("lock", perfusion.LOCKS)
 def test_a_step_changes_what_is_trained_and_nothing_else(setting, lock):
     training = setting(lock=lock)
@@ -135,24 +100,20 @@ def test_before_the_first_step_the_concept_is_its_super_category(setting):
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_loss_is_the_masked_error_in_what_the_network_predicts(setting, prediction_type):
+def test_the_loss_is_the_masked_error_in_what_the_network_predicts(setting, prediction_type, monkeypatch):
     training = setting()
-    schedule, training.model.schedule = training.model.schedule, diffusion.Schedule.sd_v1(prediction_type)
-    try:
-        choices = picture, flip, template, t, noise = training.draw()
-        loss, e_concept = training.loss(*choices)
-        prompts = [perfusion.TEMPLATES[i].format("<teddy>") for i in template]
-        model, concept = training.model, training.concept
-        e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [concept])
-        keys, values, _ = perfusion.keys_and_values(model.unet, e, None, [concept], 0.75, 0.1)
-        z, m = training.data.latents[picture, flip], training.data.masks[picture, flip]
-        output = model.unet(model.schedule.add_noise(z, noise, t), t, keys, values)
-        target = model.schedule.target(z, noise, t)
-        assert loss.item() == pytest.approx((m * (target - output) ** 2).mean().item(), rel=1e-4)
-        last = [found["<teddy>"][0][-1] for found in positions]
-        torch.testing.assert_close(e_concept, e[range(len(last)), last], rtol=1e-4, atol=1e-5)
-    finally:
-        training.model.schedule = schedule
+    model, concept, schedule = training.model, training.concept, diffusion.Schedule.sd_v1(prediction_type)
+    monkeypatch.setattr(model, "schedule", schedule)
+    choices = picture, flip, template, t, noise = training.draw()
+    loss, e_concept = training.loss(*choices)
+    prompts = [perfusion.TEMPLATES[i].format("<teddy>") for i in template]
+    e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [concept])
+    keys, values, _ = perfusion.keys_and_values(model.unet, e, None, [concept], 0.75, 0.1)
+    z, m = training.data.latents[picture, flip], training.data.masks[picture, flip]
+    error = schedule.target(z, noise, t) - model.unet(schedule.add_noise(z, noise, t), t, keys, values)
+    assert loss.item() == pytest.approx((m * error ** 2).mean().item(), rel=1e-4)
+    last = [found["<teddy>"][0][-1] for found in positions]
+    torch.testing.assert_close(e_concept, e[range(len(last)), last], rtol=1e-4, atol=1e-5)
 
 
 def gradients(training):
@@ -174,15 +135,6 @@ def test_parts_of_a_batch_and_recomputed_activations_give_the_same_gradients(set
     for a, b, c in zip(whole, parts, recomputed):       # float32: sums in another order
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-8)
-
-
-def test_what_the_mask_hides_does_not_enter_the_loss(setting):
-    data = setting().data
-    left, choices = torch.zeros_like(data.masks), setting().draw()
-    left[..., :4] = 1
-    seen, hidden, both, nothing = (setting(Data(data.images, data.latents, m)).loss(*choices)[0].item()
-                                   for m in (left, 1 - left, torch.ones_like(left), torch.zeros_like(left)))
-    assert nothing == 0 < min(seen, hidden) and seen + hidden == pytest.approx(both, rel=1e-5)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -210,24 +162,21 @@ def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictur
 
 
 EMBEDDINGS = {
-    "diffusers": ({"<x>": torch.arange(16.0)}, (1, 16)), "two rows": ({"<x>": torch.ones(2, 16)}, (2, 16)),
+    "diffusers": ({"<x>": torch.arange(16.0)}, (1, 16)),
     "the web UI": ({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(2, 16)}}, (2, 16)),
     "the original": ({"string_to_param": torch.nn.ParameterDict({"*": torch.ones(2, 16)})}, (2, 16)),
-    "two words": ({"<x>": torch.ones(16), "<y>": torch.ones(16)}, None),
-    "code": ({"string_to_param": {"*": Call(os.mkdir, "executed")}}, None), "a list": ([1, 2], None)}
+    "two words": ({"<x>": torch.ones(16), "<y>": torch.ones(16)}, None)}
 
 
 @pytest.mark.parametrize("name", EMBEDDINGS)
-def test_a_textual_inversion_is_read_and_its_code_is_not_run(tmp_path, monkeypatch, name):
+def test_a_textual_inversion_is_read_in_every_form(tmp_path, name):
     content, shape = EMBEDDINGS[name]
-    monkeypatch.chdir(tmp_path)
-    torch.save(content, "x.pt")
+    torch.save(content, tmp_path / "x.pt")
     if shape is None:
         with pytest.raises(ValueError, match="x.pt is not a textual inversion"):
-            export.read_embedding(Path("x.pt"))
+            export.read_embedding(tmp_path / "x.pt")
     else:
-        assert export.read_embedding(Path("x.pt")).shape == shape
-    assert [path.name for path in tmp_path.iterdir()] == ["x.pt"]
+        assert export.read_embedding(tmp_path / "x.pt").shape == shape
 
 
 def test_a_training_can_start_from_a_textual_inversion(weights, pictures, tmp_path):
@@ -264,35 +213,13 @@ def test_a_concept_of_other_pictures_is_replaced_only_on_request(weights, pictur
     assert run(*again, "--overwrite") == 0
 
 
-@pytest.mark.parametrize("inside", [".", "out", "out/deep"])
-def test_the_output_may_not_stand_among_the_pictures(pictures, tmp_path, inside):
-    code, _, error = run_script("train.py", *command("tiny", pictures, pictures / inside))
-    assert code == 2 and "is in the pictures' folder" in error and not (pictures / "out").exists()
+def test_the_super_category_is_its_words():
+    assert shell.ordinary_words(" “teddy bear”, ") == shell.ordinary_words("'teddy bear!'") == "teddy bear"
 
 
-@pytest.mark.parametrize("text", ["teddy bear.", '"teddy bear"', " “teddy bear”, ", "'teddy bear!'"])
-def test_the_super_category_is_its_words(text):
-    assert shell.ordinary_words(text) == "teddy bear"
-
-
-def test_a_super_category_of_too_many_tokens_is_refused_before_the_covariance_is_computed(pictures, tmp_path):
-    weights = write_weights(tmp_path / "weights")
-    code, _, error = run_script("train.py", *command(weights, pictures, tmp_path / "o", "--super", "bear " * 30))
-    assert code == 2 and "too long" in error and not (weights / covariance.FILE).exists()
-
-
-@pytest.mark.parametrize("folder, name", [("toy.v1", "toy-v1"), ("toy.v2", "toy-v2"), ("My Toy", "my-toy")])
-def test_a_token_is_the_whole_name_of_the_folder(tmp_path, folder, name):
-    (tmp_path / folder).mkdir()
-    assert shell.concept_name(None, tmp_path / folder) == name
-
-
-def test_when_memory_runs_out_one_sentence_says_what_needs_less(weights, pictures, tmp_path, monkeypatch):
-    def exhausted(*arguments, **options):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(torch.optim.AdamW, "step", exhausted)
-    code, _, error = run_script("train.py", *command(weights, pictures, tmp_path / "o"))
-    assert code == 2 and "error: out of memory: --accumulate" in error
+def test_a_token_is_the_whole_name_of_the_folder(tmp_path):
+    (tmp_path / "My Toy.v2").mkdir()
+    assert shell.concept_name(None, tmp_path / "My Toy.v2") == "my-toy-v2"
 
 
 def main(*arguments):
@@ -302,26 +229,6 @@ def main(*arguments):
 
 def same_file(a, b, name="teddy.safetensors"):
     return (a / name).read_bytes() == (b / name).read_bytes()
-
-
-def test_a_resumed_training_ends_bit_identical(weights, pictures, tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert run(*command(weights, pictures, whole, "--steps", 7, "--seed", 3)) == 0
-    stop = ["--checkpoint", 2, "--resume"]
-    for died in (3, 6, None):           # in its first, in its second part; the third goes on to the end
-        step = Training.step
-        with pytest.MonkeyPatch.context() as patch:
-            if died:
-                def dies(self):
-                    if len(self.losses) == died:
-                        raise KeyboardInterrupt
-                    return step(self)
-                patch.setattr(Training, "step", dies)
-                with pytest.raises(KeyboardInterrupt):
-                    main(*command(weights, pictures, parts, "--steps", 7, "--seed", 3, *stop))
-            else:
-                main(*command(weights, pictures, parts, "--steps", 7, "--seed", 3, *stop))
-    assert same_file(whole, parts) and same_file(whole, parts, "loss.csv")
 
 
 def start(arguments, **environment):
@@ -337,14 +244,14 @@ def start(arguments, **environment):
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_a_killed_training_resumes_and_ends_bit_identical(weights, pictures, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert run(*command(weights, pictures, whole, "--steps", 20)) == 0
-    process = start(command(weights, pictures, killed, "--steps", 20, "--checkpoint", 1))
+    assert run(*command(weights, pictures, whole, "--steps", 7)) == 0
+    process = start(command(weights, pictures, killed, "--steps", 7, "--checkpoint", 2))
     while process.is_alive() and not (killed / "checkpoint.pt").exists():
         time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -9
-    assert run(*command(weights, pictures, killed, "--steps", 20, "--resume")) == 0
+    assert run(*command(weights, pictures, killed, "--steps", 7, "--resume")) == 0
     assert same_file(whole, killed) and same_file(whole, killed, "loss.csv")
 
 
@@ -407,7 +314,7 @@ def teddy():
     fast_cpu.enable(model)
     files, _ = list_images(ROOT / "examples" / "teddy")
     data = prepare_data(model, files, "teddy bear", report=lambda line: None)
-    settings = Settings("teddy bear", "<teddy>", steps=30, batch=4)
+    settings = Settings("teddy bear", "<teddy>", steps=20, batch=4)
     training = Training(model, data, settings, covariance.inverse(covariance.cached(model)))
     return training, train.run(training)
 
@@ -434,7 +341,8 @@ def test_a_locked_word_stays_on_its_object_and_a_trained_one_leaks(teddy):
     for lock in ("locked", "trained"):
         settings = Settings("teddy bear", "<teddy>", lock=lock)
         concept = train.run(Training(model, data, settings, teddy[0].C_inverse))
-        text = perfusion.project(model, ["a photo of a <teddy> in a room"], perfusion.prepare([concept], model))
+        concepts = perfusion.prepare([concept], model)
+        text = perfusion.project(model, ["a photo of a <teddy> in a room"], concepts)
         where = noised_map(model, data.latents[:, 0], 400, text.keys, text.values,
                            text.positions[0]["<teddy>"][0])
         shares[lock] = share_inside(where, truth).mean().item()

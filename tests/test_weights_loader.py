@@ -12,11 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import unet
 import weight_formats
 import weights_loader
-from models import (PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
-                    small_model)
+from models import PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors, small_model
 
 PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
@@ -143,8 +141,10 @@ def single(change=dict, name="v1.safetensors", **beside):
 def attention(*names):
     """A change: these names for q, k, v and proj_out of the VAE's attention in a single file."""
     new = dict(zip(("q", "k", "v", "proj_out"), names))
-    return lambda tensors: {re.sub(r"(mid\.attn_1\.)(\w+)", lambda match: match[1] + new.get(match[2], match[2]),
-                                   key): tensor for key, tensor in tensors.items()}
+
+    def renamed(key):
+        return re.sub(r"(mid\.attn_1\.)(\w+)", lambda match: match[1] + new.get(match[2], match[2]), key)
+    return lambda tensors: {renamed(key): tensor for key, tensor in tensors.items()}
 
 
 def linear_attention(tensors):
@@ -157,9 +157,10 @@ def novelai_and_half(tensors):
             tensor.half() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def channels_last(tensors):
-    return {key: tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
-            for key, tensor in tensors.items()}
+def parameters_channels_last(tensors):
+    change = {key: torch.nn.Parameter(tensor.to(memory_format=torch.channels_last))
+              for key, tensor in tensors.items() if tensor.ndim == 4}
+    return tensors | change
 
 
 def odd_addresses(model, folder):
@@ -195,12 +196,10 @@ def lightning(model, folder):
     return path
 
 
-def average(tensors, value=None, keep=1.0):
-    """A change: the plain names are the model; a moving average of something else, or a part of one, is added."""
+def average(tensors):
+    """A change: the plain names are the model; a moving average of something else is added."""
     other = single_file_tensors(small_model(seed=5), average=True)
-    names = [key for key in other if key.startswith("model_ema.diff")]
-    return tensors | {key: other[key] if value is None else torch.full_like(other[key], value)
-                      for key in names[:int(keep * len(names))]}
+    return tensors | {key: tensor for key, tensor in other.items() if key.startswith("model_ema.diff")}
 
 
 def average_alone(model, folder):
@@ -209,26 +208,22 @@ def average_alone(model, folder):
     return write_single(model, folder.parent / "one" / "v1.ckpt", tensors, global_step=1)
 
 
-IDS = {"text_model.embeddings.position_ids": torch.arange(16)[None],        # some old files hold them as floats
+IDS = {"text_model.embeddings.position_ids": torch.arange(16)[None],    # some old files hold them as floats
        "text_model.encoder.text_model.embeddings.position_ids": torch.arange(16.0)[None]}
 DREAMBOOTH = {"embedding_manager.initial_embeddings.x": torch.zeros(1, 8), "lora_te.weight": torch.zeros(1),
               **{f"embedding_manager.string_to_param_dict.{i}": torch.zeros(1, 8) for i in "*+"}}
 TOP_LEVEL = {"global_step": 3, "epoch": 1, "optimizer": {"state": [1]}, "name": "v1", 7: None}
 BUFFERS = "alphas_cumprod* (1)"  # the noise schedule in single files
 HALF = "its files are in half precision (fp16), it has no others"
-FORMS = {  # how a model is kept -> a function that keeps it so, what load() says of it, in lines or their parts
+FORMS = {  # how a model is kept -> a function that keeps it so, parts of the lines that load() says of it
     "as saved": (lambda model, folder: folder, []),
     "the old names of the VAE's attention": (changed("vae", lambda tensors: {
         OLD_ATTENTION.get(key, key): tensor for key, tensor in tensors.items()}), []),
     "no prefix, as transformers 5 saves": (changed("text_encoder", lambda tensors: {
         key.removeprefix("text_model."): tensor for key, tensor in tensors.items()}), []),
     "position ids": (changed("text_encoder", lambda tensors: tensors | IDS), ["not used: text_model* (2)"]),
-    "only bins": (files(bins), []), "only bins in half": (files(
-        lambda tensors, path: bins({key: tensor.half() for key, tensor in tensors.items()}, path, ".fp16")), [HALF]),
-    "parameters, channels last": (files(lambda tensors, path: bins(
-        {key: torch.nn.Parameter(tensor) for key, tensor in channels_last(tensors).items()}, path)), []),
-    "only half": (files(half), [HALF]), "shards": (files(shards), []), "shards of bins": (files(shards, ".bin"), []),
-    "shards in half": (files(shards, ".safetensors", ".fp16"), []),
+    "only bins": (files(bins), []), "only half": (files(half), [HALF]),
+    "shards": (files(shards), []), "shards of bins": (files(shards, ".bin"), []),
     "data at any address": (odd_addresses, []), "tokenizer.json": (tokenizer_json, []),
     "a single file": (single(), [BUFFERS]), "NovelAI, in half": (single(novelai_and_half), [BUFFERS]),
     "new attention": (single(attention("to_q", "to_k", "to_v", "to_out.0")), [BUFFERS]),
@@ -236,18 +231,16 @@ FORMS = {  # how a model is kept -> a function that keeps it so, what load() say
     "linear attention": (single(linear_attention), [BUFFERS]),
     "DreamBooth": (single(lambda tensors: tensors | DREAMBOOTH, "v1.ckpt"),
                    ["embedding_manager* (3), model_ema* (2), "]),
-    "tensors at the top level": (single(lambda tensors: channels_last(tensors) | TOP_LEVEL, "v1.ckpt"),
-                                 ["not used: model_ema* (2), "]),
+    "tensors at the top level": (single(lambda tensors: parameters_channels_last(tensors) | TOP_LEVEL,
+                                        "v1.ckpt"), ["not used: model_ema* (2), "]),
     "Lightning": (lightning, ["not used: model_ema* (2), "]),
     "an average beside": (single(average), ["not used: model_ema* (688), "]),
-    "an average of zeros": (single(lambda tensors: average(tensors, 0.0)), ["not used: model_ema* (688), "]),
-    "half an average": (single(lambda tensors: average(tensors, keep=0.5)), ["not used: model_ema* (345), "]),
     "an average alone": (average_alone, ["its U-Net is the moving average (model_ema)",
                                          "not used: model_ema* (2), "])}
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_complete_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, folder, fingerprint, form):
+def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, folder, fingerprint, form):
     keep, expected = FORMS[form]
     loaded, said = load(keep(model, folder))
     assert_equal(model, loaded)
@@ -262,16 +255,9 @@ def test_a_complete_model_loads_as_it_was_and_what_is_unexpected_is_said_once(mo
     assert loaded.tokenizer.encode(["a bear"])[0].equal(model.tokenizer.encode(["a bear"])[0])
 
 
-def test_a_missing_shard_is_named(folder):
-    rewritten(folder, shards)
-    next((folder / "vae").glob("*00002-of*")).unlink()
-    with pytest.raises(ValueError, match="00002-of-00003.* no such file"):
-        load(folder)
-
-
-@pytest.mark.parametrize("content", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": 5}', '{"weight_map": {"a": 5}}',
-                                     '{"weight_map": {"a": "nowhere.safetensors"}}', "not JSON"])
-def test_an_index_that_names_no_files_is_one_sentence(folder, content):
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}',
+                                     '{"weight_map": {"a": "00002-of-00003.safetensors"}}'])
+def test_an_index_of_no_files_or_of_a_missing_one_is_one_sentence(folder, content):
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.unlink()
     path.with_name(f"{path.name}.index.json").write_text(content)
@@ -287,19 +273,11 @@ def test_whole_files_come_before_others_and_a_variant_by_name(model, folder):
     assert_equal(model, load(folder)[0])
     variant, said = load(folder, variant="fp16")
     assert variant.unet.conv_in.weight.equal(model.unet.conv_in.weight + 1) and not said
-    with pytest.raises(ValueError, match="unet/diffusion_pytorch_model.bf16.safetensors: there is no such file"):
+    with pytest.raises(ValueError, match="model.bf16.safetensors: there is no such file"):
         load(folder, variant="bf16")
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_the_networks_have_the_type_that_was_asked_for(model, folder, dtype):
-    loaded, _ = load(folder, dtype=dtype)
-    assert {p.dtype for part in PARTS for p in getattr(loaded, part).parameters()} == {dtype}
-    weights_loader.save(model, folder, torch.float16)
-    assert_equal(model, load(folder)[0])
-
-
-def test_both_precisions_of_a_model_have_one_fingerprint_and_another_model_another(model, tmp_path):
+def test_both_precisions_of_a_model_have_one_fingerprint_and_another_model_another(tmp_path):
     fp32 = small_model()
     for part in PARTS:
         for parameter in getattr(fp32, part).parameters():
@@ -314,14 +292,6 @@ def test_both_precisions_of_a_model_have_one_fingerprint_and_another_model_anoth
     assert load("tiny")[0].fingerprint == "dd3f87938f1b794e"
 
 
-def test_a_merge_beside_its_parents_moving_average_is_loaded_as_merged(model, tmp_path):
-    a, b = single_file_tensors(model), single_file_tensors(small_model(seed=1), average=True)
-    merge = {key: (a[key] + b[key]) / 2 if a[key].is_floating_point() else a[key] for key in a}
-    merge |= {key: tensor for key, tensor in b.items() if key.startswith("model_ema.")}
-    loaded, _ = load(write_single(model, tmp_path / "merge.safetensors", merge))
-    assert loaded.unet.conv_in.weight.equal(merge[PLAIN + "input_blocks.0.0.weight"])
-
-
 def test_convolutions_lie_channels_last_in_memory_and_as_published_in_files(folder):
     loaded, _ = load(folder)
     weights = [p for part in PARTS for p in getattr(loaded, part).parameters() if p.dim() == 4]
@@ -334,16 +304,15 @@ def test_convolutions_lie_channels_last_in_memory_and_as_published_in_files(fold
 # ---- what goes with the networks: size, prediction, vocabulary
 
 @pytest.mark.parametrize("unet_side, vae_side, size", [
-    (64, 512, (512, 512)), (64, 256, (512, 512)), (96, 512, (768, 768)), ([64, 96], 512, (512, 768)),
-    (None, None, (512, 512)), (None, [256, 256], (512, 512)), ("absent", 256, (512, 512))])
+    (64, 256, (512, 512)), ([64, 96], 512, (512, 768)), (None, [256, 256], (512, 512))])
 def test_the_size_is_the_unets_sample_size_in_pixels(folder, unet_side, vae_side, size):
     for part, side in (("unet", unet_side), ("vae", vae_side)):
         path = folder / part / "config.json"
-        config = json.loads(path.read_text()) | {"sample_size": side}
-        path.write_text(json.dumps({key: value for key, value in config.items() if value != "absent"}))
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": side}))
     loaded, said = load(folder)
     assert loaded.size == size
-    assert [f"trained for {size[0]} x {size[1]} pixels" in line for line in said] == [True] * (size != (512, 512))
+    assert bool(said) == (size != (512, 512)) and all(
+        f"trained for {size[0]} x {size[1]} pixels" in line for line in said)
     weights_loader.save(loaded, folder.parent / "again")
     assert load(folder.parent / "again")[0].size == size
 
@@ -362,33 +331,22 @@ def test_the_prediction_type_comes_with_a_folder(folder):
 
 
 @pytest.mark.parametrize("yaml, prediction", [
-    (None, "epsilon"), ("model:\n  params:\n    linear_start: 0.00085\n", "epsilon"),
-    ('model:\n  params:\n    parameterization: "v"  # and not eps\n', "v_prediction"),
-    ("model:\r\n  params:\r\n    parameterization: v\r\n", "v_prediction"),
+    (None, "epsilon"), ('model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
     ("    parameterization: 'eps'\n", "epsilon"), ("    # parameterization: v\n", "epsilon")])
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, yaml, prediction, suffix):
-    path = write_single(model, tmp_path / f"v1.5 (tuned){suffix}", {"a": torch.zeros(1)})
+def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, yaml, prediction):
+    path = write_single(model, tmp_path / "v1.5 (tuned).ckpt", {"a": torch.zeros(1)})
     (tmp_path / "v1.5.yaml").write_text("parameterization: v")  # of another file
     if yaml is not None:
         path.with_suffix(".yaml").write_bytes(yaml.encode())
     assert weights_loader.open_single_file(path)[1] == prediction
 
 
-def test_a_v_prediction_model_in_a_single_file_needs_a_yaml_or_a_word_from_the_user(model, tmp_path):
+def test_the_users_word_goes_before_the_yaml_and_another_type_is_one_sentence(model, tmp_path):
     path = write_single(model, tmp_path / "v1.safetensors", single_file_tensors(model))
-    loaded, said = load(path, prediction="v_prediction")
-    assert loaded.schedule.prediction_type == "v_prediction" and V in said[0]
     path.with_suffix(".yaml").write_text("parameterization: v")
     loaded, said = load(path)
     assert loaded.schedule.prediction_type == "v_prediction" and V in said[0]
     assert load(path, prediction="epsilon")[0].schedule.prediction_type == "epsilon"
-
-
-def test_a_prediction_type_that_there_is_not_is_one_sentence(model, tmp_path):
-    path = write_single(model, tmp_path / "v1.safetensors", single_file_tensors(model))
-    with pytest.raises(ValueError, match="the prediction type is epsilon or v_prediction, not 'v'"):
-        load(path, prediction="v")
     path.with_suffix(".yaml").write_text("parameterization: x0")
     with pytest.raises(ValueError, match="not 'x0 of .*v1.yaml'"):
         load(path)
@@ -405,53 +363,30 @@ def test_a_single_file_takes_the_vocabulary_beside_it_or_the_one_given(model, tm
     assert loaded.tokenizer.vocabulary == model.tokenizer.vocabulary and loaded.folder == tmp_path
 
 
-def test_a_folder_takes_the_tokenizer_that_it_is_given(model, folder, tmp_path):
-    for path in (folder / "tokenizer").iterdir():
-        path.rename(tmp_path / path.name)
-    with pytest.raises(ValueError, match="tokenizer/merges.txt: there is no such file"):
-        load(folder)
-    assert_equal(model, load(folder, tokenizer=tmp_path)[0])
-
-
 # ---- what is refused
 
 def half_a_model(part):
     return lambda tensors: {key: tensor for key, tensor in tensors.items() if not key.startswith(part)}
 
 
-def tensor(key, change):
-    return lambda tensors: tensors | {key: change(tensors[key])}
-
-
-CONV_IN, TO_K = PLAIN + "input_blocks.0.0.weight", PLAIN + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+CONV_IN = PLAIN + "input_blocks.0.0.weight"
 REFUSED = {  # what a file is -> (what is done to a complete one, the sentence's words)
     "a VAE alone": (half_a_model(("model.", "cond")), "its unet lacks 686 of 686 tensors"),
-    "a U-Net alone": (half_a_model(("first", "cond")), "its vae lacks 248 of 248 tensors"),
-    "without a text encoder, as SDXL and SD 2": (half_a_model("cond"), "its text_encoder lacks 196 of 196 tensors"),
-    "a LoRA": (lambda tensors: {"lora_unet_mid_block.lora_up.weight": torch.zeros(1, 1)}, "its unet lacks 686"),
-    "an embedding": (lambda tensors: {"emb_params": torch.zeros(1, 8)}, "its unet lacks 686"),
-    "inpainting": (tensor(CONV_IN, lambda x: torch.cat([x, x, x[:, :1]], 1)), r"has the shape \[4, 9, 3, 3\]"),
-    "a wider text encoder's U-Net": (tensor(TO_K, lambda x: torch.cat([x, x], 1)), r"has the shape \[4, 16\]"),
-    "fp8": (tensor(TO_K, lambda x: x.to(torch.float8_e4m3fn)), "holds torch.float8_e4m3fn, not"),
-    "other fp8": (tensor(TO_K, lambda x: x.to(torch.float8_e5m2)), "holds torch.float8_e5m2, not"),
-    "whole numbers": (tensor(TO_K, lambda x: x.long()), "holds torch.int64, not"),
-    "a NaN": (tensor(TO_K, lambda x: x / 0), "holds a NaN or an infinite number"),
-    "half an average alone": (lambda tensors: {
-        key: tensor for i, (key, tensor) in enumerate(single_file_tensors(small_model(), average=True).items())
-        if not key.startswith(PLAIN) and (i % 2 or "model_ema" not in key)}, "its unet lacks 3.. of 686")}
+    "without a text encoder, as SDXL and SD 2": (half_a_model("cond"), "its text_encoder lacks 196 of 196"),
+    "inpainting": (lambda tensors: tensors | {CONV_IN: torch.zeros(4, 9, 3, 3)}, r"has the shape \[4, 9, 3"),
+    "fp8": (lambda tensors: tensors | {CONV_IN: tensors[CONV_IN].to(torch.float8_e5m2)}, "float8_e5m2, not")}
 
 
-@pytest.mark.parametrize("kind, suffix", [*((kind, ".ckpt") for kind in REFUSED), ("a LoRA", ".safetensors"),
-                                          ("fp8", ".safetensors"), ("other fp8", ".safetensors")])
-def test_an_incomplete_or_other_model_is_refused_in_one_sentence(model, tmp_path, kind, suffix):
+@pytest.mark.parametrize("kind", REFUSED)
+def test_an_incomplete_or_other_model_is_refused_in_one_sentence(model, tmp_path, kind):
     change, words = REFUSED[kind]
-    path = write_single(model, tmp_path / f"model{suffix}", change(single_file_tensors(model)))
-    with pytest.raises(ValueError, match=f"model{suffix}.*{words}") as error:
+    path = write_single(model, tmp_path / "model.ckpt", change(single_file_tensors(model)))
+    with pytest.raises(ValueError, match=f"model.ckpt.*{words}") as error:
         load(path)
     assert "\n" not in str(error.value)
 
 
-def test_parts_of_two_models_are_refused(model, folder):
+def test_parts_of_two_models_are_refused(folder):
     other = small_model()
     other.text_encoder.config = weight_formats.dataclasses.replace(SMALL["text_encoder"], width=16)
     other.text_encoder = type(other.text_encoder)(other.text_encoder.config)
@@ -467,7 +402,7 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_pa
     path = tmp_path / "evil.ckpt"
     evil = wrap(Call(eval, f"open({str(tmp_path / 'was-run')!r}, 'w')"))
     torch.save(evil, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="evil.ckpt.*asks to run .*eval" if zipped else "evil.ckpt.*not a zip"):
+    with pytest.raises(ValueError, match="evil.ckpt.*" + ("asks to run .*eval" if zipped else "not a zip")):
         load(path)
     assert list(tmp_path.iterdir()) == [path]
     torch.load(path, weights_only=False)
@@ -475,21 +410,3 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_pa
 
 
 # ---- files written here
-
-def test_saved_files_have_the_published_names_and_leave_nothing_else(model, folder):
-    files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    assert files == [
-        "scheduler/scheduler_config.json", "text_encoder/config.json", "text_encoder/model.safetensors",
-        "tokenizer/merges.txt", "tokenizer/tokenizer_config.json", "tokenizer/vocab.json", "unet/config.json",
-        "unet/diffusion_pytorch_model.safetensors", "vae/config.json",
-        "vae/diffusion_pytorch_model.safetensors"]
-
-
-def test_diffusers_and_transformers_load_what_is_saved(model, folder):
-    diffusers, transformers = pytest.importorskip("diffusers"), pytest.importorskip("transformers")
-    for part, reference in (("unet", diffusers.UNet2DConditionModel), ("vae", diffusers.AutoencoderKL),
-                            ("text_encoder", transformers.CLIPTextModel)):
-        loaded, info = reference.from_pretrained(folder / part, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"], part
-        state = {key.removeprefix("text_model."): value for key, value in loaded.state_dict().items()}
-        assert all(state[key].equal(value) for key, value in getattr(model, part).state_dict().items())
