@@ -2,9 +2,10 @@
 
     python tiny/figures.py base         # figures/base.png: the model without a concept
     python tiny/figures.py hero         # figures/hero.png: two concepts, each alone and both together
+    python tiny/figures.py pairs        # figures/pairs.png: the example pairs, in both orders
     python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
 
-The hero figure shows the files that the README's commands make; other two can be named instead.
+Hero and pairs show the concepts that train.py leaves in out/; other files can be named instead.
 """
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
 from PIL import Image
 
-HERO = ("out/teddy/teddy.safetensors", "out/cat/cat.safetensors")
+HERO = ("out/robot/robot.safetensors", "out/dog/dog.safetensors")
+PAIRS = ("out/teddy/teddy.safetensors", "out/cat/cat.safetensors", *HERO)
 BASE_PROMPTS = (
     "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
     "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
@@ -89,8 +91,26 @@ def hero(model, files: list, steps: int) -> Figure:
         prompts = [prompt.format(concept.token) for prompt in HERO_PROMPTS]
         show(right, draw(model, concepts, prompts, 1, steps)[:, 0], 4, f"{concept.token} in new scenes")
     for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
-        prompt = f"a photo of a {a.token} next to a {b.token} on the grass"
-        show(axes, draw(model, concepts, [prompt], 4, steps)[0], 4, prompt)
+        together(axes, model, [a, b], 4, steps)
+    return figure
+
+
+def together(axes, model, concepts: list, seeds: int, steps: int):
+    """Two concepts in one picture, from several seeds."""
+    prompt = f"a photo of a {concepts[0].token} next to a {concepts[1].token} on the grass"
+    show(axes, draw(model, concepts, [prompt], seeds, steps)[0], seeds, prompt)
+
+
+def pairs(model, files: list, steps: int) -> Figure:
+    """The first and the second concept in one picture, the third and the fourth, ...; in both orders."""
+    concepts = [perfusion.Concept.load(file) for file in files or PAIRS]
+    if len(concepts) % 2:
+        raise ValueError(f"{len(concepts)} concepts are no pairs")
+    couples = [perfusion.prepare(concepts[k:k + 2], model) for k in range(0, len(concepts), 2)]
+    orders = [order for couple in couples for order in (couple, couple[::-1])]
+    figure = Figure(figsize=(9, 1.35 * len(orders)), layout="constrained")
+    for axes, order in zip(figure.subplots(len(orders)), orders):
+        together(axes, model, order, 8, steps)
     return figure
 
 
@@ -160,7 +180,7 @@ def method(model, files: list, steps: int) -> Figure:
 
 
 def main(argv=None):
-    figures = {one.__name__: one for one in (base, hero, method)}
+    figures = {one.__name__: one for one in (base, hero, pairs, method)}
     parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)
