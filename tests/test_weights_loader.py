@@ -327,7 +327,6 @@ def test_the_prediction_type_comes_with_a_folder(folder):
     assert loaded.schedule.prediction_type == "v_prediction" and V in said[0]
     weights_loader.save(loaded, folder.parent / "again")
     assert load(folder.parent / "again")[0].schedule.prediction_type == "v_prediction"
-    assert load(folder, prediction="epsilon")[0].schedule.prediction_type == "epsilon"
 
 
 @pytest.mark.parametrize("yaml, prediction", [
