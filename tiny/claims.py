@@ -11,6 +11,7 @@ are claims.md and pareto.png there, and the pictures of every row. Intervals are
 concepts, as the pictures of one concept are not independent; differences are paired by concept.
 """
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -20,10 +21,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -191,7 +192,6 @@ class Study:
     clip: clip_image.CLIP | None
     folder: Path
     args: argparse.Namespace
-    lineups: dict = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> "Study":
@@ -205,12 +205,6 @@ class Study:
         clip = clip_image.load(own, model.text_encoder) if own.is_dir() else None
         return cls(model, judges.Judge.load(args.judge), clip, folder, args)
 
-    def lineup(self, name: str) -> torch.Tensor:
-        """`judges.lineup` of a concept, computed once."""
-        if name not in self.lineups:
-            self.lineups[name] = judges.lineup(self.judge, person(name)[0], name)
-        return self.lineups[name]
-
     def file(self, training: str, name: str) -> Path:
         """The concept file of one training."""
         return self.folder / training.replace(" ", "_") / name / f"{name}.safetensors"
@@ -222,6 +216,12 @@ class Study:
 
 
 STUDY = None  # of a working process
+
+
+@functools.cache
+def lineup(name: str) -> torch.Tensor:
+    """`judges.lineup` of a concept, computed once."""
+    return judges.lineup(STUDY.judge, person(name)[0], name)
 
 
 def start_work(args: argparse.Namespace):
@@ -301,7 +301,7 @@ def variety(silhouettes: torch.Tensor) -> float:
 def measure(row: Row, names: tuple) -> dict:
     """A concept alone: measure -> one number per picture, or per render, or one for all."""
     (name,), judge, seeds = names, STUDY.judge, STUDY.args.seeds
-    (individual, specs), concepts, known = person(name), STUDY.load(row.training, names), STUDY.lineup(name)
+    (individual, specs), concepts, known = person(name), STUDY.load(row.training, names), lineup(name)
     texts, wishes = zip(*prompts(name))
     word = concepts[0].token if concepts else individual.kind
     images = draw(row, concepts, [text.format(word) for text in texts], name)
@@ -338,8 +338,7 @@ def measure_pair(row: Row, names: tuple) -> dict:
     for things in STUDY.judge.find(draw(row, concepts, [text], "_".join(names))):
         seen = [one.kind for one in things]
         there = all(seen.count(kind) >= kinds.count(kind) for kind in kinds)
-        first, second = (judges.recognise(things, kind, STUDY.lineup(name))
-                         for kind, name in zip(kinds, names))
+        first, second = (judges.recognise(things, kind, lineup(name)) for kind, name in zip(kinds, names))
         record["kinds"].append(there)
         record["one"].append(there and bool(first | second))
         record["both"].append(there and any(a != b for a in first for b in second))
@@ -386,21 +385,13 @@ def written(values: list, factor: float = 1) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def at(points: list, x: float) -> float:
-    """The polygon through points (x, y), sorted by x, read at x."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= x <= x1:
-            return y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x1 > x0 else 0.5)
-    raise ValueError(f"{x} lies outside the curve")
-
-
 def at_equal(curve_a: list, curve_b: list) -> tuple:
     """Two curves of (x, y) points -> y of both in the middle of the x they share; nan if they share none."""
     a, b = sorted(curve_a), sorted(curve_b)
     low, high = max(a[0][0], b[0][0]), min(a[-1][0], b[-1][0])
     if not low <= high:  # also for nan
         return math.nan, math.nan
-    return at(a, (low + high) / 2), at(b, (low + high) / 2)
+    return tuple(float(np.interp((low + high) / 2, *zip(*points))) for points in (a, b))
 
 
 def curves(results: dict, training: str, x: str, y: str) -> list:
@@ -510,7 +501,7 @@ def run(args: argparse.Namespace):
                     if row.training and not study.file(row.training, name).exists()]
             for job, _ in zip(jobs, pool.map(train_one, jobs)):
                 report(f"trained {', '.join(job)}")
-            results[row.title] = list(pool.map(partial(record, row), cases(row.who, args.concepts)))
+            results[row.title] = list(pool.map(functools.partial(record, row), cases(row.who, args.concepts)))
             write_results(study.folder, results, args)
             report(f"measured {n} of {len(rows)} rows: {row.title}")
     print((study.folder / "claims.md").read_text(encoding="utf-8") + f"{study.folder}/claims.md")
