@@ -111,22 +111,21 @@ MORE_ROWS = (
     Row("training beta 0.5", "training beta 0.5"), Row("tau 0.1", "locked keys", tau=0.1),
     *sweep("locked keys, 400 steps"), *sweep("trained keys, 400 steps"),
 )
+FOLLOWING = ("kept", "text", "image", "first")
 COMPARISONS = (  # claim of the paper, measures, row A, row B
     ("a trained key's attention leaks beyond the object", ("share",), LOCKED, TRAINED),
     ("the same against textual inversion", ("share",), LOCKED, "textual inversion"),
-    ("locked keys keep more of the prompt at the same beta", ("kept", "text", "image", "first"), LOCKED,
-     TRAINED),
-    ("after 400 steps too", ("kept", "text", "image", "first"), "locked keys, 400 steps, beta 0.7",
+    ("locked keys keep more of the prompt at the same beta", FOLLOWING, LOCKED, TRAINED),
+    ("after 400 steps too", FOLLOWING, "locked keys, 400 steps, beta 0.7",
      "trained keys, 400 steps, beta 0.7"),
     ("beta trades the concept for the prompt", ("first", "kept", "image", "text"), "locked keys, beta 0.5",
      "locked keys, beta 1.0"),
     ("global lock gives more freedom than local", ("pose", "kept", "text", "first"), GLOBAL, LOCKED),
-    ("masks reduce overfitting", ("kept", "text", "image", "first"), LOCKED, "no masks"),
-    ("a higher training beta helps", ("kept", "text", "image", "first"), LOCKED, "training beta 0.5"),
-    ("tau above training's helps", ("kept", "text", "image", "first"), LOCKED, "tau 0.1"),
+    ("masks reduce overfitting", FOLLOWING, LOCKED, "no masks"),
+    ("a higher training beta helps", FOLLOWING, LOCKED, "training beta 0.5"),
+    ("tau above training's helps", FOLLOWING, LOCKED, "tau 0.1"),
     ("one image works, with slight overfitting", ("first", "kept", "image", "text"), "one image", LOCKED),
-    ("textual inversion follows the prompt worst", ("kept", "text", "image", "first"), LOCKED,
-     "textual inversion"),
+    ("textual inversion follows the prompt worst", FOLLOWING, LOCKED, "textual inversion"),
     ("the ungated edit (a LoRA of rank one) does the same", ("first", "kept", "share", "image"), UNGATED,
      LOCKED),
 )
@@ -279,13 +278,12 @@ def share_on_renders(row: Row, concepts: list, name: str) -> list:
     """Share of the word's attention inside the true mask, on renders of the concept in new scenes."""
     (individual, _), model, rng = person(name), STUDY.model, random.Random(f"renders {name}")
     specs = [world.place(rng, [individual], make_examples.NEW_SCENES[n % 3]) for n in range(RENDERS)]
-    images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
+    images, truth = judges.renders_and_truth(specs, model.size[0])
     word = concepts[0].token if concepts else individual.kind
     texts = [f"a photo of a {word} {world.scene_words(spec.scene)}" for spec in specs]
     keys, values, positions = encoded(row, concepts, texts)
     words = positions[0][word][0] if concepts else model.tokenizer.find(texts[0], word)[0]  # all begin alike
-    latents = model.vae.encode(judges.to_images(images) * 2 - 1)
-    truth = torch.stack([torch.from_numpy(mask["first"]) for mask in masks])
+    latents = model.vae.encode(images * 2 - 1)
     return torch.stack([share_inside(noised_map(model, latents, t, keys, values, words), truth)
                         for t in TIMESTEPS]).mean(0).tolist()
 
@@ -401,15 +399,19 @@ def curves(results: dict, training: str, x: str, y: str) -> list:
     return list(zip(*points))
 
 
+def both_and_difference(a: list, b: list, factor: float) -> list:
+    """Two rows' values of the same concepts and their paired difference, as cells."""
+    return [written(values, factor) for values in (a, b, [p - q for p, q in zip(a, b)])]
+
+
 def comparison_lines(results: dict) -> list:
     """The claims whose rows are measured, as cells: claim, measure, A, B, both values, paired difference."""
     lines = []
     for claim, measures, a, b in COMPARISONS:
         for name in measures if {a, b} <= results.keys() else ():
             title, factor = MEASURES[name]
-            left, right = (per_concept(results[row], name) for row in (a, b))
-            lines.append([claim, title, a, b, written(left, factor), written(right, factor),
-                          written([p - q for p, q in zip(left, right)], factor)])
+            values = (per_concept(results[row], name) for row in (a, b))
+            lines.append([claim, title, a, b, *both_and_difference(*values, factor)])
     for length in ("", ", 400 steps"):
         for x, y in PARETO:
             names = [f"{training} keys{length}" for training in ("locked", "trained")]
@@ -419,8 +421,8 @@ def comparison_lines(results: dict) -> list:
             left, right = zip(*[at_equal(*pair) for pair in zip(*both)])
             (title, factor), shared = MEASURES[y], sum(not math.isnan(one) for one in left)
             lines.append([f"locked keys shift the Pareto curve ({shared} of {len(left)} curves overlap)",
-                          f"{title} at equal {MEASURES[x][0]}", *names, written(left, factor),
-                          written(right, factor), written([p - q for p, q in zip(left, right)], factor)])
+                          f"{title} at equal {MEASURES[x][0]}", *names,
+                          *both_and_difference(left, right, factor)])
     return lines
 
 

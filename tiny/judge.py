@@ -135,8 +135,7 @@ class Judge(nn.Module):
         if not Path(path).exists():
             raise ValueError(f"{path} does not exist: make it with `python tiny/judge.py train`")
         judge = cls()
-        state = load_file(path)
-        judge.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in state.items()})
+        judge.load_state_dict(load_file(path))
         return judge.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -187,6 +186,12 @@ def to_images(pictures: list) -> Tensor:
 def renders(specs: list, size: int = 64) -> Tensor:
     """The pictures of specs (n, 3, size, size) in [0, 1]."""
     return to_images([world.render(spec, size)[0] for spec in specs])
+
+
+def renders_and_truth(specs: list, size: int) -> tuple:
+    """The pictures of specs (n, 3, size, size) in [0, 1], and masks of their first things (n, size, size)."""
+    images, masks = zip(*[world.render(spec, size, masks=True) for spec in specs])
+    return to_images(images), torch.from_numpy(np.stack([mask["first"] for mask in masks]))
 
 
 def view(rng: random.Random, *individuals: world.Individual) -> world.Spec:
@@ -484,14 +489,13 @@ def attention_overlap(model, count: int = 12) -> dict:
     for kind in world.KINDS:
         specs = [world.place(rng, [world.random_individual(rng, kind)], rng.choice(list(world.SCENES)))
                  for _ in range(count)]
-        images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
+        images, truth = renders_and_truth(specs, model.size[0])
         prompts = [f"a photo of {world.article(kind)} {world.scene_words(spec.scene)}" for spec in specs]
         text, words = perfusion.project(model, prompts, []), model.tokenizer.find(prompts[0], kind)[0]
-        z = model.vae.encode(to_images(images) * 2 - 1)
+        z = model.vae.encode(images * 2 - 1)
         where = sum(noised_map(model, z, t, text.keys, text.values, words) for t in (200, 300, 400, 500, 600))
         where = F.interpolate(where[:, None], model.size, mode="bilinear")[:, 0]
-        truth = torch.from_numpy(np.stack([mask["first"] for mask in masks])) > 0.5
-        overlap = intersection_over_union(where > where.amax((1, 2), keepdim=True) / 2, truth)
+        overlap = intersection_over_union(where > where.amax((1, 2), keepdim=True) / 2, truth > 0.5)
         overlaps[kind] = overlap.mean().item()
     return overlaps
 
@@ -502,10 +506,9 @@ def mask_overlap(model) -> dict:
     overlaps = {}
     for name, (individual, scenes) in make_examples.EXAMPLES.items():
         specs = make_examples.example_specs(individual, scenes, name)
-        images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
-        soft = word_masks(model, model.vae.encode(to_images(images) * 2 - 1), individual.kind)
+        images, truth = renders_and_truth(specs, model.size[0])
+        soft = word_masks(model, model.vae.encode(images * 2 - 1), individual.kind)
         soft = F.interpolate(soft, model.size, mode="bilinear")[:, 0]
-        truth = torch.from_numpy(np.stack([mask["first"] for mask in masks]))
         overlaps[name] = intersection_over_union(soft > 0.5, truth > 0.5).mean().item()
     return overlaps
 

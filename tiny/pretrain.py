@@ -97,7 +97,7 @@ class Optimizer:
 
     Muon (Keller Jordan, 2024): the momentum of each matrix is replaced by the nearest orthogonal one, found
     by five Newton-Schulz steps. The factor 0.2 sqrt(max(rows, columns)) gives its updates AdamW's size, so
-    that both share one learning rate (Liu et al., arXiv 2502.16982). Every process computes all of them alike.
+    that both share one learning rate (Liu et al., arXiv 2502.16982). Every process computes all of them.
     """
 
     def __init__(self, networks: list, processes: Processes, betas=(0.95, 0.99), weight_decay=0.01):
@@ -122,7 +122,7 @@ class Optimizer:
         for p, momentum in zip(self.matrices, self.momenta):
             momentum.lerp_(p.grad, 1 - self.beta)
             nesterov = p.grad.lerp(momentum, self.beta).flatten(1)
-            update = orthogonal(nesterov) * 0.2 * max(nesterov.shape) ** 0.5
+            update = orthogonal(nesterov) * (0.2 * max(nesterov.shape) ** 0.5)
             p.mul_(1 - lr * self.weight_decay).sub_(update.view_as(p), alpha=lr)
         for group in self.adamw.param_groups:
             group["lr"] = lr
@@ -168,10 +168,8 @@ class Training:
         self.file, self.log = run / f"{name}.pt", run / f"{name}.csv"
         if self.file.exists():
             state = torch.load(self.file, map_location=self.device)
-            for network, weights in zip(networks, state["networks"]):
-                network.load_state_dict(weights)
-            for average, weights in zip(self.averages, state["averages"]):
-                average.load_state_dict(weights)
+            for module, weights in zip(networks + self.averages, state["networks"] + state["averages"]):
+                module.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
         self.started = time.time() - self.seconds
@@ -326,9 +324,6 @@ def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, to
     state, vocabulary = start.text_encoder.state_dict(), start.tokenizer.vocabulary
     name = next(key for key in state if key.endswith("token_embedding.weight"))
     old, state[name] = state[name], text_encoder.state_dict()[name].clone()
-    places = next(key for key in state if key.endswith("position_embedding.weight"))
-    more = MAX_LENGTH - len(state[places])
-    state[places] = torch.cat([state[places], state[places][-1:].expand(more, -1)])
     for token, row in tokenizer.vocabulary.items():
         if token in vocabulary:
             state[name][row] = old[vocabulary[token]]
@@ -470,7 +465,8 @@ def main(argv=None):
     tokenizer = train_tokenizer(args.workdir, processes)
     vae = start.vae if start else train_vae(args.workdir, plan, processes)
     data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
-    unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer, data, start)
+    trained = train_text2image(args.workdir, plan, processes, vae, tokenizer, data, start)
+    unet, text_encoder, schedule = trained
     if processes.rank == 0:
         export(args.out, unet, text_encoder, vae, tokenizer, schedule, plan.covariance_captions)
     clip = train_clip(args.workdir, plan, processes, text_encoder, tokenizer)

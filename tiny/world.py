@@ -21,19 +21,15 @@ COLORS = {
 }
 DARK, CREAM = (32, 28, 34), (240, 220, 185)
 
-# The parts of each kind that may have a colour of their own, beside the main colour.
+# The parts of each kind that may have a colour of their own, and their natural one; None is the main colour.
 PARTS = {
-    "teddy bear": ("belly", "ears", "paws", "muzzle"),
-    "cat": ("belly", "ears", "paws", "tail"),
-    "dog": ("belly", "ears", "paws", "muzzle"),
-    "robot": ("belly", "ears", "arms", "face"),
-    "mug": ("handle", "rim"),
-    "ball": ("middle",),
+    "teddy bear": {"belly": "cream", "ears": None, "paws": None, "muzzle": "cream"},
+    "cat": {"belly": "cream", "ears": None, "paws": None, "tail": None},
+    "dog": {"belly": "cream", "ears": None, "paws": None, "muzzle": "cream"},
+    "robot": {"belly": "cream", "ears": "gray", "arms": None, "face": None},
+    "mug": {"handle": None, "rim": "cream"},
+    "ball": {"middle": None},
 }
-# What a part is coloured by nature; every other part is then of the main colour.
-NATURAL = {("teddy bear", "belly"): "cream", ("teddy bear", "muzzle"): "cream", ("cat", "belly"): "cream",
-           ("dog", "belly"): "cream", ("dog", "muzzle"): "cream", ("robot", "belly"): "cream",
-           ("robot", "ears"): "gray", ("mug", "rim"): "cream"}
 # How a part and a pattern are called in front of the thing: "a yellow bellied red starred teddy bear".
 ADJECTIVES = {"belly": "bellied", "ears": "eared", "paws": "pawed", "muzzle": "muzzled", "tail": "tailed",
               "arms": "armed", "face": "faced", "handle": "handled", "rim": "rimmed", "middle": "middled",
@@ -98,10 +94,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Picture:
-    """image: (size, size, 3) uint8; masks: name -> (size, size) float32 in [0, 1], None unless asked for."""
+    """image: (size, size, 3) uint8."""
     image: np.ndarray
     caption: str
-    masks: dict | None
 
 
 def random_individual(rng: random.Random, kind: str | None = None, color: str | None = None) -> Individual:
@@ -199,8 +194,7 @@ def adjectives(individual: Individual) -> list:
 
 def color_name(individual: Individual, part: str) -> str:
     """The name of a part's colour: its own, else the kind's natural one, else the main colour."""
-    return (individual.colors[part] or NATURAL.get((individual.kind, part))
-            or individual.colors["main"])
+    return individual.colors[part] or PARTS[individual.kind][part] or individual.colors["main"]
 
 
 def phrase(rng: random.Random, individual: Individual, limit: int) -> str:
@@ -588,8 +582,7 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
     return image, {name: (ids == k).mean((1, 3), dtype=np.float32) for k, name in enumerate(REGIONS)}
 
 
-def picture(rng: random.Random, size: int = 64, masks: bool = False) -> Picture:
+def picture(rng: random.Random, size: int = 64) -> Picture:
     """One captioned picture of the training distribution."""
     spec = random_spec(rng)
-    image, coverage = render(spec, size, masks)
-    return Picture(image, describe(spec, rng), coverage)
+    return Picture(render(spec, size)[0], describe(spec, rng))
