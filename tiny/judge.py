@@ -53,7 +53,7 @@ GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each 
 @dataclass(frozen=True)
 class Found:
     """A thing in a picture. box: (x, base, height) as in `world.Thing.pose`; embedding: (EMBEDDING,), unit
-    length; score: height of its peak, in [0, 1]."""
+    length."""
     kind: str
     color: str
     pattern: str | None
@@ -61,7 +61,6 @@ class Found:
     arms_up: bool
     box: tuple
     embedding: Tensor
-    score: float
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -144,7 +143,7 @@ class Judge(nn.Module):
         out = self.finder(images)
         heat = out["heat"].sigmoid()
         peaks = (heat > FOUND) & (heat == F.max_pool2d(heat, 5, stride=1, padding=2))
-        which, row, column = peaks.nonzero().T
+        which, row, column = peaks.nonzero()[heat[peaks].argsort(descending=True, stable=True)].T
         right, down, height = out["box"][which, :, row, column].T
         x, height = (column + 0.5 + right) / GRID, height.exp()
         boxes = torch.stack([x, (row + 0.5 + down) / GRID + height / 2, height], 1)
@@ -153,9 +152,8 @@ class Judge(nn.Module):
         found = [[] for _ in images]
         for n, b in enumerate(which.tolist()):
             found[b].append(Found(**{name: labels[best[name][n]] for name, labels in HEADS.items()},
-                                  box=tuple(boxes[n].tolist()), embedding=seen["embedding"][n],
-                                  score=heat[b, row[n], column[n]].item()))
-        return [sorted(things, key=lambda thing: -thing.score) for things in found]
+                                  box=tuple(boxes[n].tolist()), embedding=seen["embedding"][n]))
+        return found
 
     @torch.no_grad()
     def places(self, images: Tensor) -> list[tuple]:
