@@ -11,6 +11,7 @@ are claims.md and pareto.png there, and the pictures of every row. Intervals are
 concepts, as the pictures of one concept are not independent; differences are paired by concept.
 """
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -20,10 +21,10 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -113,22 +114,21 @@ MORE_ROWS = (
     Row("training beta 0.5", "training beta 0.5"), Row("tau 0.1", "locked keys", tau=0.1),
     *sweep("locked keys, 400 steps"), *sweep("trained keys, 400 steps"),
 )
+FOLLOWING = ("kept", "text", "image", "first")
 COMPARISONS = (  # claim of the paper, measures, row A, row B
     ("a trained key's attention leaks beyond the object", ("share",), LOCKED, TRAINED),
     ("the same against textual inversion", ("share",), LOCKED, "textual inversion"),
-    ("locked keys keep more of the prompt at the same beta", ("kept", "text", "image", "first"), LOCKED,
-     TRAINED),
-    ("after 400 steps too", ("kept", "text", "image", "first"), "locked keys, 400 steps, beta 0.7",
+    ("locked keys keep more of the prompt at the same beta", FOLLOWING, LOCKED, TRAINED),
+    ("after 400 steps too", FOLLOWING, "locked keys, 400 steps, beta 0.7",
      "trained keys, 400 steps, beta 0.7"),
     ("beta trades the concept for the prompt", ("first", "kept", "image", "text"), "locked keys, beta 0.5",
      "locked keys, beta 1.0"),
     ("global lock gives more freedom than local", ("pose", "kept", "text", "first"), GLOBAL, LOCKED),
-    ("masks reduce overfitting", ("kept", "text", "image", "first"), LOCKED, "no masks"),
-    ("a higher training beta helps", ("kept", "text", "image", "first"), LOCKED, "training beta 0.5"),
-    ("tau above training's helps", ("kept", "text", "image", "first"), LOCKED, "tau 0.1"),
+    ("masks reduce overfitting", FOLLOWING, LOCKED, "no masks"),
+    ("a higher training beta helps", FOLLOWING, LOCKED, "training beta 0.5"),
+    ("tau above training's helps", FOLLOWING, LOCKED, "tau 0.1"),
     ("one image works, with slight overfitting", ("first", "kept", "image", "text"), "one image", LOCKED),
-    ("textual inversion follows the prompt worst", ("kept", "text", "image", "first"), LOCKED,
-     "textual inversion"),
+    ("textual inversion follows the prompt worst", FOLLOWING, LOCKED, "textual inversion"),
     ("the ungated edit (a LoRA of rank one) does the same", ("first", "kept", "share", "image"), UNGATED,
      LOCKED),
 )
@@ -194,7 +194,6 @@ class Study:
     clip: clip_image.CLIP | None
     folder: Path
     args: argparse.Namespace
-    lineups: dict = field(default_factory=dict)
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> "Study":
@@ -208,12 +207,6 @@ class Study:
         clip = clip_image.load(own, model.text_encoder) if own.is_dir() else None
         return cls(model, judges.Judge.load(args.judge), clip, folder, args)
 
-    def lineup(self, name: str) -> torch.Tensor:
-        """`judges.lineup` of a concept, computed once."""
-        if name not in self.lineups:
-            self.lineups[name] = judges.lineup(self.judge, person(name)[0], name)
-        return self.lineups[name]
-
     def file(self, training: str, name: str) -> Path:
         """The concept file of one training."""
         return self.folder / training.replace(" ", "_") / name / f"{name}.safetensors"
@@ -225,6 +218,12 @@ class Study:
 
 
 STUDY = None  # of a working process
+
+
+@functools.cache
+def lineup(name: str) -> torch.Tensor:
+    """`judges.lineup` of a concept, computed once."""
+    return judges.lineup(STUDY.judge, person(name)[0], name)
 
 
 def start_work(args: argparse.Namespace):
@@ -282,13 +281,12 @@ def share_on_renders(row: Row, concepts: list, name: str) -> list:
     """Share of the word's attention inside the true mask, on renders of the concept in new scenes."""
     (individual, _), model, rng = person(name), STUDY.model, random.Random(f"renders {name}")
     specs = [world.place(rng, [individual], make_examples.NEW_SCENES[n % 3]) for n in range(RENDERS)]
-    images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
+    images, truth = judges.renders_and_truth(specs, model.size[0])
     word = concepts[0].token if concepts else individual.kind
     texts = [f"a photo of a {word} {world.scene_words(spec.scene)}" for spec in specs]
     keys, values, positions = encoded(row, concepts, texts)
     words = positions[0][word][0] if concepts else model.tokenizer.find(texts[0], word)[0]  # all begin alike
-    latents = model.vae.encode(judges.to_images(images) * 2 - 1)
-    truth = torch.stack([torch.from_numpy(mask["first"]) for mask in masks])
+    latents = model.vae.encode(images * 2 - 1)
     return torch.stack([share_inside(noised_map(model, latents, t, keys, values, words), truth)
                         for t in TIMESTEPS]).mean(0).tolist()
 
@@ -304,7 +302,7 @@ def variety(silhouettes: torch.Tensor) -> float:
 def measure(row: Row, names: tuple) -> dict:
     """A concept alone: measure -> one number per picture, or per render, or one for all."""
     (name,), judge, seeds = names, STUDY.judge, STUDY.args.seeds
-    (individual, specs), concepts, known = person(name), STUDY.load(row.training, names), STUDY.lineup(name)
+    (individual, specs), concepts, known = person(name), STUDY.load(row.training, names), lineup(name)
     texts, wishes = zip(*prompts(name))
     word = concepts[0].token if concepts else individual.kind
     images = draw(row, concepts, [text.format(word) for text in texts], name)
@@ -341,8 +339,7 @@ def measure_pair(row: Row, names: tuple) -> dict:
     for things in STUDY.judge.find(draw(row, concepts, [text], "_".join(names))):
         seen = [one.kind for one in things]
         there = all(seen.count(kind) >= kinds.count(kind) for kind in kinds)
-        first, second = (judges.recognise(things, kind, STUDY.lineup(name))
-                         for kind, name in zip(kinds, names))
+        first, second = (judges.recognise(things, kind, lineup(name)) for kind, name in zip(kinds, names))
         record["kinds"].append(there)
         record["one"].append(there and bool(first | second))
         record["both"].append(there and any(a != b for a in first for b in second))
@@ -389,21 +386,13 @@ def written(values: list, factor: float = 1) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def at(points: list, x: float) -> float:
-    """The polygon through points (x, y), sorted by x, read at x."""
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        if x0 <= x <= x1:
-            return y0 + (y1 - y0) * ((x - x0) / (x1 - x0) if x1 > x0 else 0.5)
-    raise ValueError(f"{x} lies outside the curve")
-
-
 def at_equal(curve_a: list, curve_b: list) -> tuple:
     """Two curves of (x, y) points -> y of both in the middle of the x they share; nan if they share none."""
     a, b = sorted(curve_a), sorted(curve_b)
     low, high = max(a[0][0], b[0][0]), min(a[-1][0], b[-1][0])
     if not low <= high:  # also for nan
         return math.nan, math.nan
-    return at(a, (low + high) / 2), at(b, (low + high) / 2)
+    return tuple(float(np.interp((low + high) / 2, *zip(*points))) for points in (a, b))
 
 
 def curves(results: dict, training: str, x: str, y: str) -> list:
@@ -413,15 +402,19 @@ def curves(results: dict, training: str, x: str, y: str) -> list:
     return list(zip(*points))
 
 
+def both_and_difference(a: list, b: list, factor: float) -> list:
+    """Two rows' values of the same concepts and their paired difference, as cells."""
+    return [written(values, factor) for values in (a, b, [p - q for p, q in zip(a, b)])]
+
+
 def comparison_lines(results: dict) -> list:
     """The claims whose rows are measured, as cells: claim, measure, A, B, both values, paired difference."""
     lines = []
     for claim, measures, a, b in COMPARISONS:
         for name in measures if {a, b} <= results.keys() else ():
             title, factor = MEASURES[name]
-            left, right = (per_concept(results[row], name) for row in (a, b))
-            lines.append([claim, title, a, b, written(left, factor), written(right, factor),
-                          written([p - q for p, q in zip(left, right)], factor)])
+            values = (per_concept(results[row], name) for row in (a, b))
+            lines.append([claim, title, a, b, *both_and_difference(*values, factor)])
     for length in ("", ", 400 steps"):
         for x, y in PARETO:
             names = [f"{training} keys{length}" for training in ("locked", "trained")]
@@ -431,8 +424,8 @@ def comparison_lines(results: dict) -> list:
             left, right = zip(*[at_equal(*pair) for pair in zip(*both)])
             (title, factor), shared = MEASURES[y], sum(not math.isnan(one) for one in left)
             lines.append([f"locked keys shift the Pareto curve ({shared} of {len(left)} curves overlap)",
-                          f"{title} at equal {MEASURES[x][0]}", *names, written(left, factor),
-                          written(right, factor), written([p - q for p, q in zip(left, right)], factor)])
+                          f"{title} at equal {MEASURES[x][0]}", *names,
+                          *both_and_difference(left, right, factor)])
     return lines
 
 
@@ -513,7 +506,7 @@ def run(args: argparse.Namespace):
                     if row.training and not study.file(row.training, name).exists()]
             for job, _ in zip(jobs, pool.map(train_one, jobs)):
                 report(f"trained {', '.join(job)}")
-            results[row.title] = list(pool.map(partial(record, row), cases(row.who, args.concepts)))
+            results[row.title] = list(pool.map(functools.partial(record, row), cases(row.who, args.concepts)))
             write_results(study.folder, results, args)
             report(f"measured {n} of {len(rows)} rows: {row.title}")
     print((study.folder / "claims.md").read_text(encoding="utf-8") + f"{study.folder}/claims.md")

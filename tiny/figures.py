@@ -167,10 +167,9 @@ def method(model, files: list, steps: int) -> Figure:
     box(10.1, 2.55, 1.9, 0.9, FROZEN, "softmax$(QK^T)\\,V$\nin the U-Net")
     arrow((11.05, 4.55), (11.05, 3.45))
     arrow((11.05, 1.45), (11.05, 2.55))
-    for n, (color, text) in enumerate(((LEARNED, "learned: the word's embedding and one $o^*_V$ per layer"),
-                                       (LOCKED, "locked: the key of \"teddy bear\", never trained"),
-                                       (FROZEN, "frozen"))):
-        x = (0.15, 5.2, 10.1)[n]
+    for x, color, text in ((0.15, LEARNED, "learned: the word's embedding and one $o^*_V$ per layer"),
+                           (5.2, LOCKED, "locked: the key of \"teddy bear\", never trained"),
+                           (10.1, FROZEN, "frozen")):
         box(x, 0.15, 0.35, 0.25, color, "")
         axes.text(x + 0.45, 0.275, text, va="center", fontsize=8)
     axes.set_title("One cross-attention layer with one concept: "

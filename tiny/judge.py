@@ -53,7 +53,7 @@ GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each 
 @dataclass(frozen=True)
 class Found:
     """A thing in a picture. box: (x, base, height) as in `world.Thing.pose`; embedding: (EMBEDDING,), unit
-    length; score: height of its peak, in [0, 1]."""
+    length."""
     kind: str
     color: str
     pattern: str | None
@@ -61,7 +61,6 @@ class Found:
     arms_up: bool
     box: tuple
     embedding: Tensor
-    score: float
 
 
 def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
@@ -135,8 +134,7 @@ class Judge(nn.Module):
         if not Path(path).exists():
             raise ValueError(f"{path} does not exist: make it with `python tiny/judge.py train`")
         judge = cls()
-        state = load_file(path)
-        judge.load_state_dict({name: x.float() if x.is_floating_point() else x for name, x in state.items()})
+        judge.load_state_dict(load_file(path))
         return judge.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -145,7 +143,7 @@ class Judge(nn.Module):
         out = self.finder(images)
         heat = out["heat"].sigmoid()
         peaks = (heat > FOUND) & (heat == F.max_pool2d(heat, 5, stride=1, padding=2))
-        which, row, column = peaks.nonzero().T
+        which, row, column = peaks.nonzero()[heat[peaks].argsort(descending=True, stable=True)].T
         if len(which) == 0:         # no crops: torch samples none from nothing
             return [[] for _ in images]
         right, down, height = out["box"][which, :, row, column].T
@@ -156,9 +154,8 @@ class Judge(nn.Module):
         found = [[] for _ in images]
         for n, b in enumerate(which.tolist()):
             found[b].append(Found(**{name: labels[best[name][n]] for name, labels in HEADS.items()},
-                                  box=tuple(boxes[n].tolist()), embedding=seen["embedding"][n],
-                                  score=heat[b, row[n], column[n]].item()))
-        return [sorted(things, key=lambda thing: -thing.score) for things in found]
+                                  box=tuple(boxes[n].tolist()), embedding=seen["embedding"][n]))
+        return found
 
     @torch.no_grad()
     def places(self, images: Tensor) -> list[tuple]:
@@ -189,6 +186,12 @@ def to_images(pictures: list) -> Tensor:
 def renders(specs: list, size: int = 64) -> Tensor:
     """The pictures of specs (n, 3, size, size) in [0, 1]."""
     return to_images([world.render(spec, size)[0] for spec in specs])
+
+
+def renders_and_truth(specs: list, size: int) -> tuple:
+    """The pictures of specs (n, 3, size, size) in [0, 1], and masks of their first things (n, size, size)."""
+    images, masks = zip(*[world.render(spec, size, masks=True) for spec in specs])
+    return to_images(images), torch.from_numpy(np.stack([mask["first"] for mask in masks]))
 
 
 def view(rng: random.Random, *individuals: world.Individual) -> world.Spec:
@@ -486,14 +489,13 @@ def attention_overlap(model, count: int = 12) -> dict:
     for kind in world.KINDS:
         specs = [world.place(rng, [world.random_individual(rng, kind)], rng.choice(list(world.SCENES)))
                  for _ in range(count)]
-        images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
+        images, truth = renders_and_truth(specs, model.size[0])
         prompts = [f"a photo of {world.article(kind)} {world.scene_words(spec.scene)}" for spec in specs]
         text, words = perfusion.project(model, prompts, []), model.tokenizer.find(prompts[0], kind)[0]
-        z = model.vae.encode(to_images(images) * 2 - 1)
+        z = model.vae.encode(images * 2 - 1)
         where = sum(noised_map(model, z, t, text.keys, text.values, words) for t in (200, 300, 400, 500, 600))
         where = F.interpolate(where[:, None], model.size, mode="bilinear")[:, 0]
-        truth = torch.from_numpy(np.stack([mask["first"] for mask in masks])) > 0.5
-        overlap = intersection_over_union(where > where.amax((1, 2), keepdim=True) / 2, truth)
+        overlap = intersection_over_union(where > where.amax((1, 2), keepdim=True) / 2, truth > 0.5)
         overlaps[kind] = overlap.mean().item()
     return overlaps
 
@@ -504,10 +506,9 @@ def mask_overlap(model) -> dict:
     overlaps = {}
     for name, (individual, scenes) in make_examples.EXAMPLES.items():
         specs = make_examples.example_specs(individual, scenes, name)
-        images, masks = zip(*[world.render(spec, model.size[0], masks=True) for spec in specs])
-        soft = word_masks(model, model.vae.encode(to_images(images) * 2 - 1), individual.kind)
+        images, truth = renders_and_truth(specs, model.size[0])
+        soft = word_masks(model, model.vae.encode(images * 2 - 1), individual.kind)
         soft = F.interpolate(soft, model.size, mode="bilinear")[:, 0]
-        truth = torch.from_numpy(np.stack([mask["first"] for mask in masks]))
         overlaps[name] = intersection_over_union(soft > 0.5, truth > 0.5).mean().item()
     return overlaps
 

@@ -1,7 +1,6 @@
 """Train the embedded model from nothing: tokenizer, VAE, text encoder with U-Net, small CLIP.
 
     torchrun --nproc_per_node=2 tiny/pretrain.py        # two processes of one thread: faster than one of two
-    python tiny/pretrain.py vae --workdir runs/tiny             # one stage alone
     python tiny/pretrain.py --smoke --workdir DIR --out DIR     # every stage for a moment
 
 Stages, in order: tokenizer, vae, latents, text2image, clip. All is drawn by `world.py` while it trains.
@@ -9,7 +8,6 @@ A stage that was interrupted goes on from its last checkpoint in --workdir; a fi
 With --init the VAE, the U-Net and the text encoder are not begun anew but taken from finished weights.
 The weights are written to --out in the layout of the published Stable Diffusion folders, in float16.
 """
-import argparse
 import copy
 import csv
 import json
@@ -33,6 +31,7 @@ import clip_image
 import clip_text
 import covariance
 import diffusion
+import shell
 import weights_loader
 import world
 from attention_maps import attention, record_queries
@@ -125,8 +124,8 @@ class Optimizer:
         for p, momentum in zip(self.matrices, self.momenta):
             momentum.lerp_(p.grad, 1 - self.beta)
             nesterov = p.grad.lerp(momentum, self.beta).flatten(1)
-            scale = 0.2 * max(nesterov.shape) ** 0.5
-            p.mul_(1 - lr * self.weight_decay).sub_((orthogonal(nesterov) * scale).view_as(p), alpha=lr)
+            update = orthogonal(nesterov) * (0.2 * max(nesterov.shape) ** 0.5)
+            p.mul_(1 - lr * self.weight_decay).sub_(update.view_as(p), alpha=lr)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -171,10 +170,8 @@ class Training:
         self.file, self.log = run / f"{name}.pt", run / f"{name}.csv"
         if self.file.exists():
             state = torch.load(self.file, map_location=self.device)
-            for network, weights in zip(networks, state["networks"]):
-                network.load_state_dict(weights)
-            for average, weights in zip(self.averages, state["averages"]):
-                average.load_state_dict(weights)
+            for module, weights in zip(networks + self.averages, state["networks"] + state["averages"]):
+                module.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds = state["step"], state["seconds"]
         self.started = time.time() - self.seconds
@@ -222,11 +219,6 @@ def to_images(pictures: list) -> torch.Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def save_images(images: torch.Tensor, columns: int, path: Path):
-    """Images (n, 3, H, W) in [0, 1] as one PNG."""
-    Image.fromarray(diffusion.to_bytes(diffusion.grid(images, columns))).save(path)
-
-
 def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
     """Byte-pair encoding of the captions, with CLIP's conventions; every letter and digit stays encodable."""
     folder = run / "tokenizer"
@@ -252,13 +244,8 @@ def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
     return Tokenizer.load(folder, MAX_LENGTH)
 
 
-def train_vae(run: Path, plan: Plan, processes: Processes, start: weights_loader.Model | None) -> VAE:
-    """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance.
-
-    With a finished model to start from, its VAE is taken as it is.
-    """
-    if start:
-        return start.vae
+def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
+    """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance."""
     torch.manual_seed(0)
     training = Training("vae", [VAE(VAE_CONFIG)], run, processes, plan.minutes_between_checkpoints)
     network, (average,) = training.networks[0], training.averages
@@ -282,9 +269,6 @@ def train_vae(run: Path, plan: Plan, processes: Processes, start: weights_loader
                            "loss": round(loss.item(), 4), "psnr": round(psnr.mean().item(), 2),
                            "latent_std": round(mean.std().item(), 3),
                            "posterior_std": round(torch.exp(0.5 * logvar).mean().item(), 3)})
-            if processes.rank == 0:
-                rows = [part for k in range(0, 32, 16) for part in (held_out[k:k + 16], decoded[k:k + 16])]
-                save_images(torch.cat(rows).cpu() / 2 + 0.5, 16, run / "vae.png")
     with torch.no_grad():
         std = average.moments(held_out)[0].std().item()
     average.config = replace(VAE_CONFIG, scaling_factor=round(1 / std, 5))
@@ -342,9 +326,6 @@ def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, to
     state, vocabulary = start.text_encoder.state_dict(), start.tokenizer.vocabulary
     name = next(key for key in state if key.endswith("token_embedding.weight"))
     old, state[name] = state[name], text_encoder.state_dict()[name].clone()
-    places = next(key for key in state if key.endswith("position_embedding.weight"))
-    more = MAX_LENGTH - len(state[places])
-    state[places] = torch.cat([state[places], state[places][-1:].expand(more, -1)])
     for token, row in tokenizer.vocabulary.items():
         if token in vocabulary:
             state[name][row] = old[vocabulary[token]]
@@ -352,7 +333,7 @@ def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, to
 
 
 def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer,
-                     prediction: str, data: tuple, start: weights_loader.Model | None) -> tuple:
+                     data: tuple, start: weights_loader.Model | None) -> tuple:
     """The U-Net and the text encoder together, with Stable Diffusion's noise schedule and loss, and
     `attention_loss`."""
     torch.manual_seed(1)
@@ -362,7 +343,7 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
         go_on(start, *networks, tokenizer)
     training = Training("text2image", networks, run, processes, plan.minutes_between_checkpoints)
     unet, text_encoder = training.networks
-    schedule, empty = Schedule.sd_v1(prediction), tokenizer.encode([""])[0][0]
+    schedule, empty = Schedule.sd_v1("v_prediction"), tokenizer.encode([""])[0][0]
     means, stds, ids, places, regions = data
     n, losses, device = plan.batch // DRAWS, [], training.device
     while training.step < plan.steps:
@@ -372,19 +353,17 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
         dropped = torch.rand(n) < EMPTY_PROMPT
         caption[dropped], place[dropped] = empty.to(device), -1
         e = text_encoder(text_encoder.embed(caption))
-        keys = [k.repeat_interleave(DRAWS, 0) for k in unet.keys(e)]
-        values = [v.repeat_interleave(DRAWS, 0) for v in unet.values(e)]
-        z = mean.repeat_interleave(DRAWS, 0)
-        z = (z + std.repeat_interleave(DRAWS, 0) * torch.randn_like(z)) * vae.config.scaling_factor
+        keys, values, (mean, std, place, region) = (
+            [x.repeat_interleave(DRAWS, 0) for x in several]
+            for several in (unet.keys(e), unet.values(e), (mean, std, place, region)))
+        z = (mean + std * torch.randn_like(mean)) * vae.config.scaling_factor
         noise = torch.randn_like(z)
         even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # spread evenly over the batch
         t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999).to(device)
         with record_queries(unet) as queries:
             output = unet(schedule.add_noise(z, noise, t), t, keys, values)
         loss = F.mse_loss(output, schedule.target(z, noise, t))
-        focus = attention_loss(attention(queries, keys, UNET_CONFIG.attention_heads),
-                               place.repeat_interleave(DRAWS, 0),
-                               region.repeat_interleave(DRAWS, 0))
+        focus = attention_loss(attention(queries, keys, UNET_CONFIG.attention_heads), place, region)
         (loss + ATTENTION_WEIGHT * focus).backward()
         training.update(learning_rate(training.step, plan.steps, plan.lr))
         losses.append((loss.item(), focus.item()))
@@ -410,7 +389,7 @@ def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Token
         latents = diffusion.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16),
                                          steps=steps, guidance=4.0)
         images.append(diffusion.decode(vae, latents))
-    save_images(torch.cat(images), 8, path)
+    Image.fromarray(diffusion.to_bytes(diffusion.grid(torch.cat(images), 8))).save(path)
 
 
 def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEncoder,
@@ -421,10 +400,7 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     training = Training("clip", [clip], run, processes, plan.minutes_between_checkpoints)
     n, losses = plan.clip_batch, []
     while training.step < plan.clip_steps:
-        pictures = [world.picture(training.random) for _ in range(n)]
-        images = to_images([picture.image for picture in pictures]).to(training.device) / 2 + 0.5
-        ids = tokenizer.encode([picture.caption for picture in pictures])[0].to(training.device)
-        logits = clip.image_embedding(images) @ clip.text_embedding(ids).T / CLIP_TEMPERATURE
+        logits = similarities(clip, tokenizer, training.random, n) / CLIP_TEMPERATURE
         pairs = torch.arange(n, device=training.device)
         loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         loss.backward()
@@ -437,17 +413,20 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     return training.averages[0]
 
 
+def similarities(clip: clip_image.CLIP, tokenizer: Tokenizer, rng: random.Random, n: int) -> torch.Tensor:
+    """Cosines (n, n) of n new pictures with their n captions."""
+    pictures, device = [world.picture(rng) for _ in range(n)], clip.visual_projection.weight.device
+    images = to_images([picture.image for picture in pictures]).to(device) / 2 + 0.5
+    ids = tokenizer.encode([picture.caption for picture in pictures])[0].to(device)
+    return clip.image_embedding(images) @ clip.text_embedding(ids).T
+
+
 @torch.no_grad()
 def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, groups: int, n: int = 64) -> float:
     """Share of held-out pictures whose own caption is the most similar of n."""
-    rng, device, hits = random.Random(10**9), clip.visual_projection.weight.device, []
-    for _ in range(groups):
-        pictures = [world.picture(rng) for _ in range(n)]
-        images = to_images([picture.image for picture in pictures]).to(device) / 2 + 0.5
-        ids = tokenizer.encode([picture.caption for picture in pictures])[0].to(device)
-        best = (clip.image_embedding(images) @ clip.text_embedding(ids).T).argmax(1)
-        hits.append((best.cpu() == torch.arange(n)).float().mean().item())
-    return sum(hits) / groups
+    rng = random.Random(10**9)
+    best = torch.stack([similarities(clip, tokenizer, rng, n).argmax(1).cpu() for _ in range(groups)])
+    return (best == torch.arange(n)).float().mean().item()
 
 
 def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer,
@@ -465,26 +444,19 @@ def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer
     print(f"covariance of {captions} captions, condition number {covariance.condition_number(C):.1e}: {path}")
 
 
-def main():
-    stages = ("tokenizer", "vae", "latents", "text2image", "clip")
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("stages", nargs="*", default=stages,
-                        help=f"which of {', '.join(stages)} (default: all)")
-    parser.add_argument("--workdir", type=Path, default=Path("runs/tiny"),
-                        help="checkpoints, logs and sheets")
-    parser.add_argument("--out", type=Path, default=Path("tiny/weights"),
-                        help="folder of the finished weights")
-    parser.add_argument("--vae-steps", type=int, default=Plan.vae_steps)
-    parser.add_argument("--steps", type=int, default=Plan.steps,
-                        help="steps of the U-Net and the text encoder")
-    parser.add_argument("--batch", type=int, default=Plan.batch, help="views per step and process")
-    parser.add_argument("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
-    parser.add_argument("--prediction", choices=("v_prediction", "epsilon"), default="v_prediction")
-    parser.add_argument("--init", metavar="FOLDER", help="finished weights to go on from")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--smoke", action="store_true", help="every stage for a few steps")
-    args = parser.parse_args()
+def main(argv=None):
+    parser = shell.Parser(__doc__)
+    add = parser.add_argument
+    add("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and sheets")
+    add("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
+    add("--vae-steps", type=int, default=Plan.vae_steps, help="steps of the VAE")
+    add("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
+    add("--batch", type=int, default=Plan.batch, help="views per step and process")
+    add("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
+    add("--init", metavar="FOLDER", help="finished weights to go on from")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where the networks are")
+    add("--smoke", action="store_true", help="every stage for a few steps")
+    args = parser.parse_args(argv)
     plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch,
                                          lr=args.lr)
     processes = Processes(args.device)
@@ -493,23 +465,17 @@ def main():
     start = weights_loader.load(args.init, processes.device) if args.init else None
 
     tokenizer = train_tokenizer(args.workdir, processes)
-    if set(args.stages) <= {"tokenizer"}:
-        return
-    vae = train_vae(args.workdir, plan, processes, start)
-    if set(args.stages) <= {"tokenizer", "vae"}:
-        return
+    vae = start.vae if start else train_vae(args.workdir, plan, processes)
     data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
-    if set(args.stages) <= {"tokenizer", "vae", "latents"}:
-        return
-    unet, text_encoder, schedule = train_text2image(args.workdir, plan, processes, vae, tokenizer,
-                                                    args.prediction, data, start)
+    trained = train_text2image(args.workdir, plan, processes, vae, tokenizer, data, start)
+    unet, text_encoder, schedule = trained
     if processes.rank == 0:
         export(args.out, unet, text_encoder, vae, tokenizer, schedule, plan.covariance_captions)
-    if "clip" in args.stages:
-        clip = train_clip(args.workdir, plan, processes, text_encoder, tokenizer)
-        if processes.rank == 0:
-            clip_image.save(clip.cpu(), args.out / "clip")
+    clip = train_clip(args.workdir, plan, processes, text_encoder, tokenizer)
+    if processes.rank == 0:
+        clip_image.save(clip.cpu(), args.out / "clip")
 
 
 if __name__ == "__main__":
-    main()
+    with shell.plain_errors(memory="a smaller --batch needs less"):
+        main()

@@ -6,12 +6,8 @@ on either side, described alike, named in random order. Half of the scenes hold 
 A caption always names the kinds and the accessories, nearly always the scene and the prop, and only in a random
 part of the pictures raised arms, colours, parts and patterns: a text-to-image model learns directions for such
 details though no caption says all about an individual.
-
-    python tiny/world.py world.png      # a sheet of pictures with captions, and the drawing speed
 """
-import argparse
 import random
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,19 +21,15 @@ COLORS = {
 }
 DARK, CREAM = (32, 28, 34), (240, 220, 185)
 
-# The parts of each kind that may have a colour of their own, beside the main colour.
+# The parts of each kind that may have a colour of their own, and their natural one; None is the main colour.
 PARTS = {
-    "teddy bear": ("belly", "ears", "paws", "muzzle"),
-    "cat": ("belly", "ears", "paws", "tail"),
-    "dog": ("belly", "ears", "paws", "muzzle"),
-    "robot": ("belly", "ears", "arms", "face"),
-    "mug": ("handle", "rim"),
-    "ball": ("middle",),
+    "teddy bear": {"belly": "cream", "ears": None, "paws": None, "muzzle": "cream"},
+    "cat": {"belly": "cream", "ears": None, "paws": None, "tail": None},
+    "dog": {"belly": "cream", "ears": None, "paws": None, "muzzle": "cream"},
+    "robot": {"belly": "cream", "ears": "gray", "arms": None, "face": None},
+    "mug": {"handle": None, "rim": "cream"},
+    "ball": {"middle": None},
 }
-# What a part is coloured by nature; every other part is then of the main colour.
-NATURAL = {("teddy bear", "belly"): "cream", ("teddy bear", "muzzle"): "cream", ("cat", "belly"): "cream",
-           ("dog", "belly"): "cream", ("dog", "muzzle"): "cream", ("robot", "belly"): "cream",
-           ("robot", "ears"): "gray", ("mug", "rim"): "cream"}
 # How a part and a pattern are called in front of the thing: "a yellow bellied red starred teddy bear".
 ADJECTIVES = {"belly": "bellied", "ears": "eared", "paws": "pawed", "muzzle": "muzzled", "tail": "tailed",
               "arms": "armed", "face": "faced", "handle": "handled", "rim": "rimmed", "middle": "middled",
@@ -102,10 +94,9 @@ class Spec:
 
 @dataclass(frozen=True)
 class Picture:
-    """image: (size, size, 3) uint8; masks: name -> (size, size) float32 in [0, 1], None unless asked for."""
+    """image: (size, size, 3) uint8."""
     image: np.ndarray
     caption: str
-    masks: dict | None
 
 
 def random_individual(rng: random.Random, kind: str | None = None, color: str | None = None) -> Individual:
@@ -183,15 +174,14 @@ def details(rng: random.Random, individual: Individual, limit: int) -> str:
     for part in PARTS[individual.kind]:
         color = individual.colors[part]
         if color and rng.random() < 0.35:
-            words = f"{color} {part}"
-            phrases.append(words if part.endswith("s") else article(words))
+            phrases.append(f"{color} {part}")
     if individual.pattern and rng.random() < 0.5:
         words = individual.pattern
         if rng.random() < 0.7:
             words = f"{individual.pattern_color} {words}"
-        phrases.append(words if words.endswith("s") else article(words))
+        phrases.append(words)
     rng.shuffle(phrases)
-    phrases = phrases[:limit]
+    phrases = [words if words.endswith("s") else article(words) for words in phrases[:limit]]
     return " with " + " and ".join(phrases) if phrases else ""
 
 
@@ -204,8 +194,7 @@ def adjectives(individual: Individual) -> list:
 
 def color_name(individual: Individual, part: str) -> str:
     """The name of a part's colour: its own, else the kind's natural one, else the main colour."""
-    return (individual.colors[part] or NATURAL.get((individual.kind, part))
-            or individual.colors["main"])
+    return individual.colors[part] or PARTS[individual.kind][part] or individual.colors["main"]
 
 
 def phrase(rng: random.Random, individual: Individual, limit: int) -> str:
@@ -263,14 +252,14 @@ class Pen:
     """Draws in an object's own coordinates (x to the right, y up from its base, height about 1)."""
 
     def __init__(self, side: int, masks: bool):
-        self.image = Image.new("RGB", (side, side))
-        self.ids = Image.new("L", (side, side)) if masks else None
-        self.side, self.id = side, 0
-        self.draw = ImageDraw.Draw(self.image)
-        self.draw_ids = ImageDraw.Draw(self.ids) if masks else None
-        self.stand((0.0, 1.0, 1.0, False))
+        self.image, self.ids, self.side, self.id = Image.new("RGB", (side, side)), None, side, 0
+        self.draws = [ImageDraw.Draw(self.image)]
+        if masks:
+            self.ids = Image.new("L", (side, side))
+            self.draws.append(ImageDraw.Draw(self.ids))
+        self.stand()
 
-    def stand(self, pose: tuple, arms_up: bool = False):
+    def stand(self, pose: tuple = (0.0, 1.0, 1.0, False), arms_up: bool = False):
         """Objects drawn from here on stand at this pose; with `arms_up` without arms at their sides."""
         self.arms_up = arms_up
         self.x, self.base, self.height, mirrored = pose
@@ -280,29 +269,18 @@ class Pen:
         """Object coordinates to pixels."""
         return ((self.x + self.sign * x * self.height) * self.side, (self.base - y * self.height) * self.side)
 
-    def shape(self, kind: str, points: list, color: tuple, width: int = 0):
-        for draw, fill in ((self.draw, color), (self.draw_ids, self.id)):
-            if draw is None:
-                continue
-            if kind == "ellipse":
-                draw.ellipse(points, fill=fill)
-            elif kind == "ring":
-                draw.ellipse(points, outline=fill, width=width)
-            elif kind == "line":
-                draw.line(points, fill=fill, width=width, joint="curve")
-            else:
-                draw.polygon(points, fill=fill)
+    def shape(self, kind: str, points: list, color: tuple, ink: str = "fill", **how):
+        """One of ImageDraw's shapes, in its colour and, with the number of its region, in the masks."""
+        for draw, value in zip(self.draws, (color, self.id)):
+            getattr(draw, kind)(points, **{ink: value}, **how)
 
-    def ellipse(self, x, y, rx, ry, color):
-        self.shape("ellipse", self.box(x, y, rx, ry), color)
+    def ellipse(self, x, y, rx, ry, color, ink="fill", **how):
+        (cx, cy), scale = self.point(x, y), self.height * self.side
+        box = [cx - rx * scale, cy - ry * scale, cx + rx * scale, cy + ry * scale]
+        self.shape("ellipse", box, color, ink, **how)
 
     def ring(self, x, y, rx, ry, color, width):
-        self.shape("ring", self.box(x, y, rx, ry), color, round(width * self.height * self.side))
-
-    def box(self, x, y, rx, ry) -> list:
-        cx, cy = self.point(x, y)
-        scale = self.height * self.side
-        return [cx - rx * scale, cy - ry * scale, cx + rx * scale, cy + ry * scale]
+        self.ellipse(x, y, rx, ry, color, "outline", width=round(width * self.height * self.side))
 
     def rectangle(self, x0, y0, x1, y1, color):
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color)
@@ -312,29 +290,34 @@ class Pen:
 
     def line(self, points, color, width):
         pixels = max(1, round(width * self.height * self.side))
-        self.shape("line", [self.point(*p) for p in points], color, pixels)
+        self.shape("line", [self.point(*p) for p in points], color, width=pixels, joint="curve")
+
+    def both(self, draw, *shape):
+        """A shape (pen.ellipse, ...) on both sides: its mirror image too."""
+        for _ in range(2):
+            self.sign = -self.sign
+            draw(*shape)
 
 
 STAR = [(radius * np.sin(k * np.pi / 5), radius * np.cos(k * np.pi / 5))
         for k, radius in enumerate((1, 0.45) * 5)]
 
 
-def draw_pattern(pen: Pen, individual: Individual, x: float, y: float, r: float):
-    """The individual's pattern, of radius r around (x, y)."""
+def draw_pattern(pen: Pen, individual: Individual, y: float, r: float):
+    """The individual's pattern, of radius r around (0, y)."""
     color = COLORS[individual.pattern_color]
     if individual.pattern == "star":
-        pen.polygon([(x + r * a, y + r * b) for a, b in STAR], color)
+        pen.polygon([(r * a, y + r * b) for a, b in STAR], color)
     elif individual.pattern == "heart":
-        for sign in (-1, 1):
-            pen.ellipse(x + sign * r * 0.43, y + r * 0.35, r * 0.52, r * 0.5, color)
-        pen.polygon([(x - r * 0.92, y + r * 0.2), (x + r * 0.92, y + r * 0.2), (x, y - r * 0.95)], color)
+        pen.both(pen.ellipse, r * 0.43, y + r * 0.35, r * 0.52, r * 0.5, color)
+        pen.polygon([(-r * 0.92, y + r * 0.2), (r * 0.92, y + r * 0.2), (0, y - r * 0.95)], color)
     elif individual.pattern == "stripes":
         for k in (-1, 0, 1):
             middle = y + 0.62 * k * r
-            pen.rectangle(x - r * 0.9, middle - 0.17 * r, x + r * 0.9, middle + 0.17 * r, color)
+            pen.rectangle(-r * 0.9, middle - 0.17 * r, r * 0.9, middle + 0.17 * r, color)
     elif individual.pattern == "dots":
-        for a, b in ((-0.55, 0.5), (0.55, 0.5), (-0.55, -0.5), (0.55, -0.5)):
-            pen.ellipse(x + r * a, y + r * b, r * 0.32, r * 0.32, color)
+        for b in (0.5, -0.5):
+            pen.both(pen.ellipse, r * 0.55, y + r * b, r * 0.32, r * 0.32, color)
 
 
 def part_color(individual: Individual, part: str) -> tuple:
@@ -346,29 +329,25 @@ def part_color(individual: Individual, part: str) -> tuple:
 def draw_raised_arms(pen: Pen, me: Individual, anchors: dict):
     """Both arms beside the head, in the colour of the paws or arms."""
     color, x = part_color(me, "arms" if me.kind == "robot" else "paws"), anchors["head"] + 0.11
-    for sign in (-1, 1):
-        pen.line([(sign * (x - 0.12), 0.4), (sign * x, 0.5), (sign * (x + 0.03), 0.72)], color, 0.11)
-        pen.ellipse(sign * (x + 0.03), 0.74, 0.08, 0.08, color)
+    pen.both(pen.line, [(x - 0.12, 0.4), (x, 0.5), (x + 0.03, 0.72)], color, 0.11)
+    pen.both(pen.ellipse, x + 0.03, 0.74, 0.08, 0.08, color)
 
 
 def eyes(pen: Pen, x: float, y: float, r: float):
-    for sign in (-1, 1):
-        pen.ellipse(sign * x, y, r * 1.25, r * 1.25, (250, 250, 250))
-        pen.ellipse(sign * x, y, r * 0.8, r * 0.9, DARK)
+    pen.both(pen.ellipse, x, y, r * 1.25, r * 1.25, (250, 250, 250))
+    pen.both(pen.ellipse, x, y, r * 0.8, r * 0.9, DARK)
 
 
 def draw_teddy_bear(pen: Pen, me: Individual) -> dict:
     main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
     wide, ear = 0.25 + 0.05 * me.shape[0], 0.13 + 0.03 * me.shape[1]
-    for sign in (-1, 1):
-        pen.ellipse(sign * 0.2, 0.09, 0.14, 0.11, paws)
-        if not pen.arms_up:
-            pen.ellipse(sign * (wide + 0.05), 0.41, 0.13, 0.1, paws)
+    pen.both(pen.ellipse, 0.2, 0.09, 0.14, 0.11, paws)
+    if not pen.arms_up:
+        pen.both(pen.ellipse, wide + 0.05, 0.41, 0.13, 0.1, paws)
     pen.ellipse(0, 0.32, wide, 0.28, main)
     pen.ellipse(0, 0.3, wide - 0.045, 0.22, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.3, 0.16)
-    for sign in (-1, 1):
-        pen.ellipse(sign * 0.22, 0.88, ear, ear, ears)
+    draw_pattern(pen, me, 0.3, 0.16)
+    pen.both(pen.ellipse, 0.22, 0.88, ear, ear, ears)
     pen.ellipse(0, 0.71, 0.27, 0.22, main)
     pen.ellipse(0, 0.63, 0.15, 0.11, part_color(me, "muzzle"))
     pen.ellipse(0, 0.665, 0.05, 0.035, DARK)
@@ -383,14 +362,12 @@ def draw_cat(pen: Pen, me: Individual) -> dict:
     pen.line([(0.12, 0.08), (0.34, 0.1), (0.4, 0.28), (0.36, 0.46)], part_color(me, "tail"), 0.11)
     pen.ellipse(0, 0.28, wide, 0.28, main)
     pen.ellipse(0, 0.28, wide - 0.04, 0.22, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.29, 0.15)
-    for sign in (-1, 1):
-        pen.ellipse(sign * 0.15, 0.065, 0.13, 0.08, paws)
-        pen.polygon([(sign * 0.26, 0.72), (sign * 0.23, 0.9 + tall), (sign * 0.05, 0.84)], ears)
+    draw_pattern(pen, me, 0.29, 0.15)
+    pen.both(pen.ellipse, 0.15, 0.065, 0.13, 0.08, paws)
+    pen.both(pen.polygon, [(0.26, 0.72), (0.23, 0.9 + tall), (0.05, 0.84)], ears)
     pen.ellipse(0, 0.7, 0.27, 0.19, main)
-    for sign in (-1, 1):
-        pen.ellipse(sign * 0.13, 0.74, 0.062, 0.062, (225, 235, 90))
-        pen.ellipse(sign * 0.13, 0.74, 0.028, 0.058, DARK)
+    pen.both(pen.ellipse, 0.13, 0.74, 0.062, 0.062, (225, 235, 90))
+    pen.both(pen.ellipse, 0.13, 0.74, 0.028, 0.058, DARK)
     pen.polygon([(-0.05, 0.665), (0.05, 0.665), (0, 0.625)], (235, 120, 140))
     pen.rectangle(-0.06, 0.585, 0.06, 0.607, DARK)
     return {"top": 0.88, "eyes": 0.74, "neck": 0.5, "hand": (-wide - 0.02, 0.4), "head": 0.25}
@@ -402,12 +379,10 @@ def draw_dog(pen: Pen, me: Individual) -> dict:
     pen.line([(0.15, 0.2), (0.3, 0.26), (0.37, 0.4)], main, 0.07)
     pen.ellipse(0, 0.3, wide, 0.27, main)
     pen.ellipse(0, 0.31, wide - 0.045, 0.21, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.31, 0.15)
-    for sign in (-1, 1):
-        pen.rectangle(sign * 0.07, 0, sign * 0.25, 0.16, paws)
+    draw_pattern(pen, me, 0.31, 0.15)
+    pen.both(pen.rectangle, 0.07, 0, 0.25, 0.16, paws)
     pen.ellipse(0, 0.74, 0.24, 0.22, main)
-    for sign in (-1, 1):
-        pen.ellipse(sign * 0.27, 0.74, 0.1, drop, ears)
+    pen.both(pen.ellipse, 0.27, 0.74, 0.1, drop, ears)
     pen.ellipse(0, 0.62, 0.15, 0.11, part_color(me, "muzzle"))
     pen.ellipse(0, 0.69, 0.068, 0.045, DARK)
     pen.rectangle(-0.04, 0.52, 0.04, 0.605, (232, 84, 98))
@@ -416,17 +391,15 @@ def draw_dog(pen: Pen, me: Individual) -> dict:
 
 
 def draw_robot(pen: Pen, me: Individual) -> dict:
-    main, arms = COLORS[me.colors["main"]], part_color(me, "arms")
-    ears = part_color(me, "ears")
+    main, ears, arms = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "arms")
     wide, head = 0.22 + 0.04 * me.shape[0], 0.2 + 0.04 * me.shape[1]
-    for sign in (-1, 1):
-        pen.rectangle(sign * 0.05, 0, sign * 0.19, 0.16, arms)
-        if not pen.arms_up:
-            pen.rectangle(sign * wide, 0.22, sign * (wide + 0.12), 0.52, arms)
-        pen.rectangle(sign * (head - 0.01), 0.66, sign * (head + 0.09), 0.84, ears)
+    pen.both(pen.rectangle, 0.05, 0, 0.19, 0.16, arms)
+    if not pen.arms_up:
+        pen.both(pen.rectangle, wide, 0.22, wide + 0.12, 0.52, arms)
+    pen.both(pen.rectangle, head - 0.01, 0.66, head + 0.09, 0.84, ears)
     pen.rectangle(-wide, 0.13, wide, 0.54, main)
     pen.rectangle(-wide + 0.035, 0.165, wide - 0.035, 0.505, part_color(me, "belly"))
-    draw_pattern(pen, me, 0, 0.335, 0.155)
+    draw_pattern(pen, me, 0.335, 0.155)
     pen.rectangle(-0.02, 0.9, 0.02, 0.99, DARK)
     pen.ellipse(0, 0.99, 0.06, 0.06, ears)
     pen.rectangle(-head, 0.57, head, 0.92, main)
@@ -443,7 +416,7 @@ def draw_mug(pen: Pen, me: Individual) -> dict:
     pen.rectangle(-wide, 0.06, wide, tall, main)
     pen.ellipse(0, tall, wide, 0.085, part_color(me, "rim"))
     pen.ellipse(0, tall, wide - 0.05, 0.055, DARK)
-    draw_pattern(pen, me, 0, tall * 0.46, 0.2)
+    draw_pattern(pen, me, tall * 0.46, 0.2)
     return {}
 
 
@@ -455,7 +428,7 @@ def draw_ball(pen: Pen, me: Individual) -> dict:
         pen.polygon([(r * np.cos(a), r + r * np.sin(a)) for a in angles]
                     + [(-r * np.cos(a), r + r * np.sin(a)) for a in reversed(angles)],
                     COLORS[me.colors["middle"]])
-    draw_pattern(pen, me, 0, r, r * 0.6)
+    draw_pattern(pen, me, r, r * 0.6)
     pen.ellipse(-r * 0.45, r * 1.55, r * 0.14, r * 0.14, (255, 255, 255))
     return {}
 
@@ -475,9 +448,8 @@ def draw_accessory(pen: Pen, thing: Thing, at: dict):
     elif thing.accessory == "sunglasses":
         y = at["eyes"]
         pen.rectangle(-head, y + 0.025, head, y + 0.06, DARK)
-        for sign in (-1, 1):
-            pen.rectangle(sign * head * 0.1, y - 0.065, sign * head * 0.86, y + 0.06, DARK)
-            pen.rectangle(sign * head * 0.3, y - 0.01, sign * head * 0.55, y + 0.03, (120, 130, 150))
+        pen.both(pen.rectangle, head * 0.1, y - 0.065, head * 0.86, y + 0.06, DARK)
+        pen.both(pen.rectangle, head * 0.3, y - 0.01, head * 0.55, y + 0.03, (120, 130, 150))
     elif thing.accessory == "scarf":
         y = at["neck"]
         pen.rectangle(-0.23, y - 0.05, 0.23, y + 0.05, color)
@@ -491,41 +463,43 @@ def draw_accessory(pen: Pen, thing: Thing, at: dict):
         pen.ellipse(x + 0.09 * away, y + 0.58, 0.035, 0.045, (255, 255, 255))
 
 
+LANDSCAPES = {  # the sky, or several to choose from; the ground; the ground in a thing's shade
+    "beach": ((140, 205, 245), (238, 212, 150), (208, 182, 124)),
+    "grass": ((165, 215, 250), (85, 175, 65), (62, 140, 48)),
+    "snow": ((178, 192, 212), (244, 248, 252), (206, 214, 226)),
+    "night": ((16, 20, 60), (34, 48, 62), (20, 28, 38)),
+    "room": ((235, 222, 195), (205, 218, 205), (232, 205, 205), (165, 115, 75), (134, 92, 58)),
+}
+
+
 def draw_scene(pen: Pen, spec: Spec):
     """The background; `scenery` decides horizon, sun, clouds, stars, window and tints."""
     u, scene = spec.scenery, spec.scene
     horizon = 1 - (0.55 + 0.1 * u[0])
     if scene in BACKGROUNDS:
         pen.rectangle(0, 0, 1, 1, COLORS[scene])
-    elif scene == "beach":
-        pen.rectangle(0, 0, 1, 1, (140, 205, 245))
+        return
+    *skies, ground, _ = LANDSCAPES[scene]
+    pen.rectangle(0, 0, 1, 1, skies[int(u[1] * 2.999) % len(skies)])
+    if scene == "beach":
         pen.rectangle(0, horizon - 0.01, 1, horizon + 0.15, (35, 120, 190))
-        pen.rectangle(0, 0, 1, horizon, (238, 212, 150))
-        if u[1] > 0.4:
-            pen.ellipse(0.12 + 0.76 * (u[2] > 0.5), 0.87, 0.075, 0.075, (255, 235, 110))
-    elif scene == "grass":
-        pen.rectangle(0, 0, 1, 1, (165, 215, 250))
-        pen.rectangle(0, 0, 1, horizon, (85, 175, 65))
-        if u[1] > 0.4:
-            x = 0.14 + 0.62 * (u[2] > 0.5)
-            pen.ellipse(x, 0.88, 0.11, 0.05, (252, 252, 252))
-            pen.ellipse(x + 0.08, 0.91, 0.08, 0.05, (252, 252, 252))
+    pen.rectangle(0, 0, 1, horizon, ground)
+    if scene == "beach" and u[1] > 0.4:
+        pen.ellipse(0.12 + 0.76 * (u[2] > 0.5), 0.87, 0.075, 0.075, (255, 235, 110))
+    elif scene == "grass" and u[1] > 0.4:
+        x = 0.14 + 0.62 * (u[2] > 0.5)
+        pen.ellipse(x, 0.88, 0.11, 0.05, (252, 252, 252))
+        pen.ellipse(x + 0.08, 0.91, 0.08, 0.05, (252, 252, 252))
     elif scene == "snow":
-        pen.rectangle(0, 0, 1, 1, (178, 192, 212))
-        pen.rectangle(0, 0, 1, horizon, (244, 248, 252))
         for k in range(8):
             x, y = (0.07 + 0.13 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.37 * k + u[2]) % 1)
             pen.ellipse(x, y, 0.016, 0.016, (255, 255, 255))
     elif scene == "night":
-        pen.rectangle(0, 0, 1, 1, (16, 20, 60))
-        pen.rectangle(0, 0, 1, horizon, (34, 48, 62))
         for k in range(5):
             pen.ellipse((0.1 + 0.21 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.43 * k + u[2]) % 1), 0.011, 0.011,
                         (245, 240, 190))
         pen.ellipse(0.12 + 0.76 * (u[3] > 0.5), 0.87, 0.075, 0.075, (245, 238, 185))
     elif scene == "room":
-        pen.rectangle(0, 0, 1, 1, ((235, 222, 195), (205, 218, 205), (232, 205, 205))[int(u[1] * 2.999)])
-        pen.rectangle(0, 0, 1, horizon, (165, 115, 75))
         x = 0.05 if u[2] > 0.5 else 0.71
         pen.rectangle(x, 0.66, x + 0.24, 0.93, (248, 246, 240))
         pen.rectangle(x + 0.025, 0.685, x + 0.215, 0.905, (150, 210, 245))
@@ -579,24 +553,19 @@ def draw_prop(pen: Pen, spec: Spec):
                 pen.rectangle(-0.24 + 0.17 * k, y, -0.1 + 0.17 * k, y + 0.34, color)
 
 
-GROUND = {"beach": (208, 182, 124), "grass": (62, 140, 48), "snow": (206, 214, 226), "night": (20, 28, 38),
-          "room": (134, 92, 58)}
-
-
 def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3) -> tuple:
     """Draw a spec. Returns image (size, size, 3) uint8 and, if asked for, a dict of (size, size) float32
     coverages of the REGIONS, which sum to one (else None)."""
     pen = Pen(size * supersample, masks)
-    pen.stand((0.0, 1.0, 1.0, False))
     draw_scene(pen, spec)
     if spec.prop:
         pen.id = len(REGIONS) - 1
         draw_prop(pen, spec)
-        pen.stand((0.0, 1.0, 1.0, False))
+        pen.stand()
         pen.id = 0
     if spec.scene in SCENES:
         for x, base, height, _ in (thing.pose for thing in spec.things):
-            pen.ellipse(x, 1 - base, 0.34 * height, 0.05 * height, GROUND[spec.scene])
+            pen.ellipse(x, 1 - base, 0.34 * height, 0.05 * height, LANDSCAPES[spec.scene][-1])
     for k, thing in reversed(list(enumerate(spec.things))):
         pen.id = 2 * k + 1
         pen.stand(thing.pose, thing.arms_up)
@@ -613,27 +582,7 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
     return image, {name: (ids == k).mean((1, 3), dtype=np.float32) for k, name in enumerate(REGIONS)}
 
 
-def picture(rng: random.Random, size: int = 64, masks: bool = False) -> Picture:
+def picture(rng: random.Random, size: int = 64) -> Picture:
     """One captioned picture of the training distribution."""
     spec = random_spec(rng)
-    image, coverage = render(spec, size, masks)
-    return Picture(image, describe(spec, rng), coverage)
-
-
-def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("out", help="PNG file of the sheet")
-    parser.add_argument("--size", type=int, default=64, help="side of one picture in pixels")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    rng, start = random.Random(args.seed), time.time()
-    pictures = [picture(rng, args.size) for _ in range(160)]
-    print(f"{160 / (time.time() - start):.0f} pictures per second on one core")
-    rows = [np.concatenate([p.image for p in pictures[k:k + 16]], 1) for k in range(0, 160, 16)]
-    Image.fromarray(np.concatenate(rows)).save(args.out)
-    print("\n".join(p.caption for p in pictures[:32]))
-
-
-if __name__ == "__main__":
-    main()
+    return Picture(render(spec, size)[0], describe(spec, rng))
