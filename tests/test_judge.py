@@ -2,6 +2,7 @@
 import random
 
 import pytest
+import torch
 
 import judge as judges
 import world
@@ -30,6 +31,10 @@ def test_two_things_of_one_kind_are_both_found(judge):
     specs = [judges.view(rng, *(world.random_individual(rng, "cat") for _ in range(2))) for _ in range(20)]
     assert sum([thing.kind for thing in found] == ["cat", "cat"]
                for found in judge.find(judges.renders(specs))) >= 18
+
+
+def test_nothing_is_found_where_nothing_is(judge):
+    assert judge.find(torch.ones(2, 3, 64, 64)) == [[], []]
 
 
 def test_an_individual_is_first_among_fifty_in_company(judge):
