@@ -274,10 +274,10 @@ class Pen:
         for draw, value in zip(self.draws, (color, self.id)):
             getattr(draw, kind)(points, **{ink: value}, **how)
 
-    def ellipse(self, x, y, rx, ry, color, ink="fill", **how):
+    def ellipse(self, x, y, rx, ry, color, ink="fill", width=1):
         (cx, cy), scale = self.point(x, y), self.height * self.side
         box = [cx - rx * scale, cy - ry * scale, cx + rx * scale, cy + ry * scale]
-        self.shape("ellipse", box, color, ink, **how)
+        self.shape("ellipse", box, color, ink, width=width)
 
     def ring(self, x, y, rx, ry, color, width):
         self.ellipse(x, y, rx, ry, color, "outline", width=round(width * self.height * self.side))
