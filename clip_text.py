@@ -125,6 +125,17 @@ class TextEncoder(nn.Module):
         return self.final_layer_norm(x)
 
 
+def in_pieces(bpe: models.BPE) -> tokenizers.Tokenizer:
+    """Byte pairs as CLIP uses them: of the PIECES of a text in lower case."""
+    tokenizer = tokenizers.Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence([
+        normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return tokenizer
+
+
 class Tokenizer:
     """CLIP's byte-pair encoding: lower case, `max_length` ids per prompt, start and end included."""
 
@@ -153,13 +164,7 @@ class Tokenizer:
                 return cls(tokenizers.Tokenizer.from_file(str(whole)), max_length)
             bpe = models.BPE.from_file(str(vocab), str(merges), unk_token=END, end_of_word_suffix=WORD_END,
                                        continuing_subword_prefix="")
-            tokenizer = tokenizers.Tokenizer(bpe)
-            tokenizer.normalizer = normalizers.Sequence([
-                normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-            tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-                pre_tokenizers.Split(Regex(PIECES), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False)])
-            return cls(tokenizer, max_length)
+            return cls(in_pieces(bpe), max_length)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from None
 

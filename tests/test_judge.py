@@ -48,7 +48,7 @@ def test_an_individual_is_first_among_fifty_in_company(judge):
 
 
 def test_a_missing_judge_is_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match="judge.py train"):
+    with pytest.raises(ValueError, match="none cannot be read"):
         judges.Judge.load(tmp_path / "none")
 
 

@@ -1,8 +1,7 @@
 """Measure the claims of the paper on the embedded model: one command, from training to tables.
 
-    python tiny/claims.py --quick       # the main rows, and two concepts in one picture
     python tiny/claims.py               # everything: some hours on two cores
-    python tiny/claims.py --only pair "beta 0.7" --skip "400 steps"
+    python tiny/claims.py --only pair "beta 0.7" --skip "400 steps"     # rows whose title holds one of these
 
 Trains every concept in several ways (`train.py`), draws the same prompts from the same seeds with all of
 them, and measures with the judge (judge.py), the small CLIP and the renderer's true masks. Everything trained
@@ -19,7 +18,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +41,7 @@ from attention_maps import noised_map, share_inside
 from matplotlib.figure import Figure
 from perfusion import DRAWING_BETA, DRAWING_GLOBAL_BETA, DRAWING_TAU
 from shell import between, replacing
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAININGS = {  # name: (arguments of train.py, number of pictures)
@@ -55,6 +54,13 @@ TRAININGS = {  # name: (arguments of train.py, number of pictures)
     "one image": ((), 1),
     "training beta 0.5": (("--beta", "0.5"), 5),
     "rate 0.2": (("--lr", "0.2"), 5),
+}
+CONCEPTS = 8
+CASES = {  # who is drawn together; c0, c1, ... are individuals that no training showed, the others examples
+    "alone": [(f"c{k}",) for k in range(CONCEPTS)],
+    "different kinds": [(f"c{k}", f"c{(k + 1) % CONCEPTS}") for k in range(CONCEPTS)],
+    "one kind": [(f"c{k}", f"c{k + 4}") for k in range(CONCEPTS - 4)],
+    "examples": [("teddy", "cat"), ("cat", "teddy"), ("robot", "dog"), ("dog", "robot")],
 }
 SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 RENDERS, TIMESTEPS = 8, (200, 400, 600, 800)  # noised renders of a concept whose attention is measured
@@ -76,7 +82,7 @@ class Row:
     """One way of drawing, of a concept alone or of two.
 
     training: a name of TRAININGS, None for the super-category itself. lock: "local", "global", or "ungated":
-    ROME's linear weight in the gate's place. who: "alone", or a group of `couples`.
+    ROME's linear weight in the gate's place. who: "alone", or another of CASES.
     """
     title: str
     training: str | None
@@ -93,25 +99,20 @@ def sweep(training: str) -> list[Row]:
 
 LOCKED, TRAINED, UNGATED = "locked keys, beta 0.7", "trained keys, beta 0.7", "locked keys, ungated"
 GLOBAL = f"global lock, beta {DRAWING_GLOBAL_BETA}"
-MAIN_ROWS = (
+ROWS = (
     Row("pair: locked keys", "locked keys", who="different kinds"),
     Row("pair of examples: locked keys", "locked keys", who="examples"),
-    Row(LOCKED, "locked keys"), Row("super-category", None), Row(TRAINED, "trained keys"),
     Row("pair: trained keys", "trained keys", who="different kinds"),
     Row("pair: super-categories", None, who="different kinds"),
-    Row("textual inversion", "textual inversion"),
     Row("pair: textual inversion", "textual inversion", who="different kinds"),
     Row("pair of one kind: locked keys", "locked keys", who="one kind"),
-    Row(UNGATED, "locked keys", "ungated"), Row(GLOBAL, "locked keys", "global", DRAWING_GLOBAL_BETA),
-    Row("locked keys, beta 0.5", "locked keys", beta=0.5),
-    Row("locked keys, beta 1.0", "locked keys", beta=1.0),
-)
-MORE_ROWS = (
-    *sweep("locked keys"), *sweep("trained keys"),
+    *sweep("locked keys"), *sweep("trained keys"), Row("super-category", None),
+    Row("textual inversion", "textual inversion"), Row(UNGATED, "locked keys", "ungated"),
+    Row(GLOBAL, "locked keys", "global", DRAWING_GLOBAL_BETA),
     Row("no masks", "no masks"), Row("pair: no masks", "no masks", who="different kinds"),
     Row("rate 0.2", "rate 0.2"), Row("pair: rate 0.2", "rate 0.2", who="different kinds"),
-    Row("one image", "one image"),
-    Row("training beta 0.5", "training beta 0.5"), Row("tau 0.1", "locked keys", tau=0.1),
+    Row("one image", "one image"), Row("training beta 0.5", "training beta 0.5"),
+    Row("tau 0.1", "locked keys", tau=0.1),
     *sweep("locked keys, 400 steps"), *sweep("trained keys, 400 steps"),
 )
 FOLLOWING = ("kept", "text", "image", "first")
@@ -133,18 +134,6 @@ COMPARISONS = (  # claim of the paper, measures, row A, row B
      LOCKED),
 )
 PARETO = (("identity", "kept"), ("first", "kept"), ("identity", "text"), ("image", "text"))  # x, y
-
-
-def cases(who: str, count: int) -> list[tuple]:
-    """The names of the concepts in every case of a group: c0, c1, ... are unseen, the others examples."""
-    if who == "alone":
-        return [(f"c{k}",) for k in range(count)]
-    if who == "different kinds":
-        return [(f"c{k}", f"c{(k + 1) % count}") for k in range(count)]
-    if who == "one kind":
-        step = len(make_examples.UNSEEN_KINDS)
-        return [(f"c{k}", f"c{k + step}") for k in range(count - step)]
-    return [("teddy", "cat"), ("cat", "teddy"), ("robot", "dog"), ("dog", "robot")]
 
 
 def person(name: str) -> tuple:
@@ -191,21 +180,20 @@ class Study:
     """What all trainings and measurements share; opened once in every process."""
     model: weights_loader.Model
     judge: judges.Judge
-    clip: clip_image.CLIP | None
+    clip: clip_image.CLIP
     folder: Path
     args: argparse.Namespace
 
     @classmethod
     def open(cls, args: argparse.Namespace) -> "Study":
-        """Every base model and length of training has a folder of its own in --workdir."""
+        """Every base model has a folder of its own in --workdir."""
         model = weights_loader.load(args.weights)
         fast_cpu.enable(model)
-        folder = args.workdir / f"{model.fingerprint}_{args.steps or 'standard'}"
+        folder = args.workdir / model.fingerprint
         for name in ("records", "pictures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        own = Path(model.folder) / "clip"
-        clip = clip_image.load(own, model.text_encoder) if own.is_dir() else None
-        return cls(model, judges.Judge.load(args.judge), clip, folder, args)
+        clip = clip_image.load(model.folder / "clip", model.text_encoder)
+        return cls(model, judges.Judge.load(), clip, folder, args)
 
     def file(self, training: str, name: str) -> Path:
         """The concept file of one training."""
@@ -244,8 +232,6 @@ def train_one(job: tuple):
                "--token", name, "--out", STUDY.file(training, name).parent, "--weights", STUDY.args.weights,
                "--preview", "0", "--checkpoint", "0", "--seed", name[1:] if name[1:].isdecimal() else "0",
                *arguments]
-    if STUDY.args.steps:
-        command += ["--steps", str(STUDY.args.steps)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         raise ValueError(f"train.py failed for {name}, {training}: {done.stderr.strip().splitlines()[-1]}")
@@ -312,22 +298,18 @@ def measure(row: Row, names: tuple) -> dict:
                     default=0) for things in found]
     checks = [kept(things, place, individual.kind, wish)
               for things, place, wish in zip(found, judge.places(images), wishes)]
-    record = {wish: [check[wish] for check in checks if wish in check]
-              for wish in ("scene", "prop", "accessory", "gesture", "second")}
-    record |= {
+    pictures = STUDY.clip.image_embedding(images)
+    training = STUDY.clip.image_embedding(judges.renders(specs, STUDY.model.size[0]))
+    ids = STUDY.model.tokenizer.encode([text.format(individual.kind) for text in texts])[0]
+    asked = STUDY.clip.text_embedding(ids).repeat_interleave(seeds, 0)
+    return {wish: [check[wish] for check in checks if wish in check]
+            for wish in ("scene", "prop", "accessory", "gesture", "second")} | {
         "first": [bool(judges.recognise(things, individual.kind, known)) for things in found],
         "identity": likeness, "kept": [sum(check.values()) / len(check) for check in checks],
         "pattern": [judges.shows(things, individual.kind, pattern=individual.pattern) for things in found],
         "share": share_on_renders(row, concepts, name),
-        "pose": [variety(judge.silhouettes(images).unflatten(0, (len(texts), seeds)))]}
-    if STUDY.clip:
-        pictures = STUDY.clip.image_embedding(images)
-        training = STUDY.clip.image_embedding(judges.renders(specs, STUDY.model.size[0]))
-        ids = STUDY.model.tokenizer.encode([text.format(individual.kind) for text in texts])[0]
-        asked = torch.cat([STUDY.clip.text_embedding(one[None]) for one in ids]).repeat_interleave(seeds, 0)
-        record |= {"image": (pictures @ training.mean(0)).tolist(),
-                   "text": (pictures * asked).sum(-1).tolist()}
-    return record
+        "pose": [variety(judge.silhouettes(images).unflatten(0, (len(texts), seeds)))],
+        "image": (pictures @ training.mean(0)).tolist(), "text": (pictures * asked).sum(-1).tolist()}
 
 
 def measure_pair(row: Row, names: tuple) -> dict:
@@ -449,8 +431,8 @@ def write_results(folder: Path, results: dict, args: argparse.Namespace):
     pairs = {title: records for title, records in results.items() if title not in alone}
     table = [[title, *[written(per_concept(found, name), factor) for name, (_, factor) in MEASURES.items()]]
              for title, found in alone.items()]
-    parts = [f"{args.concepts} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}; "
-             f"beta {DRAWING_BETA}, tau {DRAWING_TAU}, training of {args.steps or 'standard'} steps unless named. "
+    parts = [f"{CONCEPTS} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}; "
+             f"beta {DRAWING_BETA}, tau {DRAWING_TAU} unless named. "
              "Mean and half width of the 95 % interval over concepts.",
              markdown(["row", *[title for title, _ in MEASURES.values()]], table),
              "A - B is paired by concept.",
@@ -483,51 +465,38 @@ def pareto_figure(results: dict) -> Figure:
     return figure
 
 
-def chosen_rows(args: argparse.Namespace) -> list[Row]:
-    """All rows, or those of --quick, --only and --skip."""
-    rows = {row.title: row for row in (*MAIN_ROWS, *(() if args.quick else MORE_ROWS))}
-    return [row for title, row in rows.items() if any(text in title for text in args.only or [""])
-            and not any(text in title for text in args.skip)]
+def chosen_rows(only: list, skip: list) -> list[Row]:
+    """The rows that --only and --skip leave."""
+    return [row for row in ROWS if any(text in row.title for text in only or [""])
+            and not any(text in row.title for text in skip)]
 
 
 def run(args: argparse.Namespace):
-    study, start, results = Study.open(args), time.time(), {}
-    if study.clip is None:
-        print("this model has no CLIP of its own: image and text similarity are left out")
+    study, results = Study.open(args), {}
     covariance.cached(study.model)  # once, before several trainings need it at the same time
-    rows = chosen_rows(args)
-
-    def report(text: str):
-        print(f"{(time.time() - start) / 60:.1f} minutes: {text}", flush=True)
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_work, (args,)) as pool:
-        for n, row in enumerate(rows, 1):
-            names = dict.fromkeys(name for case in cases(row.who, args.concepts) for name in case)
+        for row in tqdm(chosen_rows(args.only, args.skip), unit="row"):
+            names = dict.fromkeys(name for case in CASES[row.who] for name in case)
             jobs = [(row.training, name) for name in names
                     if row.training and not study.file(row.training, name).exists()]
-            for job, _ in zip(jobs, pool.map(train_one, jobs)):
-                report(f"trained {', '.join(job)}")
-            results[row.title] = list(pool.map(functools.partial(record, row), cases(row.who, args.concepts)))
+            list(pool.map(train_one, jobs))     # raises what went wrong
+            results[row.title] = list(pool.map(functools.partial(record, row), CASES[row.who]))
             write_results(study.folder, results, args)
-            report(f"measured {n} of {len(rows)} rows: {row.title}")
     print((study.folder / "claims.md").read_text(encoding="utf-8") + f"{study.folder}/claims.md")
 
 
 def main(argv=None):
     parser = shell.Parser(__doc__)
     add = parser.add_argument
-    add("--quick", action="store_true", help="only the main rows, and two concepts in one picture")
     add("--only", nargs="+", metavar="TEXT", help="only rows whose title holds one of these")
     add("--skip", nargs="+", metavar="TEXT", default=[], help="no rows whose title holds one of these")
-    add("--concepts", type=between(5, 100), default=8, help="individuals that no training showed, 5 to 100")
     add("--seeds", type=between(2, 1000), default=8, help="pictures per prompt, 2 to 1000")
-    add("--steps", type=between(0, 10**6), default=0, help="training steps, 0 for those of each row")
     add("--sampling-steps", type=between(1, 999), default=20, help="DDIM steps, 1 to 999")
     add("--weights", default="tiny", help="base model")
-    add("--judge", type=Path, default=judges.FILE, help="file of the judge")
     add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")
     add("--workers", type=between(1, 100), default=2, help="processes of one thread each")
     args = parser.parse_args(argv)
-    if not chosen_rows(args):
+    if not chosen_rows(args.only, args.skip):
         parser.error("no row's title holds what --only and --skip leave")
     run(args)
 

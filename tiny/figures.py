@@ -5,7 +5,7 @@
     python tiny/figures.py pairs        # figures/pairs.png: the example pairs, in both orders
     python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
 
-Hero and pairs show the concepts that train.py leaves in out/; other files can be named instead.
+Hero and pairs show the concepts that the README's commands leave in out/.
 """
 import sys
 from pathlib import Path
@@ -13,42 +13,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import diffusion
 import fast_cpu
-import numpy as np
 import perfusion
 import shell  # before matplotlib
 import torch
 import weights_loader
-from shell import between, replacing
+from judge import BASE_PROMPTS, draw
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
-from PIL import Image
+from pictures import list_images, read_image
+from shell import between, replacing
 
-HERO = ("out/robot/robot.safetensors", "out/dog/dog.safetensors")
-PAIRS = ("out/teddy/teddy.safetensors", "out/cat/cat.safetensors", *HERO)
-BASE_PROMPTS = (
-    "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
-    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
-    "a turquoise cat with arms up in a room", "a yellow dog on the grass near a house",
-    "a green robot at night near a lamp", "a blue mug in the snow near a snowman", "in a room, an orange ball",
-    "a teddy bear wearing a hat at night", "a cat wearing sunglasses on the beach",
-    "a dog wearing a scarf in a room", "a robot holding a balloon on the grass",
-    "a yellow bellied purple teddy bear in a room", "a white cat with a red heart on a blue background",
-    "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
-    "a red dog beside a blue mug on the beach", "a teddy bear in the snow (held out)",
-    "a cat wearing a hat on the grass (held out)", "a cat next to a robot in a room (held out)")
+PAIRS = (("teddy", "cat"), ("robot", "dog"))  # of examples
 HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
                 "a photo of a {} holding a balloon on the grass", "a photo of a {} next to a mug in a room")
 FROZEN, LOCKED, LEARNED, PLAIN, LINE = "#dbe4f0", "#cfe8cf", "#ffd9a8", "#ffffff", "#444444"
-
-
-def draw(model, concepts: list, prompts: list, seeds: int, steps: int) -> torch.Tensor:
-    """Pictures (prompts, seeds, 3, H, W) in [0, 1]."""
-    pictures = []
-    for prompt in prompts:
-        text = perfusion.project(model, ["", prompt], concepts)
-        pictures.append(diffusion.draw(model, text.keys, text.values, range(seeds), model.size, steps,
-                                       model.guidance))
-    return torch.stack(pictures)
 
 
 def show(axes, images: torch.Tensor, columns: int, title: str):
@@ -58,38 +36,32 @@ def show(axes, images: torch.Tensor, columns: int, title: str):
     axes.set_title(title, fontsize=8, loc="left", pad=2)
 
 
-def training_pictures(file: Path) -> torch.Tensor:
-    """examples/NAME/*.png of out/NAME/NAME.safetensors, (n, 3, H, W) in [0, 1]."""
-    files = sorted((Path("examples") / file.stem).glob("*.png"))
-    if not files:
-        raise ValueError(f"examples/{file.stem}, the training pictures of {file}, holds no PNG")
-    pictures = np.stack([np.asarray(Image.open(one).convert("RGB")) for one in files])
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+def load(model, names: tuple) -> list:
+    """The concepts of examples, as train.py left them, ready to use."""
+    return perfusion.prepare([perfusion.Concept.load(f"out/{name}/{name}.safetensors") for name in names], model)
 
 
-def base(model, files: list, steps: int) -> Figure:
+def base(model, steps: int) -> Figure:
     """24 prompts, 4 seeds each."""
     figure = Figure(figsize=(9, 9.6), layout="constrained")
-    pictures = draw(model, [], [prompt.removesuffix(" (held out)") for prompt in BASE_PROMPTS], 4, steps)
-    for axes, prompt, row in zip(figure.subplots(8, 3).flat, BASE_PROMPTS, pictures):
-        show(axes, row, 4, prompt)
+    pictures = draw(model, [prompt for prompt in BASE_PROMPTS for _ in range(4)], [*range(4)] * 24, steps)
+    for axes, prompt, row in zip(figure.subplots(8, 3).flat, BASE_PROMPTS, pictures.split(4)):
+        show(axes, row, 4, prompt + " (held out)" * (prompt in BASE_PROMPTS[-3:]))
     return figure
 
 
-def hero(model, files: list, steps: int) -> Figure:
+def hero(model, steps: int) -> Figure:
     """Two concepts: their training pictures, each in new scenes, and both in one picture, in both orders."""
-    files = [Path(file) for file in files or HERO]
-    if len(files) != 2:
-        raise ValueError(f"the hero figure shows two concepts, not {len(files)}")
-    concepts = perfusion.prepare([perfusion.Concept.load(file) for file in files], model)
+    concepts = load(model, PAIRS[1])
     figure = Figure(figsize=(9, 4.1), layout="constrained")
     *alone, both = figure.subfigures(3, 1)
-    for part, file, concept in zip(alone, files, concepts):
+    for part, name, concept in zip(alone, PAIRS[1], concepts):
         left, right = part.subplots(1, 2, width_ratios=(5, 4))
-        given = training_pictures(file)
+        given, _ = list_images(Path("examples") / name)
+        given = torch.stack([read_image(one, model.size[0])[0] for one in given]) / 2 + 0.5
         show(left, given, len(given), f"{concept.token}: the training pictures")
         prompts = [prompt.format(concept.token) for prompt in HERO_PROMPTS]
-        show(right, draw(model, concepts, prompts, 1, steps)[:, 0], 4, f"{concept.token} in new scenes")
+        show(right, draw(model, prompts, [0] * 4, steps, concepts), 4, f"{concept.token} in new scenes")
     for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
         together(axes, model, [a, b], 4, steps)
     return figure
@@ -98,23 +70,19 @@ def hero(model, files: list, steps: int) -> Figure:
 def together(axes, model, concepts: list, seeds: int, steps: int):
     """Two concepts in one picture, from several seeds."""
     prompt = f"a photo of a {concepts[0].token} next to a {concepts[1].token} on the grass"
-    show(axes, draw(model, concepts, [prompt], seeds, steps)[0], seeds, prompt)
+    show(axes, draw(model, [prompt] * seeds, range(seeds), steps, concepts), seeds, prompt)
 
 
-def pairs(model, files: list, steps: int) -> Figure:
-    """The first and the second concept in one picture, the third and the fourth, ...; in both orders."""
-    concepts = [perfusion.Concept.load(file) for file in files or PAIRS]
-    if len(concepts) % 2:
-        raise ValueError(f"{len(concepts)} concepts are no pairs")
-    couples = [perfusion.prepare(concepts[k:k + 2], model) for k in range(0, len(concepts), 2)]
-    orders = [order for couple in couples for order in (couple, couple[::-1])]
+def pairs(model, steps: int) -> Figure:
+    """Two concepts in one picture: each of PAIRS in both orders."""
+    orders = [order for names in PAIRS for order in (names, names[::-1])]
     figure = Figure(figsize=(9, 1.35 * len(orders)), layout="constrained")
-    for axes, order in zip(figure.subplots(len(orders)), orders):
-        together(axes, model, order, 8, steps)
+    for axes, names in zip(figure.subplots(len(orders)), orders):
+        together(axes, model, load(model, names), 8, steps)
     return figure
 
 
-def method(model, files: list, steps: int) -> Figure:
+def method(model, steps: int) -> Figure:
     """One cross-attention layer with its edit."""
     figure = Figure(figsize=(9.6, 4.3), layout="constrained")
     axes = figure.subplots()
@@ -172,9 +140,7 @@ def method(model, files: list, steps: int) -> Figure:
                            (10.1, FROZEN, "frozen")):
         box(x, 0.15, 0.35, 0.25, color, "")
         axes.text(x + 0.45, 0.275, text, va="center", fontsize=8)
-    axes.set_title("One cross-attention layer with one concept: "
-                   r"$K=W_K\,e_\perp+\mathrm{gate}\cdot o^*_K$,  "
-                   r"$V=W_V\,e_\perp+\mathrm{gate}\cdot o^*_V$", fontsize=10)
+    axes.set_title("One cross-attention layer with one concept", fontsize=10)
     return figure
 
 
@@ -183,16 +149,13 @@ def main(argv=None):
     parser = shell.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)
-    add("files", nargs="*", help="concept files, if not those of the README's commands")
     add("--weights", default="tiny", help="base model")
     add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
     add("--out", type=Path, default=Path("figures"), help="folder of the PNG")
     args = parser.parse_args(argv)
-    model = None
-    if args.figure != "method":
-        model = weights_loader.load(args.weights)
-        fast_cpu.enable(model)
-    figure = figures[args.figure](model, args.files, args.steps)
+    model = weights_loader.load(args.weights)
+    fast_cpu.enable(model)
+    figure = figures[args.figure](model, args.steps)
     args.out.mkdir(parents=True, exist_ok=True)
     with replacing(args.out / f"{args.figure}.png") as partial:
         figure.savefig(partial, dpi=150, format="png")

@@ -12,7 +12,6 @@ generated picture; a slight random blur, noise and shift of brightness keeps the
 """
 import argparse
 import math
-import os
 import random
 import sys
 import time
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
@@ -33,8 +32,8 @@ import perfusion
 import shell
 import weights_loader
 import world
-from attention_maps import noised_map, word_masks
-from shell import between, replacing
+from attention_maps import word_masks
+from shell import between, read_tensors, replacing
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"kind": world.KINDS, "color": tuple(world.COLORS), "pattern": (None, *world.PATTERNS),
@@ -45,8 +44,19 @@ FINDER_SIDE, GRID, CROP = 64, 16, 48  # pixels of the finder's picture, cells of
 CROP_SIDE = 1.4   # of a crop, in heights of the thing: a hat and a balloon lie inside
 FOUND = 0.4       # how high a peak of the map must be
 EMBEDDING = 64
-TRAIN_STEPS = 900
+TRAIN_STEPS = 900  # of 96 renders
 TEMPERATURE = 0.07  # of the contrastive loss
+BASE_PROMPTS = (
+    "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
+    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
+    "a turquoise cat with arms up in a room", "a yellow dog on the grass near a house",
+    "a green robot at night near a lamp", "a blue mug in the snow near a snowman", "in a room, an orange ball",
+    "a teddy bear wearing a hat at night", "a cat wearing sunglasses on the beach",
+    "a dog wearing a scarf in a room", "a robot holding a balloon on the grass",
+    "a yellow bellied purple teddy bear in a room", "a white cat with a red heart on a blue background",
+    "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
+    "a red dog beside a blue mug on the beach", "a teddy bear in the snow",
+    "a cat wearing a hat on the grass", "a cat next to a robot in a room")
 GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each is known by
 
 
@@ -130,11 +140,9 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path: Path = FILE) -> "Judge":
-        """The trained judge, in eval mode. ValueError where there is none."""
-        if not Path(path).exists():
-            raise ValueError(f"{path} does not exist: make it with `python tiny/judge.py train`")
+        """The trained judge, in eval mode; `python tiny/judge.py train` makes it. ValueError."""
         judge = cls()
-        judge.load_state_dict(load_file(path))
+        judge.load_state_dict(read_tensors(path))
         return judge.eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -316,7 +324,6 @@ def train(steps: int, groups: int, path: Path, seed: int = 0) -> Judge:
         if step % 25 == 0 or step == steps - 1:
             print(f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
                   + f"; {time.process_time() - start:.0f} s of processor", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
     state = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
     with replacing(path) as partial:
         save_file(state, partial)
@@ -327,18 +334,11 @@ def train(steps: int, groups: int, path: Path, seed: int = 0) -> Judge:
 
 def interval(right: list) -> str:
     """A share of independent trials, one bool each, with its 95 % interval (Wilson), in per cent."""
-    n = len(right)
-    if n == 0:
-        return "none asked for"
-    z, p = 1.96, sum(right) / n
+    n, z = len(right), 1.96
+    p = sum(right) / n
     middle, half = (p + z * z / 2 / n), z * math.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
     low, high = ((middle + sign * half) / (1 + z * z / n) for sign in (-1, 1))
     return f"{100 * p:.1f} % ({100 * low:.1f} to {100 * high:.1f}, n = {n})"
-
-
-def in_parts(compute, items: list, size: int = 100) -> list:
-    """The list compute(items), put together from parts, to save memory."""
-    return [one for k in range(0, len(items), size) for one in compute(items[k:k + size])]
 
 
 @torch.no_grad()
@@ -347,13 +347,11 @@ def gallery(judge: Judge, individuals: list, rng: random.Random) -> Tensor:
 
     Half of the renders show another thing too. Returns (n, EMBEDDING).
     """
-    def embeddings(specs: list) -> Tensor:
-        boxes = torch.tensor([spec.things[0].pose[:3] for spec in specs])
-        return judge.expert(crop(renders(specs), torch.arange(len(specs)), boxes))["embedding"]
     specs = [view(rng, me, *[world.random_individual(rng)] * (n % 2))
              for me in individuals for n in range(VIEWS)]
-    seen = torch.stack(in_parts(embeddings, specs)).view(len(individuals), VIEWS, -1)
-    return F.normalize(seen.mean(1), dim=-1)
+    boxes = torch.tensor([spec.things[0].pose[:3] for spec in specs])
+    seen = judge.expert(crop(renders(specs), torch.arange(len(specs)), boxes))["embedding"]
+    return F.normalize(seen.view(len(individuals), VIEWS, -1).mean(1), dim=-1)
 
 
 def lineup(judge: Judge, individual: world.Individual, seed: int) -> Tensor:
@@ -380,8 +378,9 @@ def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
     """Measure -> text, on renders that training never drew (held-out combinations included)."""
     rng = random.Random(seed)
     specs = [world.random_spec(rng, allow_held_out=True) for _ in range(pictures)]
-    found = in_parts(lambda part: judge.find(renders(part)), specs)
-    places = in_parts(lambda part: judge.places(renders(part)), specs)
+    images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
+    images = to_images(images)
+    found, places = judge.find(images), judge.places(images)
     pairs = [match(one, spec) for one, spec in zip(found, specs)]
     _, _, truth = things_of(specs)
     seen = [pair.get(n) for pair, spec in zip(pairs, specs) for n in range(len(spec.things))]
@@ -393,21 +392,18 @@ def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
                         for thing, y in zip(seen, truth[head].tolist()) if thing]
     report["scene"] = [scene == spec.scene for (scene, _), spec in zip(places, specs)]
     report["prop"] = [prop == spec.prop for (_, prop), spec in zip(places, specs)]
+    titles = f"alone: first among {GALLERY}", f"in pairs: both first among {GALLERY}"
+    report |= {title: [] for title in titles}
     for kind, others in zip(world.KINDS, (*world.KINDS[1:], world.KINDS[0])):
         people = [[world.random_individual(rng, name) for _ in range(GALLERY)] for name in (kind, others)]
         known = [gallery(judge, one, rng) for one in people]
-        for title, groups in ((f"{kind}, alone: first among {GALLERY}", people[:1]),
-                              (f"{kind} beside {others}: both first among {GALLERY}", people)):
+        for title, groups in zip(titles, (people[:1], people)):
             found = judge.find(renders([view(rng, *who) for who in zip(*groups)]))
-            report[title] = [all(recognise(one, who[row].kind, rows, row) for who, rows in zip(groups, known))
-                             for row, one in enumerate(found)]
-    alone, beside = ([hit for title, hits in report.items() if word in title for hit in hits]
-                     for word in ("alone", "beside"))
-    report |= {f"alone: first among {GALLERY}": alone, f"in pairs: both first among {GALLERY}": beside}
+            report[title] += [all(recognise(one, who[row].kind, rows, row) for who, rows in zip(groups, known))
+                              for row, one in enumerate(found)]
     texts = {title: interval(hits) for title, hits in report.items()}
-    images, masks = zip(*[world.render(spec, masks=True) for spec in specs[:200]])
     truth = coarse(masks)[:, LAYERS.index("things")]
-    overlap = intersection_over_union(judge.silhouettes(to_images(images)) > 0.5, truth > 0.5)
+    overlap = intersection_over_union(judge.silhouettes(images) > 0.5, truth > 0.5)
     return texts | {"silhouettes, IoU at 16x16": f"{overlap.mean():.3f}"}
 
 
@@ -428,13 +424,15 @@ def prompts_of_the_world(n: int, held_out: bool, seed: int) -> list:
     return pairs
 
 
-def draw_prompts(model, prompts: list, steps: int, batch: int = 32):
-    """Yield the pictures (b, 3, H, W) of successive batches of prompts; picture k starts from seed k."""
+def draw(model, prompts: list, seeds: list, steps: int, concepts: tuple = (), batch: int = 32) -> Tensor:
+    """Pictures (n, 3, H, W) in [0, 1]: number k shows prompts[k], from the noise of seeds[k]."""
+    pictures = []
     for k in range(0, len(prompts), batch):
         part = prompts[k:k + batch]
-        text = perfusion.project(model, [""] * len(part) + part, [])
-        yield diffusion.draw(model, text.keys, text.values, range(k, k + len(part)), model.size, steps,
-                             model.guidance)
+        text = perfusion.project(model, [""] * len(part) + part, concepts)
+        pictures.append(diffusion.draw(model, text.keys, text.values, seeds[k:k + batch], model.size, steps,
+                                       model.guidance))
+    return torch.cat(pictures)
 
 
 def shows(found: list[Found], kind: str, **asked) -> bool:
@@ -445,27 +443,26 @@ def shows(found: list[Found], kind: str, **asked) -> bool:
 
 def follow(found: list, places: list, pairs: list) -> dict:
     """Measure -> [one bool for each time it is asked for]: do pictures show what their prompts name?"""
-    names = ("subject", "both things", "scene", "prop", "color", "pattern", "accessory", "gesture")
-    kept = {name: [] for name in names}
+    kept = {}
     for seen, (scene, prop), (spec, prompt) in zip(found, places, pairs):
-        kinds = [thing.individual.kind for thing in spec.things]
-        kept["subject" if len(kinds) == 1 else "both things"].append(all(shows(seen, kind) for kind in kinds))
-        if world.scene_words(spec.scene) in prompt:
-            kept["scene"].append(scene == spec.scene)
-        if spec.prop and spec.prop in prompt:
-            kept["prop"].append(prop == spec.prop)
-        patterns = [thing.individual.pattern for thing in spec.things]
-        for thing, kind, pattern in zip(spec.things, kinds, patterns):
-            color = thing.individual.colors["main"]
-            if f"{color} {kind}" in prompt:
-                kept["color"].append(shows(seen, kind, color=color))
+        people = [thing.individual for thing in spec.things]
+        checks = [("subject" if len(people) == 1 else "both things", True,
+                   all(shows(seen, one.kind) for one in people)),
+                  ("scene", world.scene_words(spec.scene) in prompt, scene == spec.scene),
+                  ("prop", spec.prop and spec.prop in prompt, prop == spec.prop)]
+        for thing, one in zip(spec.things, people):
+            color, pattern = one.colors["main"], one.pattern
+            # The words do not say whose a pattern is that both have, nor who raises arms if only one is named.
             named = pattern and (pattern in prompt or world.ADJECTIVES[pattern] in prompt)
-            if named and patterns.count(pattern) == 1:  # else the words do not say whose pattern it is
-                kept["pattern"].append(shows(seen, kind, pattern=pattern))
-            if thing.accessory:
-                kept["accessory"].append(shows(seen, kind, accessory=thing.accessory))
-            if thing.arms_up and prompt.count(world.GESTURE) == sum(one.arms_up for one in spec.things):
-                kept["gesture"].append(shows(seen, kind, arms_up=True))
+            whose = [other.pattern for other in people].count(pattern) == 1
+            raised = thing.arms_up and prompt.count(world.GESTURE) == sum(each.arms_up for each in spec.things)
+            checks += [("color", f"{color} {one.kind}" in prompt, shows(seen, one.kind, color=color)),
+                       ("pattern", named and whose, shows(seen, one.kind, pattern=pattern)),
+                       ("accessory", thing.accessory, shows(seen, one.kind, accessory=thing.accessory)),
+                       ("gesture", raised, shows(seen, one.kind, arms_up=True))]
+        for name, asked, right in checks:
+            if asked:
+                kept.setdefault(name, []).append(right)
     return kept
 
 
@@ -476,47 +473,24 @@ def identity_of_captions(judge: Judge, model, steps: int, people: int = 8, seeds
     for k in range(people):
         me = make_examples.unseen_concept(k)[1]
         prompt = f"a photo of a {' '.join(world.adjectives(me))} {me.colors['main']} {me.kind} on the grass"
-        known = lineup(judge, me, k)
-        for images in draw_prompts(model, [prompt] * seeds, steps):
-            hits += [bool(recognise(found, me.kind, known)) for found in judge.find(images)]
+        known, images = lineup(judge, me, k), draw(model, [prompt] * seeds, range(seeds), steps)
+        hits += [bool(recognise(found, me.kind, known)) for found in judge.find(images)]
     return hits
 
 
 @torch.no_grad()
-def attention_overlap(model, count: int = 12) -> dict:
-    """Kind -> IoU at half maximum of its word's map with the true mask, on noised renders of one thing."""
-    rng, overlaps = random.Random(3 * 10**9), {}
-    for kind in world.KINDS:
-        specs = [world.place(rng, [world.random_individual(rng, kind)], rng.choice(list(world.SCENES)))
-                 for _ in range(count)]
-        images, truth = renders_and_truth(specs, model.size[0])
-        prompts = [f"a photo of {world.article(kind)} {world.scene_words(spec.scene)}" for spec in specs]
-        text, words = perfusion.project(model, prompts, []), model.tokenizer.find(prompts[0], kind)[0]
-        z = model.vae.encode(images * 2 - 1)
-        where = sum(noised_map(model, z, t, text.keys, text.values, words) for t in (200, 300, 400, 500, 600))
-        where = F.interpolate(where[:, None], model.size, mode="bilinear")[:, 0]
-        overlap = intersection_over_union(where > where.amax((1, 2), keepdim=True) / 2, truth > 0.5)
-        overlaps[kind] = overlap.mean().item()
-    return overlaps
-
-
-@torch.no_grad()
-def mask_overlap(model) -> dict:
-    """Example -> IoU of the masks that train.py makes for its pictures, at one half, with the true ones."""
-    overlaps = {}
-    for name, (individual, scenes) in make_examples.EXAMPLES.items():
-        specs = make_examples.example_specs(individual, scenes, name)
-        images, truth = renders_and_truth(specs, model.size[0])
-        soft = word_masks(model, model.vae.encode(images * 2 - 1), individual.kind)
-        soft = F.interpolate(soft, model.size, mode="bilinear")[:, 0]
-        overlaps[name] = intersection_over_union(soft > 0.5, truth > 0.5).mean().item()
-    return overlaps
+def mask_overlap(model, specs: list) -> float:
+    """Mean IoU of the masks that train.py makes for pictures of one kind, at one half, with the true ones."""
+    images, truth = renders_and_truth(specs, model.size[0])
+    soft = word_masks(model, model.vae.encode(images * 2 - 1), specs[0].things[0].individual.kind)
+    soft = F.interpolate(soft, model.size, mode="bilinear")[:, 0]
+    return intersection_over_union(soft > 0.5, truth > 0.5).mean().item()
 
 
 @torch.no_grad()
 def vae_psnr(model, count: int = 256) -> float:
     """Mean peak signal-to-noise ratio of reconstructed held-out renders, in dB."""
-    images = to_images([world.picture(random.Random(10**9 + k), model.size[0]).image for k in range(count)])
+    images = to_images([world.picture(random.Random(10**9 + k), model.size[0])[0] for k in range(count)])
     decoded = torch.cat([model.vae.decode(model.vae.encode(part * 2 - 1)) for part in images.split(32)])
     error = (decoded.clamp(-1, 1) / 2 + 0.5 - images).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()
@@ -529,27 +503,26 @@ def measure_base(judge: Judge, args: argparse.Namespace):
     fast_cpu.enable(model)
     print(f"loaded in {time.perf_counter() - start:.2f} s", flush=True)
     start = time.perf_counter()
-    next(draw_prompts(model, ["a photo of a cat"], 30))
+    draw(model, ["a photo of a cat"], [0], 30)
     seconds = time.perf_counter() - start
-    print(f"one guided picture of 30 steps: {seconds:.2f} s, {args.threads} threads", flush=True)
+    print(f"one guided picture of 30 steps: {seconds:.2f} s, {torch.get_num_threads()} threads", flush=True)
     for title, n, held_out in (("combinations seen in training", args.pictures, False),
                                ("held-out combinations", args.held_out, True)):
         pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)
-        found, places = [], []
-        for images in draw_prompts(model, [prompt for _, prompt in pairs], args.steps):
-            found += judge.find(images)
-            places += judge.places(images)
+        images = draw(model, [prompt for _, prompt in pairs], range(n), args.steps)
         print(f"{title}, {n} pictures, DDIM {args.steps}, guidance {model.guidance}, seeds 0 to {n - 1}:")
-        for name, kept in follow(found, places, pairs).items():
+        for name, kept in follow(judge.find(images), judge.places(images), pairs).items():
             print(f"  {name}: {interval(kept)}", flush=True)
     print(f"individuals from captions with all details, first among {GALLERY}: "
           f"{interval(identity_of_captions(judge, model, args.steps))}", flush=True)
     print(f"VAE, 256 held-out renders: {vae_psnr(model):.2f} dB", flush=True)
-    for title, overlaps in (("attention of a thing's word", attention_overlap(model)),
-                            ("masks of the examples", mask_overlap(model))):
-        each = ", ".join(f"{name} {value:.3f}" for name, value in overlaps.items())
-        mean = sum(overlaps.values()) / len(overlaps)
-        print(f"{title}, IoU with the true mask: {mean:.3f} ({each})", flush=True)
+    rng = random.Random(3 * 10**9)
+    groups = {kind: [world.place(rng, [world.random_individual(rng, kind)], rng.choice(list(world.SCENES)))
+                     for _ in range(12)] for kind in world.KINDS}
+    groups |= {f"example {name}": make_examples.example_specs(*concept, name)
+               for name, concept in make_examples.EXAMPLES.items()}
+    print("masks that the model makes for itself, IoU with the true ones: " + ", ".join(
+        f"{name} {mask_overlap(model, specs):.3f}" for name, specs in groups.items()), flush=True)
 
 
 def main(argv=None):
@@ -558,15 +531,12 @@ def main(argv=None):
     add("command", choices=("train", "accuracy", "base"))
     add("--judge", type=Path, default=FILE, help="file of the judge")
     add("--weights", default="tiny", help="base model")
-    add("--train-steps", type=between(1, 10**6), default=TRAIN_STEPS, help="batches of 96 renders")
     add("--pictures", type=between(1, 10**6), default=500, help="of seen combinations, or renders")
     add("--held-out", type=between(1, 10**6), default=200, help="pictures of held-out combinations")
     add("--steps", type=between(1, 999), default=50, help="DDIM steps")
-    add("--threads", type=between(1, 1024), default=os.cpu_count(), help="of the processor")
     args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
     if args.command == "train":
-        train(args.train_steps, 24, args.judge)
+        train(TRAIN_STEPS, 24, args.judge)
     elif args.command == "accuracy":
         for name, text in measure_accuracy(Judge.load(args.judge), args.pictures).items():
             print(f"{name}: {text}", flush=True)

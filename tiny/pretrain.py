@@ -5,11 +5,10 @@
 
 Stages, in order: tokenizer, vae, latents, text2image, clip. All is drawn by `world.py` while it trains.
 A stage that was interrupted goes on from its last checkpoint in --workdir; a finished one is read from there.
-With --init the VAE, the U-Net and the text encoder are not begun anew but taken from finished weights.
+With --init tokenizer, VAE, text encoder and U-Net are not begun anew but taken from finished weights.
 The weights are written to --out in the layout of the published Stable Diffusion folders, in float16.
 """
 import copy
-import csv
 import json
 import math
 import random
@@ -19,11 +18,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
@@ -37,6 +35,7 @@ import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
+from judge import BASE_PROMPTS, draw, to_images
 from processes import Processes
 from shell import replacing
 from unet import UNet, UNetConfig
@@ -61,13 +60,7 @@ DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
 CLIP_TEMPERATURE = 0.07
-SHEET = ("a photo of a teddy bear", "a photo of a red teddy bear on the beach",
-         "a photo of a teddy bear in the snow", "a photo of a teddy bear wearing a hat on the grass",
-         "a photo of a blue cat wearing sunglasses at night", "a photo of a dog holding a balloon in a room",
-         "a photo of a green robot with a red star in the snow",
-         "a photo of a turquoise teddy bear with a yellow belly on a white background",
-         "a photo of a yellow mug on a blue background", "a photo of a purple ball on the beach",
-         "a photo of a dog wearing a scarf on the grass", "a photo of a teddy bear next to a cat in a room")
+CHECKPOINT_EVERY = 100  # steps
 
 
 @dataclass
@@ -85,7 +78,6 @@ class Plan:
     clip_lr: float = 2e-3
     covariance_captions: int = 10_000
     sheet_steps: int = 20
-    minutes_between_checkpoints: float = 5.0
 
 
 SMOKE = Plan(vae_steps=2, pictures=32, steps=2, batch=6, clip_steps=2, clip_batch=8,
@@ -158,15 +150,15 @@ def learning_rate(step: int, steps: int, peak: float, hold: float = 0.5) -> floa
 class Training:
     """What one stage keeps: networks, their moving average, optimizer, step; its checkpoint and its log."""
 
-    def __init__(self, name: str, networks: list, run: Path, processes: Processes, minutes: float):
-        self.name, self.networks, self.processes, self.minutes = name, networks, processes, minutes
+    def __init__(self, name: str, networks: list, run: Path, processes: Processes):
+        self.name, self.networks, self.processes = name, networks, processes
         self.device = processes.device
         for network in networks:
             network.to(self.device)
         self.optimizer = Optimizer(networks, processes)
         self.averages = [copy.deepcopy(network).eval().requires_grad_(False) for network in networks]
-        self.step, self.seconds, self.saved = 0, 0.0, time.time()
-        self.file, self.log = run / f"{name}.pt", run / f"{name}.csv"
+        self.step, self.seconds = 0, 0.0
+        self.file, self.log = run / f"{name}.pt", run / f"{name}.jsonl"
         if self.file.exists():
             state = torch.load(self.file, map_location=self.device)
             for module, weights in zip(networks + self.averages, state["networks"] + state["averages"]):
@@ -187,15 +179,12 @@ class Training:
             torch._foreach_lerp_(list(average.parameters()), list(network.parameters()), 1 - decay)
 
     def checkpoint_due(self, steps: int) -> bool:
-        """True, in all processes alike, every few minutes and at the end."""
-        due = self.step >= steps or time.time() - self.saved > 60 * self.minutes
-        due = torch.tensor([float(due and self.processes.rank == 0)], device=self.device)   # its clock counts
-        self.processes.add_up([due])
-        return bool(due)
+        """True now and then, and at the end."""
+        return self.step % CHECKPOINT_EVERY == 0 or self.step >= steps
 
     def save(self, row: dict):
         """Write the checkpoint and one line of the log (the first process only)."""
-        self.saved, self.seconds = time.time(), time.time() - self.started
+        self.seconds = time.time() - self.started
         if self.processes.rank:
             return
         state = {"networks": [network.state_dict() for network in self.networks],
@@ -204,18 +193,9 @@ class Training:
         with replacing(self.file) as path:
             torch.save(state, path)
         row = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | row
-        new = not self.log.exists()
-        with open(self.log, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
         print(self.name, " ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-
-
-def to_images(pictures: list) -> torch.Tensor:
-    """uint8 arrays (H, W, 3) -> (n, 3, H, W) float32 in [-1, 1]."""
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
@@ -225,11 +205,8 @@ def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
         rng = random.Random(0)
         captions = [world.describe(world.random_spec(rng), rng) for _ in range(4000)]
         letters = [" ".join("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-*<>")]
-        bpe = tokenizers.Tokenizer(models.BPE(end_of_word_suffix=clip_text.WORD_END, unk_token=clip_text.END))
-        bpe.normalizer = normalizers.Lowercase()
-        bpe.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(tokenizers.Regex(clip_text.PIECES), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        bpe = models.BPE(end_of_word_suffix=clip_text.WORD_END, unk_token=clip_text.END)
+        bpe = clip_text.in_pieces(bpe)
         bpe.train_from_iterator(captions + letters, trainers.BpeTrainer(
             vocab_size=VOCABULARY, show_progress=False, end_of_word_suffix=clip_text.WORD_END,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -246,12 +223,14 @@ def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
 def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
     """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance."""
     torch.manual_seed(0)
-    training = Training("vae", [VAE(VAE_CONFIG)], run, processes, plan.minutes_between_checkpoints)
+    training = Training("vae", [VAE(VAE_CONFIG)], run, processes)
     network, (average,) = training.networks[0], training.averages
-    held_out = to_images([world.picture(random.Random(10**9 + k)).image for k in range(64)]).to(training.device)
+
+    def pictures(sources: list) -> torch.Tensor:
+        return to_images([world.picture(rng)[0] for rng in sources]).to(training.device) * 2 - 1
+    held_out = pictures([random.Random(10**9 + k) for k in range(64)])
     while training.step < plan.vae_steps:
-        images = to_images([world.picture(training.random).image for _ in range(plan.vae_batch)])
-        images = images.to(training.device)
+        images = pictures([training.random] * plan.vae_batch)
         mean, logvar = network.moments(images)
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         decoded = network.decode(z)
@@ -261,13 +240,10 @@ def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
         training.update(learning_rate(training.step, plan.vae_steps, plan.vae_lr))
         if training.checkpoint_due(plan.vae_steps):
             with torch.no_grad():
-                mean, logvar = average.moments(held_out)
-                decoded = average.decode(mean).clamp(-1, 1)
+                decoded = average.decode(average.moments(held_out)[0]).clamp(-1, 1)
             psnr = -10 * ((decoded - held_out) / 2).square().mean((1, 2, 3)).log10()
             training.save({"seen": training.step * plan.vae_batch * processes.count,
-                           "loss": round(loss.item(), 4), "psnr": round(psnr.mean().item(), 2),
-                           "latent_std": round(mean.std().item(), 3),
-                           "posterior_std": round(torch.exp(0.5 * logvar).mean().item(), 3)})
+                           "loss": round(loss.item(), 4), "psnr": round(psnr.mean().item(), 2)})
     with torch.no_grad():
         std = average.moments(held_out)[0].std().item()
     average.config = replace(VAE_CONFIG, scaling_factor=round(1 / std, 5))
@@ -285,7 +261,7 @@ def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, token
         for _ in range(0, plan.pictures // processes.count, 16):
             specs = [world.random_spec(rng) for _ in range(16)]
             images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
-            mean, logvar = (x.cpu() for x in vae.moments(to_images(images).to(processes.device)))
+            mean, logvar = (x.cpu() for x in vae.moments(to_images(images).to(processes.device) * 2 - 1))
             captions = [world.describe(spec, rng) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
             ids = tokenizer.encode(captions)[0].view(16, CAPTIONS_PER_PICTURE, -1)
             nouns = [world.nouns(spec) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
@@ -319,30 +295,20 @@ def attention_loss(attentions: list, places: torch.Tensor, regions: torch.Tensor
     return total / named.sum().clamp(min=1) / len(attentions)
 
 
-def go_on(start: weights_loader.Model, unet: UNet, text_encoder: TextEncoder, tokenizer: Tokenizer):
-    """Copy finished networks into new ones; words new to the vocabulary keep their random embedding."""
-    unet.load_state_dict(start.unet.state_dict())
-    state, vocabulary = start.text_encoder.state_dict(), start.tokenizer.vocabulary
-    name = next(key for key in state if key.endswith("token_embedding.weight"))
-    old, state[name] = state[name], text_encoder.state_dict()[name].clone()
-    for token, row in tokenizer.vocabulary.items():
-        if token in vocabulary:
-            state[name][row] = old[vocabulary[token]]
-    text_encoder.load_state_dict(state)
-
-
 def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer,
-                     data: tuple, start: weights_loader.Model | None) -> tuple:
+                     data: tuple, start: weights_loader.Model | None) -> weights_loader.Model:
     """The U-Net and the text encoder together, with Stable Diffusion's noise schedule and loss, and
     `attention_loss`."""
     torch.manual_seed(1)
     config = replace(TEXT_CONFIG, vocab_size=tokenizer.vocab_size)
     networks = [UNet(UNET_CONFIG), TextEncoder(config)]
     if start:
-        go_on(start, *networks, tokenizer)
-    training = Training("text2image", networks, run, processes, plan.minutes_between_checkpoints)
+        for network, finished in zip(networks, (start.unet, start.text_encoder)):
+            network.load_state_dict(finished.state_dict())
+    training = Training("text2image", networks, run, processes)
     unet, text_encoder = training.networks
     schedule, empty = Schedule.sd_v1("v_prediction"), tokenizer.encode([""])[0][0]
+    model = weights_loader.Model(*training.averages, vae, tokenizer, schedule, "", "tiny", None)
     means, stds, ids, places, regions = data
     n, losses, device = plan.batch // DRAWS, [], training.device
     while training.step < plan.steps:
@@ -372,23 +338,11 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
                            "loss": round(mean_loss, 5), "attention_loss": round(mean_focus, 4)})
             losses = []
             if processes.rank == 0:
+                prompts = [prompt for prompt in BASE_PROMPTS[::2] for _ in range(4)]
+                sheet = draw(model, prompts, [k % 4 for k in range(len(prompts))], plan.sheet_steps)
                 path = run / f"sheet_{training.step:06d}.png"
-                draw_sheet(*training.averages, vae, tokenizer, schedule, plan.sheet_steps, path)
-    return tuple(training.averages) + (schedule,)
-
-
-@torch.no_grad()
-def draw_sheet(unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer, schedule: Schedule,
-               steps: int, path: Path):
-    """Four pictures of each prompt of SHEET, one row per two prompts."""
-    images = []
-    for prompt in SHEET:
-        ids = tokenizer.encode(["", prompt])[0].to(next(unet.parameters()).device)
-        e = text_encoder(text_encoder.embed(ids))
-        latents = diffusion.draw_latents(unet, schedule, unet.keys(e), unet.values(e), range(4), (16, 16),
-                                         steps=steps, guidance=4.0)
-        images.append(diffusion.decode(vae, latents))
-    Image.fromarray(diffusion.to_bytes(diffusion.grid(torch.cat(images), 8))).save(path)
+                Image.fromarray(diffusion.to_bytes(diffusion.grid(sheet, 8))).save(path)
+    return model
 
 
 def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEncoder,
@@ -396,7 +350,7 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     """An image tower and two projections, fitted to the frozen text encoder by CLIP's contrastive loss."""
     torch.manual_seed(2)
     clip = clip_image.CLIP(CLIP_CONFIG, text_encoder.requires_grad_(False))
-    training = Training("clip", [clip], run, processes, plan.minutes_between_checkpoints)
+    training = Training("clip", [clip], run, processes)
     n, losses = plan.clip_batch, []
     while training.step < plan.clip_steps:
         logits = similarities(clip, tokenizer, training.random, n) / CLIP_TEMPERATURE
@@ -414,10 +368,10 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
 
 def similarities(clip: clip_image.CLIP, tokenizer: Tokenizer, rng: random.Random, n: int) -> torch.Tensor:
     """Cosines (n, n) of n new pictures with their n captions."""
-    pictures, device = [world.picture(rng) for _ in range(n)], clip.visual_projection.weight.device
-    images = to_images([picture.image for picture in pictures]).to(device) / 2 + 0.5
-    ids = tokenizer.encode([picture.caption for picture in pictures])[0].to(device)
-    return clip.image_embedding(images) @ clip.text_embedding(ids).T
+    device = clip.visual_projection.weight.device
+    images, captions = zip(*[world.picture(rng) for _ in range(n)])
+    ids = tokenizer.encode(captions)[0].to(device)
+    return clip.image_embedding(to_images(images).to(device)) @ clip.text_embedding(ids).T
 
 
 @torch.no_grad()
@@ -428,17 +382,15 @@ def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, groups: int = 8, n: i
     return (best == torch.arange(n)).float().mean().item()
 
 
-def export(out: Path, unet: UNet, text_encoder: TextEncoder, vae: VAE, tokenizer: Tokenizer,
-           schedule: Schedule, captions: int):
+def export(model: weights_loader.Model, out: Path, captions: int):
     """Write the weights as a published Stable Diffusion folder, and the covariance of the built-in captions."""
-    for network in (unet, text_encoder, vae):
+    for network in (model.unet, model.text_encoder, model.vae):
         network.cpu()
-    model = weights_loader.Model(unet, text_encoder, vae, tokenizer, schedule, "", "tiny", None)
     weights_loader.save(model, out, torch.float16)
-    tokenizer.save(out / "tokenizer")
+    model.tokenizer.save(out / "tokenizer")
     model = weights_loader.load(str(out))
-    texts = covariance.built_in_captions(captions, tokenizer)
-    C = covariance.covariance(model.text_encoder, tokenizer, texts)
+    texts = covariance.built_in_captions(captions, model.tokenizer)
+    C = covariance.covariance(model.text_encoder, model.tokenizer, texts)
     path = covariance.store(C, model, f"built-in {captions}")
     print(f"covariance of {captions} captions, condition number {covariance.condition_number(C):.1e}: {path}")
 
@@ -448,7 +400,6 @@ def main(argv=None):
     add = parser.add_argument
     add("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and sheets")
     add("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
-    add("--vae-steps", type=int, default=Plan.vae_steps, help="steps of the VAE")
     add("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
     add("--batch", type=int, default=Plan.batch, help="views per step and process")
     add("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
@@ -456,21 +407,19 @@ def main(argv=None):
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the networks are")
     add("--smoke", action="store_true", help="every stage for a few steps")
     args = parser.parse_args(argv)
-    plan = SMOKE if args.smoke else Plan(vae_steps=args.vae_steps, steps=args.steps, batch=args.batch,
-                                         lr=args.lr)
+    plan = SMOKE if args.smoke else Plan(steps=args.steps, batch=args.batch, lr=args.lr)
     processes = Processes(args.device)
     torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
     args.workdir.mkdir(parents=True, exist_ok=True)
     start = weights_loader.load(args.init, processes.device) if args.init else None
 
-    tokenizer = train_tokenizer(args.workdir, processes)
+    tokenizer = start.tokenizer if start else train_tokenizer(args.workdir, processes)
     vae = start.vae if start else train_vae(args.workdir, plan, processes)
     data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
-    trained = train_text2image(args.workdir, plan, processes, vae, tokenizer, data, start)
-    unet, text_encoder, schedule = trained
+    model = train_text2image(args.workdir, plan, processes, vae, tokenizer, data, start)
     if processes.rank == 0:
-        export(args.out, unet, text_encoder, vae, tokenizer, schedule, plan.covariance_captions)
-    clip = train_clip(args.workdir, plan, processes, text_encoder, tokenizer)
+        export(model, args.out, plan.covariance_captions)
+    clip = train_clip(args.workdir, plan, processes, model.text_encoder, tokenizer)
     if processes.rank == 0:
         clip_image.save(clip.cpu(), args.out / "clip")
 

@@ -92,13 +92,6 @@ class Spec:
     prop: str | None = None
 
 
-@dataclass(frozen=True)
-class Picture:
-    """image: (size, size, 3) uint8."""
-    image: np.ndarray
-    caption: str
-
-
 def random_individual(rng: random.Random, kind: str | None = None, color: str | None = None) -> Individual:
     """A new individual; kind and main colour are drawn unless given."""
     kind = kind or rng.choices(KINDS, KIND_WEIGHTS)[0]
@@ -249,7 +242,10 @@ def nouns(spec: Spec) -> tuple:
 
 
 class Pen:
-    """Draws in an object's own coordinates (x to the right, y up from its base, height about 1)."""
+    """Draws in an object's own coordinates (x to the right, y up from its base, height about 1).
+
+    A colour is RGB, or the name of a part of the individual that is drawn.
+    """
 
     def __init__(self, side: int, masks: bool):
         self.image, self.ids, self.side, self.id = Image.new("RGB", (side, side)), None, side, 0
@@ -259,28 +255,27 @@ class Pen:
             self.draws.append(ImageDraw.Draw(self.ids))
         self.stand()
 
-    def stand(self, pose: tuple = (0.0, 1.0, 1.0, False), arms_up: bool = False):
-        """Objects drawn from here on stand at this pose; with `arms_up` without arms at their sides."""
-        self.arms_up = arms_up
+    def stand(self, pose: tuple = (0.0, 1.0, 1.0, False), me: Individual | None = None, arms_up: bool = False):
+        """What is drawn from here on stands at this pose, and is this individual if it is one."""
         self.x, self.base, self.height, mirrored = pose
-        self.sign = -1 if mirrored else 1
+        self.sign, self.me, self.arms_up = -1 if mirrored else 1, me, arms_up
 
     def point(self, x: float, y: float) -> tuple:
         """Object coordinates to pixels."""
         return ((self.x + self.sign * x * self.height) * self.side, (self.base - y * self.height) * self.side)
 
-    def shape(self, kind: str, points: list, color: tuple, ink: str = "fill", **how):
+    def shape(self, kind: str, points: list, color: tuple | str, ink: str = "fill", **how):
         """One of ImageDraw's shapes, in its colour and, with the number of its region, in the masks."""
+        if isinstance(color, str):
+            color = COLORS.get(color_name(self.me, color), CREAM)
         for draw, value in zip(self.draws, (color, self.id)):
             getattr(draw, kind)(points, **{ink: value}, **how)
 
-    def ellipse(self, x, y, rx, ry, color, ink="fill", width=1):
+    def ellipse(self, x, y, rx, ry, color, ring=0.0):
+        """`ring`: the width of its line, if it is not filled."""
         (cx, cy), scale = self.point(x, y), self.height * self.side
         box = [cx - rx * scale, cy - ry * scale, cx + rx * scale, cy + ry * scale]
-        self.shape("ellipse", box, color, ink, width=width)
-
-    def ring(self, x, y, rx, ry, color, width):
-        self.ellipse(x, y, rx, ry, color, "outline", width=round(width * self.height * self.side))
+        self.shape("ellipse", box, color, "outline" if ring else "fill", width=round(ring * scale))
 
     def rectangle(self, x0, y0, x1, y1, color):
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color)
@@ -303,32 +298,26 @@ STAR = [(radius * np.sin(k * np.pi / 5), radius * np.cos(k * np.pi / 5))
         for k, radius in enumerate((1, 0.45) * 5)]
 
 
-def draw_pattern(pen: Pen, individual: Individual, y: float, r: float):
+def draw_pattern(pen: Pen, y: float, r: float):
     """The individual's pattern, of radius r around (0, y)."""
-    color = COLORS[individual.pattern_color]
-    if individual.pattern == "star":
+    pattern, color = pen.me.pattern, COLORS[pen.me.pattern_color]
+    if pattern == "star":
         pen.polygon([(r * a, y + r * b) for a, b in STAR], color)
-    elif individual.pattern == "heart":
+    elif pattern == "heart":
         pen.both(pen.ellipse, r * 0.43, y + r * 0.35, r * 0.52, r * 0.5, color)
         pen.polygon([(-r * 0.92, y + r * 0.2), (r * 0.92, y + r * 0.2), (0, y - r * 0.95)], color)
-    elif individual.pattern == "stripes":
+    elif pattern == "stripes":
         for k in (-1, 0, 1):
             middle = y + 0.62 * k * r
             pen.rectangle(-r * 0.9, middle - 0.17 * r, r * 0.9, middle + 0.17 * r, color)
-    elif individual.pattern == "dots":
+    elif pattern == "dots":
         for b in (0.5, -0.5):
             pen.both(pen.ellipse, r * 0.55, y + r * b, r * 0.32, r * 0.32, color)
 
 
-def part_color(individual: Individual, part: str) -> tuple:
-    """RGB of a part."""
-    name = color_name(individual, part)
-    return CREAM if name == "cream" else COLORS[name]
-
-
-def draw_raised_arms(pen: Pen, me: Individual, anchors: dict):
-    """Both arms beside the head, in the colour of the paws or arms."""
-    color, x = part_color(me, "arms" if me.kind == "robot" else "paws"), anchors["head"] + 0.11
+def draw_raised_arms(pen: Pen, head: float):
+    """Both arms beside a head of this half width, in the colour of the paws or arms."""
+    color, x = "arms" if pen.me.kind == "robot" else "paws", head + 0.11
     pen.both(pen.line, [(x - 0.12, 0.4), (x, 0.5), (x + 0.03, 0.72)], color, 0.11)
     pen.both(pen.ellipse, x + 0.03, 0.74, 0.08, 0.08, color)
 
@@ -338,34 +327,32 @@ def eyes(pen: Pen, x: float, y: float, r: float):
     pen.both(pen.ellipse, x, y, r * 0.8, r * 0.9, DARK)
 
 
-def draw_teddy_bear(pen: Pen, me: Individual) -> dict:
-    main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
-    wide, ear = 0.25 + 0.05 * me.shape[0], 0.13 + 0.03 * me.shape[1]
-    pen.both(pen.ellipse, 0.2, 0.09, 0.14, 0.11, paws)
+def draw_teddy_bear(pen: Pen) -> dict:
+    wide, ear = 0.25 + 0.05 * pen.me.shape[0], 0.13 + 0.03 * pen.me.shape[1]
+    pen.both(pen.ellipse, 0.2, 0.09, 0.14, 0.11, "paws")
     if not pen.arms_up:
-        pen.both(pen.ellipse, wide + 0.05, 0.41, 0.13, 0.1, paws)
-    pen.ellipse(0, 0.32, wide, 0.28, main)
-    pen.ellipse(0, 0.3, wide - 0.045, 0.22, part_color(me, "belly"))
-    draw_pattern(pen, me, 0.3, 0.16)
-    pen.both(pen.ellipse, 0.22, 0.88, ear, ear, ears)
-    pen.ellipse(0, 0.71, 0.27, 0.22, main)
-    pen.ellipse(0, 0.63, 0.15, 0.11, part_color(me, "muzzle"))
+        pen.both(pen.ellipse, wide + 0.05, 0.41, 0.13, 0.1, "paws")
+    pen.ellipse(0, 0.32, wide, 0.28, "main")
+    pen.ellipse(0, 0.3, wide - 0.045, 0.22, "belly")
+    draw_pattern(pen, 0.3, 0.16)
+    pen.both(pen.ellipse, 0.22, 0.88, ear, ear, "ears")
+    pen.ellipse(0, 0.71, 0.27, 0.22, "main")
+    pen.ellipse(0, 0.63, 0.15, 0.11, "muzzle")
     pen.ellipse(0, 0.665, 0.05, 0.035, DARK)
     pen.rectangle(-0.045, 0.575, 0.045, 0.598, DARK)
     eyes(pen, 0.12, 0.77, 0.045)
     return {"top": 0.9, "eyes": 0.77, "neck": 0.5, "hand": (wide + 0.1, 0.41), "head": 0.27}
 
 
-def draw_cat(pen: Pen, me: Individual) -> dict:
-    main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
-    wide, tall = 0.22 + 0.04 * me.shape[0], 0.1 + 0.05 * me.shape[1]
-    pen.line([(0.12, 0.08), (0.34, 0.1), (0.4, 0.28), (0.36, 0.46)], part_color(me, "tail"), 0.11)
-    pen.ellipse(0, 0.28, wide, 0.28, main)
-    pen.ellipse(0, 0.28, wide - 0.04, 0.22, part_color(me, "belly"))
-    draw_pattern(pen, me, 0.29, 0.15)
-    pen.both(pen.ellipse, 0.15, 0.065, 0.13, 0.08, paws)
-    pen.both(pen.polygon, [(0.26, 0.72), (0.23, 0.9 + tall), (0.05, 0.84)], ears)
-    pen.ellipse(0, 0.7, 0.27, 0.19, main)
+def draw_cat(pen: Pen) -> dict:
+    wide, tall = 0.22 + 0.04 * pen.me.shape[0], 0.1 + 0.05 * pen.me.shape[1]
+    pen.line([(0.12, 0.08), (0.34, 0.1), (0.4, 0.28), (0.36, 0.46)], "tail", 0.11)
+    pen.ellipse(0, 0.28, wide, 0.28, "main")
+    pen.ellipse(0, 0.28, wide - 0.04, 0.22, "belly")
+    draw_pattern(pen, 0.29, 0.15)
+    pen.both(pen.ellipse, 0.15, 0.065, 0.13, 0.08, "paws")
+    pen.both(pen.polygon, [(0.26, 0.72), (0.23, 0.9 + tall), (0.05, 0.84)], "ears")
+    pen.ellipse(0, 0.7, 0.27, 0.19, "main")
     pen.both(pen.ellipse, 0.13, 0.74, 0.062, 0.062, (225, 235, 90))
     pen.both(pen.ellipse, 0.13, 0.74, 0.028, 0.058, DARK)
     pen.polygon([(-0.05, 0.665), (0.05, 0.665), (0, 0.625)], (235, 120, 140))
@@ -373,64 +360,59 @@ def draw_cat(pen: Pen, me: Individual) -> dict:
     return {"top": 0.88, "eyes": 0.74, "neck": 0.5, "hand": (-wide - 0.02, 0.4), "head": 0.25}
 
 
-def draw_dog(pen: Pen, me: Individual) -> dict:
-    main, ears, paws = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "paws")
-    wide, drop = 0.23 + 0.04 * me.shape[0], 0.15 + 0.05 * me.shape[1]
-    pen.line([(0.15, 0.2), (0.3, 0.26), (0.37, 0.4)], main, 0.07)
-    pen.ellipse(0, 0.3, wide, 0.27, main)
-    pen.ellipse(0, 0.31, wide - 0.045, 0.21, part_color(me, "belly"))
-    draw_pattern(pen, me, 0.31, 0.15)
-    pen.both(pen.rectangle, 0.07, 0, 0.25, 0.16, paws)
-    pen.ellipse(0, 0.74, 0.24, 0.22, main)
-    pen.both(pen.ellipse, 0.27, 0.74, 0.1, drop, ears)
-    pen.ellipse(0, 0.62, 0.15, 0.11, part_color(me, "muzzle"))
+def draw_dog(pen: Pen) -> dict:
+    wide, drop = 0.23 + 0.04 * pen.me.shape[0], 0.15 + 0.05 * pen.me.shape[1]
+    pen.line([(0.15, 0.2), (0.3, 0.26), (0.37, 0.4)], "main", 0.07)
+    pen.ellipse(0, 0.3, wide, 0.27, "main")
+    pen.ellipse(0, 0.31, wide - 0.045, 0.21, "belly")
+    draw_pattern(pen, 0.31, 0.15)
+    pen.both(pen.rectangle, 0.07, 0, 0.25, 0.16, "paws")
+    pen.ellipse(0, 0.74, 0.24, 0.22, "main")
+    pen.both(pen.ellipse, 0.27, 0.74, 0.1, drop, "ears")
+    pen.ellipse(0, 0.62, 0.15, 0.11, "muzzle")
     pen.ellipse(0, 0.69, 0.068, 0.045, DARK)
     pen.rectangle(-0.04, 0.52, 0.04, 0.605, (232, 84, 98))
     eyes(pen, 0.11, 0.82, 0.042)
     return {"top": 0.92, "eyes": 0.81, "neck": 0.49, "hand": (-wide - 0.02, 0.38), "head": 0.24}
 
 
-def draw_robot(pen: Pen, me: Individual) -> dict:
-    main, ears, arms = COLORS[me.colors["main"]], part_color(me, "ears"), part_color(me, "arms")
-    wide, head = 0.22 + 0.04 * me.shape[0], 0.2 + 0.04 * me.shape[1]
-    pen.both(pen.rectangle, 0.05, 0, 0.19, 0.16, arms)
+def draw_robot(pen: Pen) -> dict:
+    wide, head = 0.22 + 0.04 * pen.me.shape[0], 0.2 + 0.04 * pen.me.shape[1]
+    pen.both(pen.rectangle, 0.05, 0, 0.19, 0.16, "arms")
     if not pen.arms_up:
-        pen.both(pen.rectangle, wide, 0.22, wide + 0.12, 0.52, arms)
-    pen.both(pen.rectangle, head - 0.01, 0.66, head + 0.09, 0.84, ears)
-    pen.rectangle(-wide, 0.13, wide, 0.54, main)
-    pen.rectangle(-wide + 0.035, 0.165, wide - 0.035, 0.505, part_color(me, "belly"))
-    draw_pattern(pen, me, 0.335, 0.155)
+        pen.both(pen.rectangle, wide, 0.22, wide + 0.12, 0.52, "arms")
+    pen.both(pen.rectangle, head - 0.01, 0.66, head + 0.09, 0.84, "ears")
+    pen.rectangle(-wide, 0.13, wide, 0.54, "main")
+    pen.rectangle(-wide + 0.035, 0.165, wide - 0.035, 0.505, "belly")
+    draw_pattern(pen, 0.335, 0.155)
     pen.rectangle(-0.02, 0.9, 0.02, 0.99, DARK)
-    pen.ellipse(0, 0.99, 0.06, 0.06, ears)
-    pen.rectangle(-head, 0.57, head, 0.92, main)
-    pen.rectangle(-head + 0.04, 0.61, head - 0.04, 0.88, part_color(me, "face"))
+    pen.ellipse(0, 0.99, 0.06, 0.06, "ears")
+    pen.rectangle(-head, 0.57, head, 0.92, "main")
+    pen.rectangle(-head + 0.04, 0.61, head - 0.04, 0.88, "face")
     pen.rectangle(-0.1, 0.64, 0.1, 0.69, DARK)
     eyes(pen, 0.1, 0.79, 0.05)
     return {"top": 0.9, "eyes": 0.79, "neck": 0.55, "hand": (wide + 0.05, 0.3), "head": 0.23}
 
 
-def draw_mug(pen: Pen, me: Individual) -> dict:
-    main, wide, tall = COLORS[me.colors["main"]], 0.28 + 0.04 * me.shape[0], 0.6 + 0.1 * me.shape[1]
-    pen.ring(wide + 0.03, tall * 0.53, 0.17, 0.2, part_color(me, "handle"), 0.075)
-    pen.ellipse(0, 0.06, wide, 0.06, main)
-    pen.rectangle(-wide, 0.06, wide, tall, main)
-    pen.ellipse(0, tall, wide, 0.085, part_color(me, "rim"))
+def draw_mug(pen: Pen):
+    wide, tall = 0.28 + 0.04 * pen.me.shape[0], 0.6 + 0.1 * pen.me.shape[1]
+    pen.ellipse(wide + 0.03, tall * 0.53, 0.17, 0.2, "handle", ring=0.075)
+    pen.ellipse(0, 0.06, wide, 0.06, "main")
+    pen.rectangle(-wide, 0.06, wide, tall, "main")
+    pen.ellipse(0, tall, wide, 0.085, "rim")
     pen.ellipse(0, tall, wide - 0.05, 0.055, DARK)
-    draw_pattern(pen, me, tall * 0.46, 0.2)
-    return {}
+    draw_pattern(pen, tall * 0.46, 0.2)
 
 
-def draw_ball(pen: Pen, me: Individual) -> dict:
-    r = 0.34 + 0.06 * me.shape[0]
-    pen.ellipse(0, r, r, r, COLORS[me.colors["main"]])
-    if me.colors["middle"]:
+def draw_ball(pen: Pen):
+    r = 0.34 + 0.06 * pen.me.shape[0]
+    pen.ellipse(0, r, r, r, "main")
+    if pen.me.colors["middle"]:
         angles = [-0.32, -0.1, 0.1, 0.32]
         pen.polygon([(r * np.cos(a), r + r * np.sin(a)) for a in angles]
-                    + [(-r * np.cos(a), r + r * np.sin(a)) for a in reversed(angles)],
-                    COLORS[me.colors["middle"]])
-    draw_pattern(pen, me, r, r * 0.6)
+                    + [(-r * np.cos(a), r + r * np.sin(a)) for a in reversed(angles)], "middle")
+    draw_pattern(pen, r, r * 0.6)
     pen.ellipse(-r * 0.45, r * 1.55, r * 0.14, r * 0.14, (255, 255, 255))
-    return {}
 
 
 DRAW = {"teddy bear": draw_teddy_bear, "cat": draw_cat, "dog": draw_dog, "robot": draw_robot, "mug": draw_mug,
@@ -470,6 +452,35 @@ LANDSCAPES = {  # the sky, or several to choose from; the ground; the ground in 
     "night": ((16, 20, 60), (34, 48, 62), (20, 28, 38)),
     "room": ((235, 222, 195), (205, 218, 205), (232, 205, 205), (165, 115, 75), (134, 92, 58)),
 }
+WOOD, LEAF, WHITE = (110, 70, 40), (40, 130, 55), (250, 252, 255)
+PROP_SHAPES = {  # as Pen's methods take them
+    "palm": [("line", [(0.02, 0), (-0.02, 0.75)], WOOD, 0.1),
+             *[("line", [(-0.02, 0.78), tip], LEAF, 0.13)
+               for tip in ((-0.32, 0.7), (-0.24, 0.98), (0.24, 0.98), (0.32, 0.7))]],
+    "boat": [("polygon", [(-0.36, 0.3), (0.36, 0.3), (0.22, 0.05), (-0.22, 0.05)], (150, 50, 40)),
+             ("line", [(0, 0.3), (0, 0.98)], DARK, 0.05),
+             ("polygon", [(0.04, 0.38), (0.04, 0.98), (0.34, 0.38)], WHITE)],
+    "tree": [("line", [(0, 0), (0, 0.5)], WOOD, 0.13), ("ellipse", 0, 0.66, 0.32, 0.32, (25, 95, 45))],
+    "house": [("rectangle", -0.28, 0, 0.28, 0.55, (240, 225, 190)),
+              ("polygon", [(-0.36, 0.53), (0.36, 0.53), (0, 0.98)], (185, 60, 45)),
+              ("rectangle", -0.09, 0, 0.09, 0.34, WOOD)],
+    "snowman": [*[("ellipse", 0, y, r + edge, r + edge, color)
+                  for y, r in ((0.22, 0.25), (0.57, 0.18), (0.84, 0.13))
+                  for edge, color in ((0.03, (130, 150, 185)), (0, WHITE))],
+                ("polygon", [(0, 0.87), (0, 0.8), (0.2, 0.82)], (240, 120, 30))],
+    "igloo": [("ellipse", 0, 0.0, 0.4, 0.62, (120, 170, 215)), ("rectangle", -0.4, 0.28, 0.4, 0.32, WHITE),
+              ("ellipse", 0, 0.0, 0.14, 0.3, (40, 60, 100)),
+              ("rectangle", -0.42, -0.64, 0.42, 0.0, (244, 248, 252))],
+    "lamp": [("line", [(0, 0), (0, 0.75)], (120, 120, 130), 0.07),
+             ("ellipse", 0, 0.82, 0.2, 0.18, (255, 225, 110))],
+    "tent": [("polygon", [(-0.38, 0), (0.38, 0), (0, 0.8)], (225, 110, 45)),
+             ("polygon", [(-0.13, 0), (0.13, 0), (0, 0.5)], DARK)],
+    "clock": [("ellipse", 0, 0.72, 0.27, 0.27, WOOD), ("ellipse", 0, 0.72, 0.21, 0.21, WHITE),
+              ("line", [(0, 0.9), (0, 0.72), (0.13, 0.72)], DARK, 0.05)],
+    "shelf": [("rectangle", -0.3, 0, 0.3, 0.95, (100, 60, 35)),
+              *[("rectangle", x, y, x + 0.14, y + 0.34, color) for y in (0.08, 0.52)
+                for x, color in ((-0.24, (200, 60, 50)), (-0.07, (60, 110, 190)), (0.1, (230, 190, 70)))]],
+}
 
 
 def draw_scene(pen: Pen, spec: Spec):
@@ -496,8 +507,8 @@ def draw_scene(pen: Pen, spec: Spec):
             pen.ellipse(x, y, 0.016, 0.016, (255, 255, 255))
     elif scene == "night":
         for k in range(5):
-            pen.ellipse((0.1 + 0.21 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.43 * k + u[2]) % 1), 0.011, 0.011,
-                        (245, 240, 190))
+            x, y = (0.1 + 0.21 * k + 0.3 * u[1]) % 1, 0.55 + 0.4 * ((0.43 * k + u[2]) % 1)
+            pen.ellipse(x, y, 0.011, 0.011, (245, 240, 190))
         pen.ellipse(0.12 + 0.76 * (u[3] > 0.5), 0.87, 0.075, 0.075, (245, 238, 185))
     elif scene == "room":
         x = 0.05 if u[2] > 0.5 else 0.71
@@ -510,47 +521,8 @@ def draw_prop(pen: Pen, spec: Spec):
     """The prop: behind the things, at the left or right, and in the middle of a pair."""
     x = 0.5 if len(spec.things) == 2 else 0.13 if spec.scenery[4] > 0.5 else 0.87
     pen.stand((x, 0.55 + 0.04 * spec.scenery[5], 0.42, False))
-    wood, leaf, white = (110, 70, 40), (40, 130, 55), (250, 252, 255)
-    if spec.prop == "palm":
-        pen.line([(0.02, 0), (-0.02, 0.75)], wood, 0.1)
-        for x, y in ((-0.32, 0.7), (-0.24, 0.98), (0.24, 0.98), (0.32, 0.7)):
-            pen.line([(-0.02, 0.78), (x, y)], leaf, 0.13)
-    elif spec.prop == "boat":
-        pen.polygon([(-0.36, 0.3), (0.36, 0.3), (0.22, 0.05), (-0.22, 0.05)], (150, 50, 40))
-        pen.line([(0, 0.3), (0, 0.98)], DARK, 0.05)
-        pen.polygon([(0.04, 0.38), (0.04, 0.98), (0.34, 0.38)], white)
-    elif spec.prop == "tree":
-        pen.line([(0, 0), (0, 0.5)], wood, 0.13)
-        pen.ellipse(0, 0.66, 0.32, 0.32, (25, 95, 45))
-    elif spec.prop == "house":
-        pen.rectangle(-0.28, 0, 0.28, 0.55, (240, 225, 190))
-        pen.polygon([(-0.36, 0.53), (0.36, 0.53), (0, 0.98)], (185, 60, 45))
-        pen.rectangle(-0.09, 0, 0.09, 0.34, wood)
-    elif spec.prop == "snowman":
-        for y, r in ((0.22, 0.25), (0.57, 0.18), (0.84, 0.13)):
-            pen.ellipse(0, y, r + 0.03, r + 0.03, (130, 150, 185))
-            pen.ellipse(0, y, r, r, white)
-        pen.polygon([(0, 0.87), (0, 0.8), (0.2, 0.82)], (240, 120, 30))
-    elif spec.prop == "igloo":
-        pen.ellipse(0, 0.0, 0.4, 0.62, (120, 170, 215))
-        pen.rectangle(-0.4, 0.28, 0.4, 0.32, white)
-        pen.ellipse(0, 0.0, 0.14, 0.3, (40, 60, 100))
-        pen.rectangle(-0.42, -0.64, 0.42, 0.0, (244, 248, 252))
-    elif spec.prop == "lamp":
-        pen.line([(0, 0), (0, 0.75)], (120, 120, 130), 0.07)
-        pen.ellipse(0, 0.82, 0.2, 0.18, (255, 225, 110))
-    elif spec.prop == "tent":
-        pen.polygon([(-0.38, 0), (0.38, 0), (0, 0.8)], (225, 110, 45))
-        pen.polygon([(-0.13, 0), (0.13, 0), (0, 0.5)], DARK)
-    elif spec.prop == "clock":
-        pen.ellipse(0, 0.72, 0.27, 0.27, wood)
-        pen.ellipse(0, 0.72, 0.21, 0.21, white)
-        pen.line([(0, 0.9), (0, 0.72), (0.13, 0.72)], DARK, 0.05)
-    elif spec.prop == "shelf":
-        pen.rectangle(-0.3, 0, 0.3, 0.95, (100, 60, 35))
-        for y in (0.08, 0.52):
-            for k, color in enumerate(((200, 60, 50), (60, 110, 190), (230, 190, 70))):
-                pen.rectangle(-0.24 + 0.17 * k, y, -0.1 + 0.17 * k, y + 0.34, color)
+    for name, *shape in PROP_SHAPES[spec.prop]:
+        getattr(pen, name)(*shape)
 
 
 def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3) -> tuple:
@@ -568,10 +540,10 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
             pen.ellipse(x, 1 - base, 0.34 * height, 0.05 * height, LANDSCAPES[spec.scene][-1])
     for k, thing in reversed(list(enumerate(spec.things))):
         pen.id = 2 * k + 1
-        pen.stand(thing.pose, thing.arms_up)
-        anchors = DRAW[thing.individual.kind](pen, thing.individual)
+        pen.stand(thing.pose, thing.individual, thing.arms_up)
+        anchors = DRAW[thing.individual.kind](pen)
         if thing.arms_up:
-            draw_raised_arms(pen, thing.individual, anchors)
+            draw_raised_arms(pen, anchors["head"])
         if thing.accessory:
             pen.id = 2 * k + 2
             draw_accessory(pen, thing, anchors)
@@ -582,7 +554,7 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
     return image, {name: (ids == k).mean((1, 3), dtype=np.float32) for k, name in enumerate(REGIONS)}
 
 
-def picture(rng: random.Random, size: int = 64) -> Picture:
-    """One captioned picture of the training distribution."""
+def picture(rng: random.Random, size: int = 64) -> tuple:
+    """One picture of the training distribution, (size, size, 3) uint8, and its caption."""
     spec = random_spec(rng)
-    return Picture(render(spec, size)[0], describe(spec, rng))
+    return render(spec, size)[0], describe(spec, rng)
