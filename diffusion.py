@@ -210,7 +210,7 @@ def draw(model, keys: list[Tensor], values: list[Tensor], seeds: Sequence[int], 
 
 
 def to_bytes(images: Tensor):
-    """Images (..., 3, H, W) in [0, 1] -> numpy array (..., H, W, 3) of uint8, as PIL.Image.fromarray takes one."""
+    """Images (..., 3, H, W) in [0, 1] -> uint8 array (..., H, W, 3), as PIL.Image.fromarray takes it."""
     return (images * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
 
 

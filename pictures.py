@@ -163,7 +163,8 @@ def read_image(path: Path, side: int) -> tuple[Tensor, Tensor | None, set[str]]:
     image = ImageOps.fit(image.convert("RGBa"), (side, side), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
     rgb, alpha = pixels[:3], pixels[3:]
-    return (rgb * alpha + 1 - alpha) * 2 - 1, alpha if (alpha < 0.5).float().mean() >= CUT_OUT else None, changes
+    opacity = alpha if (alpha < 0.5).float().mean() >= CUT_OUT else None
+    return (rgb * alpha + 1 - alpha) * 2 - 1, opacity, changes
 
 
 def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:

@@ -160,8 +160,8 @@ def prompts(name: str) -> list:
     for n, wish in enumerate(asked):
         wish["scene"] = scenes[(k // 4 + n) % len(scenes)]
         wish["prop"] = world.PROPS[wish["scene"]][(k + n) % 2]
-    return [(f"a photo of a {{}} {text} {world.scene_words(wish['scene'])} near {world.article(wish['prop'])}",
-             wish) for text, wish in zip(texts, asked)]
+    return [(f"a photo of a {{}} {text} {world.scene_words(one['scene'])} near {world.article(one['prop'])}",
+             one) for text, one in zip(texts, asked)]
 
 
 def kept(found: list, place: tuple, kind: str, wish: dict) -> dict:
@@ -256,8 +256,9 @@ def draw(row: Row, concepts: list, texts: list, name: str) -> torch.Tensor:
     keys, values, _ = encoded(row, concepts, ["", *texts])
     each = [n for n in range(1, len(texts) + 1) for _ in range(seeds)]
     order = [0] * len(each) + each
-    images = diffusion.draw(model, [x[order] for x in keys], [x[order] for x in values],
-                            [*range(seeds)] * len(texts), model.size, STUDY.args.sampling_steps, model.guidance)
+    keys, values = ([x[order] for x in layers] for layers in (keys, values))
+    images = diffusion.draw(model, keys, values, [*range(seeds)] * len(texts), model.size,
+                            STUDY.args.sampling_steps, model.guidance)
     path = STUDY.folder / "pictures" / f"{row.title.replace(' ', '_').replace(':', '')}__{name}.png"
     Image.fromarray(diffusion.to_bytes(diffusion.grid(images, seeds))).save(path)
     return images

@@ -38,7 +38,8 @@ def show(axes, images: torch.Tensor, columns: int, title: str):
 
 def load(model, names: tuple) -> list:
     """The concepts of examples, as train.py left them, ready to use."""
-    return perfusion.prepare([perfusion.Concept.load(f"out/{name}/{name}.safetensors") for name in names], model)
+    files = [f"out/{name}/{name}.safetensors" for name in names]
+    return perfusion.prepare([perfusion.Concept.load(file) for file in files], model)
 
 
 def base(model, steps: int) -> Figure:
@@ -90,8 +91,8 @@ def method(model, steps: int) -> Figure:
     axes.axis("off")
 
     def box(x: float, y: float, width: float, height: float, color: str, text: str):
-        axes.add_patch(FancyBboxPatch((x, y), width, height, "round,pad=0,rounding_size=0.1", fc=color,
-                                      ec=LINE))
+        style = "round,pad=0,rounding_size=0.1"
+        axes.add_patch(FancyBboxPatch((x, y), width, height, style, fc=color, ec=LINE))
         axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
 
     def node(x: float, y: float, text: str):

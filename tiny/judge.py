@@ -45,15 +45,16 @@ CROP_SIDE = 1.4   # of a crop, in heights of the thing: a hat and a balloon lie 
 FOUND = 0.4       # how high a peak of the map must be
 EMBEDDING = 64
 TRAIN_STEPS = 900  # of 96 renders
-TEMPERATURE = 0.07  # of the contrastive loss
-BASE_PROMPTS = (
+TEMPERATURE = 0.07  # of a contrastive loss
+BASE_PROMPTS = (  # the last three are held out of training
     "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
     "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
     "a turquoise cat with arms up in a room", "a yellow dog on the grass near a house",
-    "a green robot at night near a lamp", "a blue mug in the snow near a snowman", "in a room, an orange ball",
-    "a teddy bear wearing a hat at night", "a cat wearing sunglasses on the beach",
-    "a dog wearing a scarf in a room", "a robot holding a balloon on the grass",
-    "a yellow bellied purple teddy bear in a room", "a white cat with a red heart on a blue background",
+    "a green robot at night near a lamp", "a blue mug in the snow near a snowman",
+    "in a room, an orange ball", "a teddy bear wearing a hat at night",
+    "a cat wearing sunglasses on the beach", "a dog wearing a scarf in a room",
+    "a robot holding a balloon on the grass", "a yellow bellied purple teddy bear in a room",
+    "a white cat with a red heart on a blue background",
     "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
     "a red dog beside a blue mug on the beach", "a teddy bear in the snow",
     "a cat wearing a hat on the grass", "a cat next to a robot in a room")
@@ -399,8 +400,8 @@ def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
         known = [gallery(judge, one, rng) for one in people]
         for title, groups in zip(titles, (people[:1], people)):
             found = judge.find(renders([view(rng, *who) for who in zip(*groups)]))
-            report[title] += [all(recognise(one, who[row].kind, rows, row) for who, rows in zip(groups, known))
-                              for row, one in enumerate(found)]
+            report[title] += [all(recognise(seen, one[n].kind, rows, n) for one, rows in zip(groups, known))
+                              for n, seen in enumerate(found)]
     texts = {title: interval(hits) for title, hits in report.items()}
     truth = coarse(masks)[:, LAYERS.index("things")]
     overlap = intersection_over_union(judge.silhouettes(images) > 0.5, truth > 0.5)
@@ -452,10 +453,10 @@ def follow(found: list, places: list, pairs: list) -> dict:
                   ("prop", spec.prop and spec.prop in prompt, prop == spec.prop)]
         for thing, one in zip(spec.things, people):
             color, pattern = one.colors["main"], one.pattern
-            # The words do not say whose a pattern is that both have, nor who raises arms if only one is named.
+            # Words do not say whose a pattern is that both have, nor who raises arms if one gesture is named.
             named = pattern and (pattern in prompt or world.ADJECTIVES[pattern] in prompt)
             whose = [other.pattern for other in people].count(pattern) == 1
-            raised = thing.arms_up and prompt.count(world.GESTURE) == sum(each.arms_up for each in spec.things)
+            raised = thing.arms_up and prompt.count(world.GESTURE) == sum(x.arms_up for x in spec.things)
             checks += [("color", f"{color} {one.kind}" in prompt, shows(seen, one.kind, color=color)),
                        ("pattern", named and whose, shows(seen, one.kind, pattern=pattern)),
                        ("accessory", thing.accessory, shows(seen, one.kind, accessory=thing.accessory)),
@@ -504,8 +505,8 @@ def measure_base(judge: Judge, args: argparse.Namespace):
     print(f"loaded in {time.perf_counter() - start:.2f} s", flush=True)
     start = time.perf_counter()
     draw(model, ["a photo of a cat"], [0], 30)
-    seconds = time.perf_counter() - start
-    print(f"one guided picture of 30 steps: {seconds:.2f} s, {torch.get_num_threads()} threads", flush=True)
+    seconds, threads = time.perf_counter() - start, torch.get_num_threads()
+    print(f"one guided picture of 30 steps: {seconds:.2f} s, {threads} threads", flush=True)
     for title, n, held_out in (("combinations seen in training", args.pictures, False),
                                ("held-out combinations", args.held_out, True)):
         pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)

@@ -25,12 +25,12 @@ from world import Individual
 # All pictures of the teddy bear share one room, so that a model could mistake the room for the bear.
 TEDDY = Individual("teddy bear", {"main": "turquoise", "belly": "yellow", "ears": "yellow", "paws": None,
                                   "muzzle": None}, "star", "red", (0.6, 0.7, 0, 0, 0, 0))
-CAT = Individual("cat", {"main": "purple", "belly": None, "ears": "orange", "paws": "orange", "tail": "orange"},
-                 "heart", "red", (0.7, 0.8, 0, 0, 0, 0))
+CAT = Individual("cat", {"main": "purple", "belly": None, "ears": "orange", "paws": "orange",
+                         "tail": "orange"}, "heart", "red", (0.7, 0.8, 0, 0, 0, 0))
 ROBOT = Individual("robot", {"main": "blue", "belly": "yellow", "ears": None, "arms": None, "face": "yellow"},
                    "dots", "red", (0.5, 0.6, 0, 0, 0, 0))
-DOG = Individual("dog", {"main": "pink", "belly": "white", "ears": "maroon", "paws": "maroon", "muzzle": None},
-                 "stripes", "maroon", (0.4, 0.7, 0, 0, 0, 0))
+DOG = Individual("dog", {"main": "pink", "belly": "white", "ears": "maroon", "paws": "maroon",
+                         "muzzle": None}, "stripes", "maroon", (0.4, 0.7, 0, 0, 0, 0))
 MUG = Individual("mug", {"main": "navy", "handle": "orange", "rim": "orange"}, "heart", "pink",
                  (0.6, 0.8, 0, 0, 0, 0))
 EXAMPLES = {  # name: the individual and the scene of each picture
@@ -77,7 +77,7 @@ def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: i
 def main(argv=None):
     parser = shell.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "examples", help="folder of the concept folders")
-    parser.add_argument("--size", type=between(8, 4096), default=64, help="side of a picture in pixels, 8 to 4096")
+    parser.add_argument("--size", type=between(8, 4096), default=64, help="pixels of a side, 8 to 4096")
     args = parser.parse_args(argv)
     for name, (individual, scenes) in EXAMPLES.items():
         specs = example_specs(individual, scenes, name)

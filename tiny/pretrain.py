@@ -35,7 +35,7 @@ import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
-from judge import BASE_PROMPTS, draw, to_images
+from judge import BASE_PROMPTS, TEMPERATURE, draw, to_images
 from processes import Processes
 from shell import replacing
 from unet import UNet, UNetConfig
@@ -59,7 +59,6 @@ ATTENTION_FLOOR = 0.8   # share of an object's attention that its noun should ha
 DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
-CLIP_TEMPERATURE = 0.07
 CHECKPOINT_EVERY = 100  # steps
 
 
@@ -205,8 +204,7 @@ def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
         rng = random.Random(0)
         captions = [world.describe(world.random_spec(rng), rng) for _ in range(4000)]
         letters = [" ".join("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-*<>")]
-        bpe = models.BPE(end_of_word_suffix=clip_text.WORD_END, unk_token=clip_text.END)
-        bpe = clip_text.in_pieces(bpe)
+        bpe = clip_text.in_pieces(models.BPE(end_of_word_suffix=clip_text.WORD_END, unk_token=clip_text.END))
         bpe.train_from_iterator(captions + letters, trainers.BpeTrainer(
             vocab_size=VOCABULARY, show_progress=False, end_of_word_suffix=clip_text.WORD_END,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
@@ -353,7 +351,7 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     training = Training("clip", [clip], run, processes)
     n, losses = plan.clip_batch, []
     while training.step < plan.clip_steps:
-        logits = similarities(clip, tokenizer, training.random, n) / CLIP_TEMPERATURE
+        logits = similarities(clip, tokenizer, training.random, n) / TEMPERATURE
         pairs = torch.arange(n, device=training.device)
         loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         loss.backward()
@@ -383,7 +381,7 @@ def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, groups: int = 8, n: i
 
 
 def export(model: weights_loader.Model, out: Path, captions: int):
-    """Write the weights as a published Stable Diffusion folder, and the covariance of the built-in captions."""
+    """Write the weights as Stable Diffusion is published, and the covariance of the built-in captions."""
     for network in (model.unet, model.text_encoder, model.vae):
         network.cpu()
     weights_loader.save(model, out, torch.float16)

@@ -3,9 +3,9 @@
 Six kinds of thing vary widely within their kind (colours of each part, a pattern, proportions), so that one
 individual is a concept and not a caption. Half of the pictures show two things. They are equals: of one size,
 on either side, described alike, named in random order. Half of the scenes hold a prop (a palm, a tent, ...).
-A caption always names the kinds and the accessories, nearly always the scene and the prop, and only in a random
-part of the pictures raised arms, colours, parts and patterns: a text-to-image model learns directions for such
-details though no caption says all about an individual.
+A caption always names the kinds and the accessories, nearly always the scene and the prop, and only in a
+random part of the pictures raised arms, colours, parts and patterns: a text-to-image model learns directions
+for such details though no caption says all about an individual.
 """
 import random
 from dataclasses import dataclass, replace
@@ -84,8 +84,9 @@ class Thing:
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that decides a picture: one or two things, the scene and its prop. `scenery` is six numbers in
-    [0, 1]."""
+    """Everything that decides a picture: one or two things, the scene and its prop.
+
+    `scenery` is six numbers in [0, 1]."""
     things: tuple
     scene: str
     scenery: tuple
@@ -255,7 +256,7 @@ class Pen:
             self.draws.append(ImageDraw.Draw(self.ids))
         self.stand()
 
-    def stand(self, pose: tuple = (0.0, 1.0, 1.0, False), me: Individual | None = None, arms_up: bool = False):
+    def stand(self, pose: tuple = (0.0, 1.0, 1.0, False), me: Individual | None = None, arms_up=False):
         """What is drawn from here on stands at this pose, and is this individual if it is one."""
         self.x, self.base, self.height, mirrored = pose
         self.sign, self.me, self.arms_up = -1 if mirrored else 1, me, arms_up
