@@ -85,11 +85,11 @@ def toy_model(configs, tokenizer, name):
                                 fingerprint="", name=name, folder=None)
 
 
-def small_model(seed=0):
+def small_model(seed=0, configs=SMALL):
     """A Model with random weights that float16 holds exactly."""
     torch.manual_seed(seed)
-    model = toy_model(SMALL, toy_tokenizer(16), "small")
-    for part in SMALL:
+    model = toy_model(configs, toy_tokenizer(configs["text_encoder"].max_length), "small")
+    for part in configs:
         for parameter in getattr(model, part).parameters():
             parameter.copy_(torch.randn(parameter.shape).half())
     return model

@@ -97,10 +97,10 @@ def test_dpm_from_the_noisiest_timestep_comes_nearer_to_the_converged_picture(mo
     text = perfusion.project(model, ["", "a photo of a red robot on the beach"], [])
 
     def picture(steps):
-        return diffusion.draw(model, text.keys, text.values, range(4), (64, 64), steps, model.guidance,
+        return diffusion.draw(model, text.keys, text.values, range(3), (64, 64), steps, model.guidance,
                               "dpm++")
-    converged, now = picture(30), picture(10)
+    converged, now = picture(20), picture(8)
     monkeypatch.setattr(diffusion, "dpm_timesteps", ddim_timesteps)     # what this sampler took before
-    before, now = ((x - converged).square().mean().sqrt().item() for x in (picture(10), now))
-    print(f"distance of 10 steps: {now:.4f}, with the leading timesteps {before:.4f}")
+    before, now = ((x - converged).square().mean().sqrt().item() for x in (picture(8), now))
+    print(f"distance of 8 steps: {now:.4f}, with the leading timesteps {before:.4f}")
     assert now < 0.7 * before
