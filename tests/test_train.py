@@ -313,7 +313,8 @@ def teddy():
     model = load("tiny")
     fast_cpu.enable(model)
     files, _ = list_images(ROOT / "examples" / "teddy")
-    data = prepare_data(model, files, "teddy bear", report=lambda line: None)
+    masks = ROOT / "examples" / "masks" / "teddy"
+    data = prepare_data(model, files, "teddy bear", str(masks), report=lambda line: None)
     settings = Settings("teddy bear", "<teddy>", steps=25, batch=4, lr=0.2)     # a high rate for few steps
     training = Training(model, data, settings, covariance.inverse(covariance.cached(model)))
     return training, train.run(training)

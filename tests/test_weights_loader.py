@@ -15,15 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import weight_formats
 import weights_loader
-from models import (PUBLISHED, SMALL, TINY, Call, bins, half, rewritten, shards, single_file_tensors,
+from models import (FEW, PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
                     small_model)
 
 PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
 PLAIN = "model.diffusion_model."
-# Folders say what they hold, so theirs is a model of fewer tensors.
-FEW = TINY | {"unet": dataclasses.replace(TINY["unet"], sample_size=256)}
-
 
 @pytest.fixture(scope="module")
 def model():
