@@ -66,10 +66,10 @@ SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 RENDERS, TIMESTEPS = 8, (200, 400, 600, 800)  # noised renders of a concept whose attention is measured
 PAIR_SCENE = "on the grass"
 MEASURES = {  # key of a record: (its title, factor)
-    "first": ("identity: first among 50, %", 100), "identity": ("identity: cosine", 1),
-    "pattern": ("pattern right, %", 100), "kept": ("kept of what was asked for, %", 100),
-    "scene": ("scene, %", 100), "prop": ("prop, %", 100), "accessory": ("accessory, %", 100),
-    "gesture": ("arms up, %", 100), "second": ("second thing, %", 100),
+    "first": ("identity: first among 50, %", 100), "beside": ("identity beside a second thing, %", 100),
+    "identity": ("identity: cosine", 1), "pattern": ("pattern right, %", 100),
+    "kept": ("kept of what was asked for, %", 100), "scene": ("scene, %", 100), "prop": ("prop, %", 100),
+    "accessory": ("accessory, %", 100), "gesture": ("arms up, %", 100), "second": ("second thing, %", 100),
     "image": ("image similarity", 1), "text": ("text similarity", 1),
     "share": ("attention inside the true mask", 1), "pose": ("pose variety: 1 - IoU of silhouettes", 1),
 }
@@ -81,8 +81,9 @@ PAIR_MEASURES = {"kinds": "both kinds", "one": "and at least one individual firs
 class Row:
     """One way of drawing, of a concept alone or of two.
 
-    training: a name of TRAININGS, None for the super-category itself. lock: "local", "global", or "ungated":
-    ROME's linear weight in the gate's place. who: "alone", or another of CASES.
+    training: a name of TRAININGS, None for ordinary words: the super-category, or with `details` all that
+    words can say about the individual. lock: "local", "global", or "ungated": ROME's linear weight in the
+    gate's place. who: "alone", or another of CASES.
     """
     title: str
     training: str | None
@@ -90,6 +91,7 @@ class Row:
     beta: float = DRAWING_BETA
     tau: float = DRAWING_TAU
     who: str = "alone"
+    details: bool = False
 
 
 def sweep(training: str) -> list[Row]:
@@ -107,6 +109,7 @@ ROWS = (
     Row("pair: textual inversion", "textual inversion", who="different kinds"),
     Row("pair of one kind: locked keys", "locked keys", who="one kind"),
     *sweep("locked keys"), *sweep("trained keys"), Row("super-category", None),
+    Row("captions with all details", None, details=True),
     Row("textual inversion", "textual inversion"), Row(UNGATED, "locked keys", "ungated"),
     Row(GLOBAL, "locked keys", "global", DRAWING_GLOBAL_BETA),
     Row("no masks", "no masks"), Row("pair: no masks", "no masks", who="different kinds"),
@@ -237,6 +240,14 @@ def train_one(job: tuple):
         raise ValueError(f"train.py failed for {name}, {training}: {done.stderr.strip().splitlines()[-1]}")
 
 
+def called(row: Row, concepts: list, individual: world.Individual) -> str:
+    """What an individual alone is called in the prompts of this row."""
+    if concepts:
+        return concepts[0].token
+    described = [*world.adjectives(individual), individual.colors["main"]] if row.details else []
+    return " ".join([*described, individual.kind])
+
+
 def encoded(row: Row, concepts: list, texts: list) -> tuple:
     """Keys, values and positions of prompts, as `perfusion.project` gives them."""
     model = STUDY.model
@@ -269,10 +280,10 @@ def share_on_renders(row: Row, concepts: list, name: str) -> list:
     (individual, _), model, rng = person(name), STUDY.model, random.Random(f"renders {name}")
     specs = [world.place(rng, [individual], make_examples.NEW_SCENES[n % 3]) for n in range(RENDERS)]
     images, truth = judges.renders_and_truth(specs, model.size[0])
-    word = concepts[0].token if concepts else individual.kind
+    word = called(row, concepts, individual)
     texts = [f"a photo of a {word} {world.scene_words(spec.scene)}" for spec in specs]
     keys, values, positions = encoded(row, concepts, texts)
-    words = positions[0][word][0] if concepts else model.tokenizer.find(texts[0], word)[0]  # all begin alike
+    words = positions[0][word][0] if concepts else model.tokenizer.find(texts[0], individual.kind)[0]
     latents = model.vae.encode(images * 2 - 1)
     return torch.stack([share_inside(noised_map(model, latents, t, keys, values, words), truth)
                         for t in TIMESTEPS]).mean(0).tolist()
@@ -291,10 +302,11 @@ def measure(row: Row, names: tuple) -> dict:
     (name,), judge, seeds = names, STUDY.judge, STUDY.args.seeds
     (individual, specs), concepts, known = person(name), STUDY.load(row.training, names), lineup(name)
     texts, wishes = zip(*prompts(name))
-    word = concepts[0].token if concepts else individual.kind
+    word = called(row, concepts, individual)
     images = draw(row, concepts, [text.format(word) for text in texts], name)
     wishes = [wish for wish in wishes for _ in range(seeds)]
     found = judge.find(images)
+    hits = [bool(judges.recognise(things, individual.kind, known)) for things in found]
     likeness = [max([(one.embedding @ known[0]).item() for one in things if one.kind == individual.kind],
                     default=0) for things in found]
     checks = [kept(things, place, individual.kind, wish)
@@ -305,7 +317,7 @@ def measure(row: Row, names: tuple) -> dict:
     asked = STUDY.clip.text_embedding(ids).repeat_interleave(seeds, 0)
     return {wish: [check[wish] for check in checks if wish in check]
             for wish in ("scene", "prop", "accessory", "gesture", "second")} | {
-        "first": [bool(judges.recognise(things, individual.kind, known)) for things in found],
+        "first": hits, "beside": [hit for hit, wish in zip(hits, wishes) if "second" in wish],
         "identity": likeness, "kept": [sum(check.values()) / len(check) for check in checks],
         "pattern": [judges.shows(things, individual.kind, pattern=individual.pattern) for things in found],
         "share": share_on_renders(row, concepts, name),

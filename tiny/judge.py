@@ -467,18 +467,6 @@ def follow(found: list, places: list, pairs: list) -> dict:
     return kept
 
 
-def identity_of_captions(judge: Judge, model, steps: int, people: int = 8, seeds: int = 8) -> list:
-    """How well words alone can say who it is: a caption with every detail of an individual that no training
-    showed, drawn from several seeds. [one bool per picture: the right individual is first of GALLERY]."""
-    hits = []
-    for k in range(people):
-        me = make_examples.unseen_concept(k)[1]
-        prompt = f"a photo of a {' '.join(world.adjectives(me))} {me.colors['main']} {me.kind} on the grass"
-        known, images = lineup(judge, me, k), draw(model, [prompt] * seeds, range(seeds), steps)
-        hits += [bool(recognise(found, me.kind, known)) for found in judge.find(images)]
-    return hits
-
-
 @torch.no_grad()
 def mask_overlap(model, specs: list) -> float:
     """Mean IoU of the masks that train.py makes for pictures of one kind, at one half, with the true ones."""
@@ -514,8 +502,6 @@ def measure_base(judge: Judge, args: argparse.Namespace):
         print(f"{title}, {n} pictures, DDIM {args.steps}, guidance {model.guidance}, seeds 0 to {n - 1}:")
         for name, kept in follow(judge.find(images), judge.places(images), pairs).items():
             print(f"  {name}: {interval(kept)}", flush=True)
-    print(f"individuals from captions with all details, first among {GALLERY}: "
-          f"{interval(identity_of_captions(judge, model, args.steps))}", flush=True)
     print(f"VAE, 256 held-out renders: {vae_psnr(model):.2f} dB", flush=True)
     rng = random.Random(3 * 10**9)
     groups = {kind: [world.place(rng, [world.random_individual(rng, kind)], rng.choice(list(world.SCENES)))
