@@ -1,7 +1,6 @@
 """Tokenizer and text transformer equal those of transformers; words are found where the ids are."""
 
 import json
-import random
 import warnings
 from pathlib import Path
 
@@ -11,27 +10,8 @@ import torch
 from clip_text import Tokenizer
 from models import assert_parity
 
+# prompts, and strings of words, scripts, emoji, white space and rarities at random -> transformers' ids
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text(encoding="utf-8"))
-ALPHABETS = {
-    "words": "a photo of the Astronaut RIDING a HORSE on mars gleaming photorealistic sks".split(),
-    "contractions": ["don't", "I'M", "we've", "you'll", "it's", "they'd", "'re", "o'clock", "’s"],
-    "accents": ["café", "naïve", "Ångström", "cafe\u0301", "ÉCOLE", "straße", "İstanbul", "ﬁne", "Ａ", "żółć"],
-    "scripts": ["日本語", "テスト", "中文字", "한국어", "мир", "Ελλάς", "עברית", "हिन्दी", "ไทย"],
-    "emoji": ["😀", "👩‍🚀", "🏳️‍🌈", "❤️", "👍🏽", "🇩🇪"],
-    "digits": ["2023", "4k", "3.14", "1,000", "x2y", "²", "½", "٣", "Ⅷ"],
-    "punctuation": [*"!?.,:;()[]{}<>@#$%^&*_-+=/\\|~`\"'", "...", "--", "<new1>", "__init__", "—", "«", "、"],
-    "white space": [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2009"],
-    "special": ["<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|end oftext|>", "<|endoftext", "</w>"],
-    "rare": ["\x00", "\x7f", "\ufeff", "\u0378", "\U0010ffff", "\u0301", "\ufffd"],
-}
-
-
-def random_prompt(generator):
-    pieces = []
-    for _ in range(generator.randint(0, 40)):
-        kind = generator.choice(list(ALPHABETS.values()))
-        pieces.append(generator.choice(kind) + generator.choice(["", " ", " "]))
-    return "".join(pieces)
 
 
 @pytest.fixture(scope="module")
@@ -39,30 +19,11 @@ def tokenizer(tokenizer_folder):
     return Tokenizer.load(tokenizer_folder)
 
 
-def padded(ids):
-    return (ids + [49407] * 77)[:77]
-
-
 @pytest.mark.filterwarnings("ignore:the prompt has")
-def test_golden_prompts_have_their_published_ids(tokenizer):
+def test_prompts_and_random_strings_have_the_ids_of_the_reference(tokenizer):
     ids, _ = tokenizer.encode(list(GOLDEN))
     assert ids.dtype == torch.long and ids.shape == (len(GOLDEN), 77)
-    assert ids.tolist() == [padded(golden) for golden in GOLDEN.values()]
-
-
-@pytest.mark.filterwarnings("ignore:the prompt has")
-def test_five_hundred_random_strings_have_the_ids_of_the_reference(tokenizer, tokenizer_folder):
-    from transformers import CLIPTokenizer
-
-    reference = CLIPTokenizer(vocab=str(tokenizer_folder / "vocab.json"),
-                              merges=str(tokenizer_folder / "merges.txt"), model_max_length=77)
-    generator = random.Random(0)
-    prompts = [random_prompt(generator) for _ in range(500)]
-    expected = reference(prompts, padding="max_length", truncation=True, max_length=77).input_ids
-    ids = tokenizer.encode(prompts)[0].tolist()
-    different = [prompts[i] for i in range(500) if ids[i] != expected[i]]
-    assert different == []
-    assert sum(theirs[-2] != 49407 for theirs in expected) > 5  # truncation is among them
+    assert ids.tolist() == [(golden + [49407] * 77)[:77] for golden in GOLDEN.values()]
 
 
 def test_a_long_prompt_is_truncated_with_a_warning_that_shows_the_rest(tokenizer):
@@ -129,13 +90,8 @@ def test_an_ordinary_word_is_found_whole_and_in_any_case(tokenizer):
     assert tokenizer.find(prompt, "dog") == []
 
 
-def encoder_ids(model):
-    config = model.text_encoder.config
-    return torch.randint(0, config.vocab_size - 2, (2, config.max_length))
-
-
 def test_encodings_and_their_gradient_equal_the_reference(reference, model):
-    ids = encoder_ids(model)
+    ids = torch.randint(0, 512, (2, model.text_encoder.config.max_length))
 
     def theirs(embeddings):
         hook = reference.text_encoder.embeddings.token_embedding.register_forward_hook(lambda *_: embeddings)
