@@ -42,31 +42,21 @@ def imports(source):
     return found
 
 
-def project_imports(name, files):
-    """The project files that a file imports; those in tiny/ import one another by their bare names."""
-    beside = {f"tiny.{module}" for module in imports(files[name])} if name.startswith("tiny.") else set()
-    return (imports(files[name]) | beside) & set(files) - {name}
-
-
-def violations(files=FILES):
+def violations():
     """Imports that do not point downwards, or point into tiny/ from outside, as "importing -> imported"."""
-    level = {name: LEVEL.get(name, len(ROWS)) for name in files}
-    return [f"{name} -> {other}" for name in files for other in sorted(project_imports(name, files))
-            if level[other] >= level[name] or other.startswith("tiny.") > name.startswith("tiny.")]
+    level, found = {name: LEVEL.get(name, len(ROWS)) for name in FILES}, []
+    for name in FILES:
+        modules = imports(FILES[name])
+        if name.startswith("tiny."):        # those in tiny/ import one another by their bare names
+            modules = modules | {f"tiny.{module}" for module in modules}
+        found += [f"{name} -> {other}" for other in sorted(modules & set(FILES) - {name})
+                  if level[other] >= level[name] or other.startswith("tiny.") > name.startswith("tiny.")]
+    return found
 
 
 def test_a_file_imports_only_files_below_it_and_scripts_are_never_imported():
     assert set(LEVEL) <= set(FILES)
     assert violations() == []
-
-
-@pytest.mark.parametrize("name, line", [
-    ("unet", "import perfusion"), ("vae", "def f():\n    import weights_loader as w"),
-    ("tiny.world", "from judge import Judge"), ("train", "from tiny import world"),
-    ("weights_loader", "importlib.import_module('fast_cpu')")])
-def test_every_wrong_import_is_found(name, line):
-    broken = violations(FILES | {name: f"{FILES[name]}\n{line}\n"})
-    assert len(set(broken) - set(violations())) == 1
 
 
 @pytest.mark.parametrize("name", sorted(PACKAGES))

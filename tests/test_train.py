@@ -307,8 +307,8 @@ def teddy():
     fast_cpu.enable(model)
     files, _ = list_images(ROOT / "examples" / "teddy")
     masks = ROOT / "examples" / "masks" / "teddy"
-    data = prepare_data(model, files, "teddy bear", str(masks), report=lambda line: None)
-    settings = Settings("teddy bear", "<teddy>", steps=25, batch=4, lr=0.2)     # a high rate for few steps
+    data = prepare_data(model, files[:2], "teddy bear", str(masks), report=lambda line: None)
+    settings = Settings("teddy bear", "<teddy>", steps=10, batch=4, lr=0.3)     # a high rate for few steps
     training = Training(model, data, settings, covariance.inverse(covariance.cached(model)))
     return training, train.run(training)
 
