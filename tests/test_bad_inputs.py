@@ -1,5 +1,6 @@
 """Bad inputs: each is answered in one sentence, and nothing is written."""
 
+import itertools
 import json
 import os
 import pickle
@@ -18,7 +19,8 @@ from models import Call, run_script, write_concept
 from perfusion import Concept
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
-FILES = [UNET, "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"]
+INDEX = f"{UNET}.index.json"         # of shards, where there is no whole file
+FILES = [UNET, INDEX, "vae/config.json", "scheduler/scheduler_config.json", "tokenizer/vocab.json"]
 
 
 @pytest.fixture
@@ -32,7 +34,7 @@ def folder(weights, tmp_path):
 
 
 def replace(path, content):
-    path.unlink()
+    path.unlink(missing_ok=True)
     if content is not None:
         path.write_bytes(content)
 
@@ -47,13 +49,17 @@ def assert_refused(weights, word):
 
 # ---- a model with one file that is not what it should be
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("content", [
+@pytest.mark.parametrize("name, content", [*itertools.product(FILES, [
     None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167540\n",
-    b"<!DOCTYPE html>", b"[1, 2]", b'{"block_out_channels"', b"\xff\xfe\x00", b"[" * 100_000])
+    b"<!DOCTYPE html>", b"[1, 2]", b'{"block_out_channels"', b"\xff\xfe\x00", b"[" * 100_000]),
+    (INDEX, b"{}"), *((INDEX, b'{"weight_map": %b}' % files) for files in (
+        b"{}", b'{"a": 5}', b'{"a": "00002-of-00003.safetensors"}'))])
 def test_a_file_of_something_else(folder, name, content):
     replace(folder / name, content)
-    assert_refused(folder, (folder / name).parent if name.startswith("tokenizer") else folder / name)
+    if name == INDEX:
+        replace(folder / UNET, None)
+    of_a_folder = name in (INDEX, "tokenizer/vocab.json")
+    assert_refused(folder, (folder / name).parent if of_a_folder else folder / name)
 
 
 @pytest.mark.parametrize("length", [1, 8, 5000, -1])
@@ -120,7 +126,7 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
 LATER = {  # what can only be seen in the weights, or beside them
     "train": {
         "--weights": ["''", "nowhere", "missing.safetensors", "EMPTY", "PICTURE", "TEDDY", "HEADER", "EVIL",
-                      "BOMB", "BOUNDLESS"],
+                      "ZIPPED", "BOMB", "BOUNDLESS"],
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
         "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"], "--masks": ["EMPTY", "BLACK"],
         "--resume": ["PICTURE", "TEDDY", "EVIL"]},
@@ -169,6 +175,7 @@ def places(weights, tmp_path_factory):
                 file.write(bytes(10 ** 7))
     torch.save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1).expand(10 ** 12)},
                folder / "boundless.ckpt")
+    torch.save({"state_dict": {"a": Call(os.mkdir, str(folder / "burgled"))}}, folder / "zipped.ckpt")
     files = {path.stem.upper(): path for path in folder.iterdir()}
     return files | {"PICTURE": picture, "BELOW": picture / "below", "WEIGHTS": weights,
                     "UNET": weights / UNET, "NOT_UTF_8": os.fsdecode(b"caf\xe9"),

@@ -26,14 +26,20 @@ LOCKS = ["super-category", "locked keys", "global lock", "trained keys", "textua
 
 @pytest.fixture(scope="module")
 def result(weights, tmp_path_factory):
-    """The script's names after a whole run, with concepts of three locks and a second one; its folder."""
+    """The script's names after a whole run that trained one concept of four; its folder."""
     out, files = tmp_path_factory.mktemp("figures"), tmp_path_factory.mktemp("files")
-    command = ["diagnostics.py", "--weights", weights, "--steps", "2", "--out", out]
+    command = ["diagnostics.py", "--weights", weights, "--steps", "2", "--out", out, "--images", TEDDY,
+               "--super", "teddy bear", "--training-steps", "1"]
     for option, name, words, lock in (
             ("--concept", "teddy", "teddy bear", "locked"), ("--trained", "trained", "teddy bear", "trained"),
-            ("--inversion", "inversion", "teddy bear", "none"), ("--second", "cat", "cat", "locked")):
+            ("--second", "cat", "cat", "locked")):
         command += [option, write_concept(weights, files / f"{name}.safetensors", words, lock)]
+
+    def run(command):
+        """Here in this process: importing torch anew takes seconds."""
+        return SimpleNamespace(returncode=run_script("train.py", *command[2:])[0])
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "run", run)
         patch.setattr(sys, "argv", [str(word) for word in command])
         return runpy.run_path(str(ROOT / "diagnostics.py"), run_name="__main__"), out
 
@@ -44,7 +50,7 @@ def rows(out, name):
 
 def test_all_figures_are_written_with_their_numbers_and_the_pages(result):
     _, out = result
-    assert {path.name for path in out.iterdir()} == {"explorer.html", "explorer_two.html"} | {
+    assert {path.name for path in out.iterdir()} == {"trained", "explorer.html", "explorer_two.html"} | {
         f"{name}.{kind}" for name in FIGURES for kind in ("png", "csv")}
     for name in FIGURES:
         image = Image.open(out / f"{name}.png").convert("L")
@@ -104,23 +110,12 @@ def test_without_optional_files_the_other_figures_are_drawn(weights, concept_fil
     assert "figure 3 needs --trained" in out
 
 
-def test_what_is_missing_is_trained_once_and_kept(result, tmp_path, monkeypatch, capsys):
-    """Here in this process: importing torch anew takes seconds."""
-    def run(command):
-        return SimpleNamespace(returncode=run_script("train.py", *command[2:])[0])
-    monkeypatch.setattr(subprocess, "run", run)
-    names, model = result[0], result[0]["model"]
-    for name, value in {"images": TEDDY, "super_category": "teddy bear", "inversion": None,
-                        "second": None, "training_steps": 1, "out": tmp_path}.items():
-        monkeypatch.setattr(names["args"], name, value)
-    found, missing = names["concept_files"](model)
-    names["announce"](model, found, missing)
-    assert capsys.readouterr().out.startswith("1 trainings of 1 steps and 24 pictures of 2: about 1 minute")
-    (folder, *_, lock), = missing
-    assert lock == "none" and folder.parent == tmp_path / "trained"
-    names["train"](*missing[0])
-    assert names["read_concepts"](model, found[0])["none"].metadata["steps"] == 1
-    assert names["concept_files"](model) == (found, [])
+def test_what_is_missing_is_trained_once_and_kept_and_every_picture_was_announced(result):
+    names, out = result
+    assert names["one"].concepts[0]["none"].metadata["steps"] == 1
+    assert len(list((out / "trained").iterdir())) == 1
+    assert names["concept_files"](names["model"])[1] == []          # nothing is missing any more
+    assert names["progress"].n == names["pictures"]
 
 
 def test_other_pictures_words_weights_or_steps_are_another_training(result, tmp_path, monkeypatch):

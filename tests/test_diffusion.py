@@ -63,14 +63,6 @@ def test_every_step_equals_the_reference(name, steps, prediction_type):
         assert (z - expected).abs().max() < 1e-5
 
 
-def test_impossible_settings_are_refused(schedule):
-    z = torch.zeros(1, 4, 2, 2)
-    for sampler in SAMPLERS.values():
-        for steps in (0, -1, 1000):
-            with pytest.raises(ValueError, match="sampling steps must be 1 to 999"):
-                next(sampler(network, z, schedule, steps))
-
-
 def test_noise_and_velocity_equal_the_reference(schedule):
     scheduler = reference()
     z, noise, t = torch.randn(3, 4, 4, 4), torch.randn(3, 4, 4, 4), torch.tensor([0, 500, 999])

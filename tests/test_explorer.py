@@ -35,28 +35,22 @@ def words(model):
     return explorer.prompt_words(model.tokenizer, PROMPT, CONCEPTS)
 
 
-def projections(model, prompt):
-    ids, _ = model.tokenizer.encode(["", prompt])
-    e = model.text_encoder(model.text_encoder.embed(ids))
-    return model.unet.keys(e), model.unet.values(e)
-
-
-def views_of(words, steps=4, sizes=SIZES, side=16, locks=LOCKS):
+def views_of(words, steps=4):
     """Locks with random pictures, maps and gates; the two objects are the halves of the picture."""
     tokens = sum(len(word.tokens) for word in words)
-    masks = torch.zeros(2, *sizes[0])
-    masks[0, :, :sizes[0][1] // 2], masks[1, :, sizes[0][1] // 2:] = 1, 1
-    return [View(lock, f"about {lock}", torch.rand(3, side, side),
-                 [torch.rand(steps, len(words), *size).softmax(1) for size in sizes], masks,
-                 None if lock in (LOCKS[0], LOCKS[4]) else torch.rand(tokens, 2)) for lock in locks]
+    masks = torch.zeros(2, 8, 8)
+    masks[0, :, :4], masks[1, :, 4:] = 1, 1
+    return [View(lock, f"about {lock}", torch.rand(3, 16, 16),
+                 [torch.rand(steps, len(words), *size).softmax(1) for size in SIZES], masks,
+                 None if lock in (LOCKS[0], LOCKS[4]) else torch.rand(tokens, 2)) for lock in LOCKS]
 
 
-def page_of(words, views, side=16, **limit):
+def page_of(words, views, **limit):
     about = {"lead": "lead", "made": "made", "concepts": ["<teddy>", "<cat>"],
              "objects": ["teddy bear", "cat"]}
     tokens = sum(len(word.tokens) for word in words)
-    layers = [f"layer {i}" for i in range(1, len(views[0].maps))]
-    return explorer.page(about, words, layers, views, [0.4, 0.7, 1.0], torch.rand(3, 3, 3, side, side),
+    layers = ["layer 1", "layer 2", "layer 3"]
+    return explorer.page(about, words, layers, views, [0.4, 0.7, 1.0], torch.rand(3, 3, 3, 16, 16),
                          torch.rand(3, tokens, 2), [5, 6, 7], **limit)
 
 
@@ -76,14 +70,11 @@ def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word(model, 
     assert [word.tokens for word in twice[1:3]] == [[1, 2], [3, 4]]
 
 
-@pytest.fixture(scope="module")
-def watched(model, words):
-    keys, values = projections(model, "a photo of a teddy bear next to a cat")
-    return keys, values, explorer.watch(model, keys, values, words, seed=3, steps=2, guidance=2.0)
-
-
-def test_watching_does_not_change_the_picture(model, watched):
-    keys, values, (latents, _, seen) = watched
+def test_watching_does_not_change_the_picture(model, words):
+    ids, _ = model.tokenizer.encode(["", "a photo of a teddy bear next to a cat"])
+    e = model.text_encoder(model.text_encoder.embed(ids))
+    keys, values = model.unet.keys(e), model.unet.values(e)
+    latents, _, seen = explorer.watch(model, keys, values, words, seed=3, steps=2, guidance=2.0)
     size = latents.shape[-2:]
     unwatched = diffusion.draw_latents(model.unet, model.schedule, keys, values, [3], size, 2, 2.0)
     assert torch.equal(latents, unwatched)
@@ -247,7 +238,7 @@ def test_the_sliders_choose_the_step_and_the_layer(page, shown):
     assert (shares_shown(page) - shares_expected(shown[0], 2, 3, 5)).abs().max() < 0.6
 
 
-def test_a_place_ranks_the_words_by_their_share_there(page, shown):
+def test_a_place_ranks_the_words_by_their_share_there_and_stays_when_pressed(page, shown):
     picture = page.find("#views .picture", 3)
     width = page.js("return arguments[0].clientWidth", picture)
     page.point(picture, x=int(width / 8 * 1.5), y=int(-width / 8 * 2.5))        # row 1, column 5 of 8
@@ -258,12 +249,9 @@ def test_a_place_ranks_the_words_by_their_share_there(page, shown):
                                                                            abs=0.6)
         names = page.texts(f"#views figure:nth-child({i + 1}) li span:first-of-type")
         assert names == [shown[2]["words"][w]["label"] for w in order[:5]]
-
-
-def test_a_pressed_place_stays_when_the_pointer_leaves(page):
-    page.point(page.find("#views .picture"), x=-50, y=-50, press=True)
+    page.point(picture, x=-50, y=-50, press=True)
     chosen = page.texts(".rank")
-    page.point(page.find("#views .picture"), x=60, y=60)
+    page.point(picture, x=60, y=60)
     assert page.texts(".rank") != chosen
     page.point(page.find("h1"))
     assert page.texts(".rank") == chosen

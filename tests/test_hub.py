@@ -102,7 +102,8 @@ def fingerprint(folder):
 def hub(folder, tmp_path, monkeypatch):
     hub = Hub(folder)
     url = f"http://127.0.0.1:{hub.server_port}"
-    for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False), ("HF_HUB_CACHE", str(tmp_path / "cache")),
+    for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False),
+                        ("HF_HUB_CACHE", str(tmp_path / "cache")),
                         ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -153,7 +154,7 @@ def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
 def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
     hub.off()
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is unet/config.json in the loc"):
+    with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is unet/config.json in the"):
         load("sd15")
     assert time.perf_counter() - start < 5  # the client's five retries would take 23
 
@@ -161,5 +162,5 @@ def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
 def test_what_the_hub_does_not_have_is_named(hub):
     with pytest.raises(ValueError, match=r"to be had from the hub \(RepositoryNotFoundError\)$"):
         load("no/such-model")
-    with pytest.raises(ValueError, match=f"{REPO}: there is no file unet/diffusion_pytorch_model.bf16.safete"):
+    with pytest.raises(ValueError, match=f"{REPO}: there is no file unet/diffusion_pytorch_model.bf16.safe"):
         load("sd15", "bf16")

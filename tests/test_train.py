@@ -8,9 +8,7 @@ import shutil
 import socket
 import sys
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +21,6 @@ import fast_cpu
 import perfusion
 import shell
 import train
-from attention_maps import noised_map, share_inside
 from models import ROOT, noise, run_script
 from perfusion import Concept
 from pictures import list_images, prepare_data
@@ -65,6 +62,15 @@ def command(weights, pictures, out, *more):
 def run(*arguments):
     """The script's exit code."""
     return run_script("train.py", *arguments)[0]
+
+
+@pytest.fixture(scope="module")
+def three(weights, pictures, tmp_path_factory):
+    """What a training of three steps says, and its folder."""
+    out = tmp_path_factory.mktemp("three") / "out"
+    code, said, _ = run_script("train.py", *command(weights, pictures, out, "--steps", 3))
+    assert code == 0
+    return said, out
 
 
 # --------------------------------------------------------------------------------------------------- the step
@@ -147,10 +153,8 @@ def test_mixed_precision_stays_close_to_float32(setting, precision):
 
 # ----------------------------------------------------------------------------------- the script and its files
 
-def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictures, tmp_path):
-    out = tmp_path / "out"
-    code, said, _ = run_script("train.py", *command(weights, pictures, out, "--steps", 3))
-    assert code == 0
+def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictures, three):
+    said, out = three
     for part in ("skipped, not images: .hidden.png, notes.txt", 'keys locked to "teddy bear"',
                  "16 x 16 pixels", "predict the noise", 'attention to "teddy bear"', "central square"):
         assert part in said
@@ -188,28 +192,27 @@ def test_a_training_can_start_from_a_textual_inversion(weights, pictures, tmp_pa
     assert 0 < (concept.embedding - 0.5).abs().max() <= 0.0061      # one step of Adam, at its learning rate
 
 
-def test_previews_are_numbered_and_leave_the_training_as_it_was(weights, pictures, tmp_path, monkeypatch):
+def test_previews_are_numbered_and_leave_the_training_as_it_was(
+        weights, pictures, three, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EMBEDDED", dataclasses.replace(train.EMBEDDED, sampling_steps=2))
-    main(*command(weights, pictures, tmp_path / "a", "--steps", 2, "--preview", 2))
-    main(*command(weights, pictures, tmp_path / "b", "--steps", 2))
-    previews = sorted(path.name for path in (tmp_path / "a").glob("*.png"))
-    assert previews == ["preview_0000.png", "preview_0002.png"]
-    assert Image.open(tmp_path / "a" / previews[0]).size[1] > 500
-    kept, = (tmp_path / "a" / "steps").iterdir()
-    assert kept.name == "teddy_0002.safetensors" and Concept.load(kept).metadata["steps"] == 2
-    assert same_file(tmp_path / "a", tmp_path / "b")
+    main(*command(weights, pictures, tmp_path, "--steps", 3, "--preview", 3))
+    previews = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert previews == ["preview_0000.png", "preview_0003.png"]
+    assert Image.open(tmp_path / previews[0]).size[1] > 500
+    kept, = (tmp_path / "steps").iterdir()
+    assert kept.name == "teddy_0003.safetensors" and Concept.load(kept).metadata["steps"] == 3
+    assert same_file(tmp_path, three[1])
 
 
-def test_a_concept_of_other_pictures_is_replaced_only_on_request(weights, pictures, tmp_path):
-    others = Path(shutil.copytree(pictures, tmp_path / "others"))
+def test_a_concept_of_other_pictures_is_replaced_only_on_request(weights, pictures, three, tmp_path):
+    others, out = shutil.copytree(pictures, tmp_path / "others"), shutil.copytree(three[1], tmp_path / "out")
     noise(20, 20, seed=9).save(others / "0.jpg")
-    arguments = [*command(weights, pictures, tmp_path / "o", "--steps", 1), "--token", "x"]
-    again = [*command(weights, others, tmp_path / "o", "--steps", 1), "--token", "x"]
-    assert run(*arguments) == 0 and run(*arguments) == 0
-    before = (tmp_path / "o" / "x.safetensors").read_bytes()
+    assert run(*command(weights, pictures, out, "--steps", 1)) == 0
+    before = (out / "teddy.safetensors").read_bytes()
+    again = command(weights, others, out, "--steps", 1, "--token", "teddy")
     code, _, error = run_script("train.py", *again)
     assert code == 2 and "the concept of other pictures" in error and error.count("\n") == 1
-    assert (tmp_path / "o" / "x.safetensors").read_bytes() == before
+    assert (out / "teddy.safetensors").read_bytes() == before
     assert run(*again, "--overwrite") == 0
 
 
@@ -255,22 +258,21 @@ def test_a_killed_training_resumes_and_ends_bit_identical(weights, pictures, tmp
     assert same_file(whole, killed) and same_file(whole, killed, "loss.csv")
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(weights, pictures, tmp_path):
+def test_two_processes_train_as_one_with_the_same_global_batch(weights, pictures, three, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(command(weights, pictures, tmp_path / "two", "--steps", 3), MASTER_ADDR="127.0.0.1",
+    processes = [start(command(weights, pictures, tmp_path, "--steps", 3), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port), WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank)  # as torchrun does
                  for rank in "01"]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    assert run(*command(weights, pictures, tmp_path / "one", "--steps", 3)) == 0
-    one, two = (Concept.load(tmp_path / name / "teddy.safetensors") for name in ("one", "two"))
+    one, two = (Concept.load(out / "teddy.safetensors") for out in (three[1], tmp_path))
     for a, b in zip([one.embedding, one.i_star, *one.values], [two.embedding, two.i_star, *two.values]):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)          # float16, and sums in another order
-    losses = [[float(row["loss"]) for row in csv.DictReader(open(tmp_path / name / "loss.csv"))]
-              for name in ("one", "two")]
+    losses = [[float(row["loss"]) for row in csv.DictReader(open(out / "loss.csv"))]
+              for out in (three[1], tmp_path)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -287,65 +289,42 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_file(weights, pictures,
     assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == 2
 
 
-def test_only_the_number_of_parts_and_of_steps_may_change_on_resuming(weights, pictures, tmp_path):
-    assert run(*command(weights, pictures, tmp_path, "--steps", 1)) == 0
-    code, _, error = run_script("train.py", *command(weights, pictures, tmp_path, "--steps", 1, "--resume",
-                                                     "--lr", "0.3"))
+def test_only_the_number_of_parts_and_of_steps_may_change_on_resuming(weights, pictures, three, tmp_path):
+    again = command(weights, pictures, shutil.copytree(three[1], tmp_path / "out"), "--resume")
+    code, _, error = run_script("train.py", *again, "--steps", 3, "--lr", "0.3")
     assert code == 2 and f"lr was {train.EMBEDDED.lr}, now is 0.3" in error
-    code, said, _ = run_script("train.py", *command(weights, pictures, tmp_path, "--steps", 2, "--resume",
-                                                    "--accumulate", 2))
-    assert code == 0 and "resumed after step 1 of 2; i_star moves as for 2 steps, not 1" in said
+    code, said, _ = run_script("train.py", *again, "--steps", 4, "--accumulate", 2)
+    assert code == 0 and "resumed after step 3 of 4; i_star moves as for 4 steps, not 3" in said
 
 
 # ------------------------------------------------------------------------------------------ what is learned
 
-def energies(model, concept):
-    """sim / energy of the concept's last token in every training template."""
-    prompts = [template.format(concept.token) for template in perfusion.TEMPLATES]
-    e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [concept])
-    _, sims = perfusion.split(e, concept.i_star[None], concept.d_star[None])
-    return [sims[i, found[concept.token][0][-1], 0].item() for i, found in enumerate(positions)]
-
-
 @pytest.fixture(scope="module")
 def teddy():
-    """The embedded model and a short training on it of the teddy from the examples."""
+    """The embedded model and a short training on it, of two pictures from the examples."""
     model = load("tiny")
     fast_cpu.enable(model)
     files, _ = list_images(ROOT / "examples" / "teddy")
     masks = ROOT / "examples" / "masks" / "teddy"
-    data = prepare_data(model, files, "teddy bear", str(masks), report=lambda line: None)
-    settings = Settings("teddy bear", "<teddy>", steps=25, batch=4, lr=0.2)     # a high rate for few steps
+    data = prepare_data(model, files[:2], "teddy bear", str(masks), report=lambda line: None)
+    settings = Settings("teddy bear", "<teddy>", steps=10, batch=4, lr=0.3)     # a high rate for few steps
     training = Training(model, data, settings, covariance.inverse(covariance.cached(model)))
     return training, train.run(training)
 
 
 def test_the_loss_falls(teddy):
-    training, concept = teddy
+    training, _ = teddy
     before = Training(training.model, training.data, training.settings, training.C_inverse)
-    choices = [x for x in before.draw()]
+    choices = before.draw()
     with torch.no_grad():
-        assert training.loss(*choices)[0] < 0.95 * before.loss(*choices)[0]      # measured: 0.91
+        assert training.loss(*choices)[0] < 0.9 * before.loss(*choices)[0]      # measured: 0.77
 
 
 def test_a_trained_word_opens_its_gate_in_every_training_template(teddy):
-    training, concept = teddy
-    assert energies(training.model, concept) == pytest.approx([1] * len(perfusion.TEMPLATES), abs=0.1)
-
-
-@pytest.mark.slow
-def test_a_locked_word_stays_on_its_object_and_a_trained_one_leaks(teddy):
-    """Measured by the default trainings of the embedded model, in the true masks of the training pictures."""
-    model, data = teddy[0].model, teddy[0].data
-    masks = [np.asarray(Image.open(path)) for path in sorted((ROOT / "examples/masks/teddy").iterdir())]
-    truth, shares = torch.from_numpy(np.stack(masks)) / 255, {}
-    for lock in ("locked", "trained"):
-        settings = Settings("teddy bear", "<teddy>", lock=lock)
-        concept = train.run(Training(model, data, settings, teddy[0].C_inverse))
-        concepts = perfusion.prepare([concept], model)
-        text = perfusion.project(model, ["a photo of a <teddy> in a room"], concepts)
-        where = noised_map(model, data.latents[:, 0], 400, text.keys, text.values,
-                           text.positions[0]["<teddy>"][0])
-        shares[lock] = share_inside(where, truth).mean().item()
-    print(shares)
-    assert shares["locked"] > shares["trained"] + 0.1
+    """sim / energy of its last token is 1."""
+    (training, concept), prompts = teddy, [text.format("<teddy>") for text in perfusion.TEMPLATES]
+    model = training.model
+    e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [concept])
+    _, sims = perfusion.split(e, concept.i_star[None], concept.d_star[None])
+    last = [found["<teddy>"][0][-1] for found in positions]
+    assert sims[range(len(last)), last, 0].tolist() == pytest.approx([1] * len(last), abs=0.1)

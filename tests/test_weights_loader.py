@@ -22,6 +22,7 @@ PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
 PLAIN = "model.diffusion_model."
 
+
 @pytest.fixture(scope="module")
 def model():
     """With the names of Stable Diffusion v1, for single files."""
@@ -267,16 +268,6 @@ def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few,
     assert loaded.tokenizer.encode(["a bear"])[0].equal(model.tokenizer.encode(["a bear"])[0])
 
 
-@pytest.mark.parametrize("content", ["{}", '{"weight_map": {}}', '{"weight_map": {"a": 5}}',
-                                     '{"weight_map": {"a": "00002-of-00003.safetensors"}}'])
-def test_an_index_of_no_files_or_of_a_missing_one_is_one_sentence(folder, content):
-    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    path.unlink()
-    path.with_name(f"{path.name}.index.json").write_text(content)
-    with pytest.raises(ValueError, match=re.escape(str(folder / "unet"))):
-        load(folder)
-
-
 def test_whole_files_come_before_others_and_a_variant_by_name(few, folder):
     for part, (name, other) in weights_loader.WEIGHTS.items():
         tensors = {key: tensor + 1 for key, tensor in load_file(folder / part / name).items()}
@@ -315,30 +306,21 @@ def test_convolutions_lie_channels_last_in_memory_and_as_published_in_files(fold
 
 # ---- what goes with the networks: size, prediction, vocabulary
 
-@pytest.mark.parametrize("unet_side, vae_side, size", [
-    (256, 128, (512, 512)), ([256, 384], 512, (512, 768)), (None, [128, 128], (128, 128))])
-def test_the_size_is_the_unets_sample_size_in_pixels(folder, unet_side, vae_side, size):
-    for part, side in (("unet", unet_side), ("vae", vae_side)):
-        path = folder / part / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"sample_size": side}))
+@pytest.mark.parametrize("unet_side, vae_side, prediction, size", [
+    (256, 128, "epsilon", (512, 512)), ([256, 384], 512, "epsilon", (512, 768)),
+    (None, [128, 128], "v_prediction", (128, 128))])
+def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_schedulers(
+        folder, unet_side, vae_side, prediction, size):
+    for name, change in (("unet/config.json", {"sample_size": unet_side}),
+                         ("vae/config.json", {"sample_size": vae_side}),
+                         ("scheduler/scheduler_config.json", {"prediction_type": prediction})):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
     loaded, said = load(folder)
-    assert loaded.size == size
-    assert bool(said) == (size != (512, 512)) and all(
-        f"trained for {size[0]} x {size[1]} pixels" in line for line in said)
+    assert bool(said) == (size != (512, 512))
+    assert all(f"trained for {size[0]} x {size[1]} pixels, with {prediction}" in line for line in said)
     weights_loader.save(loaded, folder.parent / "again")
-    assert load(folder.parent / "again")[0].size == size
-
-
-V = "not as in Stable Diffusion v1: trained for 512 x 512 pixels, with v_prediction"
-
-
-def test_the_prediction_type_comes_with_a_folder(folder):
-    path = folder / "scheduler" / "scheduler_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
-    loaded, said = load(folder)
-    assert loaded.schedule.prediction_type == "v_prediction" and V in said[0]
-    weights_loader.save(loaded, folder.parent / "again")
-    assert load(folder.parent / "again")[0].schedule.prediction_type == "v_prediction"
+    for model in (loaded, load(folder.parent / "again")[0]):
+        assert model.size == size and model.schedule.prediction_type == prediction
 
 
 @pytest.mark.parametrize("yaml, prediction", [
@@ -356,7 +338,7 @@ def test_the_users_word_goes_before_the_yaml_and_another_type_is_one_sentence(mo
     path = write_single(model, tmp_path / "v1.safetensors", single_file_tensors(model))
     path.with_suffix(".yaml").write_text("parameterization: v")
     loaded, said = load(path)
-    assert loaded.schedule.prediction_type == "v_prediction" and V in said[0]
+    assert loaded.schedule.prediction_type == "v_prediction" and "512 pixels, with v_prediction" in said[0]
     assert load(path, prediction="epsilon")[0].schedule.prediction_type == "epsilon"
     path.with_suffix(".yaml").write_text("parameterization: x0")
     with pytest.raises(ValueError, match="not 'x0 of .*v1.yaml'"):
