@@ -38,7 +38,7 @@ import weight_formats
 import weights_loader
 
 PARTS = ("memory", "step", "bf16", "train")  # memory first: a child's peak counts from its parent's
-BARS = {"step": 0.92, "bf16": 0.90, "train": 0.90, "memory": 1.05}  # fast / diffusers
+BARS = {"step": 0.92, "bf16": 0.90, "train": 0.90}  # of the time: fast / diffusers
 PLAIN_BAR = 1.05
 GUIDANCE, TIMESTEP, TOKENS = 7.5, 501, 77
 
@@ -121,11 +121,12 @@ def compare(part: str, jobs: dict[str, Callable[[], Tensor]], args: argparse.Nam
 
 
 def report(part: str, numbers: dict[str, float], unit: str):
-    """Print each of our numbers against diffusers', and whether the ratio meets its bar."""
+    """Print each of our numbers against diffusers', and whether a ratio of times meets its bar."""
     for name in [name for name in ("plain", "fast") if name in numbers]:
-        ratio, bar = numbers[name] / numbers["diffusers"], BARS[part] if name == "fast" else PLAIN_BAR
+        ratio, bar = numbers[name] / numbers["diffusers"], BARS.get(part) if name == "fast" else PLAIN_BAR
+        verdict = f"bar {bar:.2f} {'met' if ratio <= bar else 'MISSED'}" if part in BARS else ""
         print(f"{part:8} {name:6} {numbers[name]:8.3f} {unit}  diffusers {numbers['diffusers']:8.3f} {unit}  "
-              f"ratio {ratio:.3f}  bar {bar:.2f} {'met' if ratio <= bar else 'MISSED'}", flush=True)
+              f"ratio {ratio:.3f}  {verdict}", flush=True)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
