@@ -202,6 +202,16 @@ def test_equal_concepts_and_concepts_of_one_name_are_refused(model):
         perfusion.prepare([first, first], model)
 
 
+def test_gradients_reach_values_and_embedding_but_not_locked_keys_or_the_networks(model):
+    teddy, = perfusion.prepare([concept(model)], model)
+    learned = [teddy.embedding.requires_grad_(), *[o.requires_grad_() for o in teddy.values]]
+    _, _, (keys, values, *_) = both(model, [teddy])
+    torch.autograd.backward([x.square().mean() for x in keys + values])
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in learned)
+    assert all(o.grad is None and not o.requires_grad for o in teddy.keys)
+    assert all(p.grad is None for network in (model.unet, model.text_encoder) for p in network.parameters())
+
+
 def test_missing_locked_keys_unknown_locks_and_values_of_another_model_are_refused(model):
     with pytest.raises(ValueError, match="prepare"):
         both(model, [concept(model)])
