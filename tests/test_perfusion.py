@@ -205,7 +205,8 @@ def test_equal_concepts_and_concepts_of_one_name_are_refused(model):
 def test_gradients_reach_values_and_embedding_but_not_locked_keys_or_the_networks(model):
     teddy, = perfusion.prepare([concept(model)], model)
     learned = [teddy.embedding.requires_grad_(), *[o.requires_grad_() for o in teddy.values]]
-    _, _, (keys, values, *_) = both(model, [teddy])
+    e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, ["a <teddy> on the beach"], [teddy])
+    keys, values, _ = perfusion.keys_and_values(model.unet, e, None, [teddy], 0.7, 0.15)
     torch.autograd.backward([x.square().mean() for x in keys + values])
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in learned)
     assert all(o.grad is None and not o.requires_grad for o in teddy.keys)
