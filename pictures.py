@@ -217,17 +217,16 @@ def draw_preview(images: Tensor, maps: Tensor, titles: list[str], data: Data, lo
     figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
     places = figure.add_gridspec(3, n)
 
-    def show(place, picture, title, **scale):
+    def show(place, picture, title, largest=None):
         panel = figure.add_subplot(place)
-        panel.imshow(picture, **scale)
+        panel.imshow(picture, cmap="magma", vmin=0, vmax=largest)      # these change no picture in colours
         panel.set_title(title, fontsize=8)
         panel.axis("off")
     for i in range(n):
         show(places[0, i], images[i].permute(1, 2, 0), titles[i])
-        show(places[1, i], maps[i], "" if i else "attention of the word", cmap="magma", vmin=0,
-             vmax=maps.max())
+        show(places[1, i], maps[i], "" if i else "attention of the word", maps.max())
     show(places[2, 0], (data.images[0] / 2 + 0.5).permute(1, 2, 0), "training picture")
-    show(places[2, 1], data.masks[0, 0, 0].cpu(), "its mask on the loss", cmap="magma", vmin=0, vmax=1)
+    show(places[2, 1], data.masks[0, 0, 0].cpu(), "its mask on the loss", 1)
     curve = figure.add_subplot(places[2, 2:])
     curve.plot(losses, color="0.8", linewidth=0.8)
     if len(losses) >= LOSS_WINDOW:

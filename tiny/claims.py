@@ -283,6 +283,7 @@ def share_on_renders(row: Row, concepts: list, name: str) -> list:
     word = called(row, concepts, individual)
     texts = [f"a photo of a {word} {world.scene_words(spec.scene)}" for spec in specs]
     keys, values, positions = encoded(row, concepts, texts)
+    # all prompts begin alike
     words = positions[0][word][0] if concepts else model.tokenizer.find(texts[0], individual.kind)[0]
     latents = model.vae.encode(images * 2 - 1)
     return torch.stack([share_inside(noised_map(model, latents, t, keys, values, words), truth)

@@ -5,7 +5,7 @@
     python tiny/figures.py pairs        # figures/pairs.png: the example pairs, in both orders
     python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
 
-Hero and pairs show the concepts that the README's commands leave in out/.
+Hero and pairs show concepts of the examples, as train.py leaves them in out/.
 """
 import sys
 from pathlib import Path

@@ -402,7 +402,7 @@ def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
             found = judge.find(renders([view(rng, *who) for who in zip(*groups)]))
             report[title] += [all(recognise(seen, one[n].kind, rows, n) for one, rows in zip(groups, known))
                               for n, seen in enumerate(found)]
-    texts = {title: interval(hits) for title, hits in report.items()}
+    texts = {title: interval(hits) for title, hits in report.items() if hits}
     truth = coarse(masks)[:, LAYERS.index("things")]
     overlap = intersection_over_union(judge.silhouettes(images) > 0.5, truth > 0.5)
     return texts | {"silhouettes, IoU at 16x16": f"{overlap.mean():.3f}"}

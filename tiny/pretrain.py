@@ -59,7 +59,7 @@ ATTENTION_FLOOR = 0.8   # share of an object's attention that its noun should ha
 DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
-CHECKPOINT_EVERY = 100  # steps
+CHECKPOINT_EVERY = 250  # steps: its sheet of pictures costs half a minute
 
 
 @dataclass

@@ -265,28 +265,30 @@ class Pen:
         """Object coordinates to pixels."""
         return ((self.x + self.sign * x * self.height) * self.side, (self.base - y * self.height) * self.side)
 
-    def shape(self, kind: str, points: list, color: tuple | str, ink: str = "fill", **how):
-        """One of ImageDraw's shapes, in its colour and, with the number of its region, in the masks."""
+    def paint(self, shape, color: tuple | str):
+        """shape(draw, ink), once in the colour and, with the number of its region as ink, in the masks."""
         if isinstance(color, str):
             color = COLORS.get(color_name(self.me, color), CREAM)
-        for draw, value in zip(self.draws, (color, self.id)):
-            getattr(draw, kind)(points, **{ink: value}, **how)
+        for draw, ink in zip(self.draws, (color, self.id)):
+            shape(draw, ink)
 
     def ellipse(self, x, y, rx, ry, color, ring=0.0):
         """`ring`: the width of its line, if it is not filled."""
         (cx, cy), scale = self.point(x, y), self.height * self.side
         box = [cx - rx * scale, cy - ry * scale, cx + rx * scale, cy + ry * scale]
-        self.shape("ellipse", box, color, "outline" if ring else "fill", width=round(ring * scale))
+        width = round(ring * scale)
+        self.paint(lambda draw, ink: draw.ellipse(box, None if ring else ink, ink, width), color)
 
     def rectangle(self, x0, y0, x1, y1, color):
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], color)
 
     def polygon(self, points, color):
-        self.shape("polygon", [self.point(*p) for p in points], color)
+        corners = [self.point(*p) for p in points]
+        self.paint(lambda draw, ink: draw.polygon(corners, ink), color)
 
     def line(self, points, color, width):
-        pixels = max(1, round(width * self.height * self.side))
-        self.shape("line", [self.point(*p) for p in points], color, width=pixels, joint="curve")
+        path, pixels = [self.point(*p) for p in points], max(1, round(width * self.height * self.side))
+        self.paint(lambda draw, ink: draw.line(path, ink, pixels, "curve"), color)
 
     def both(self, draw, *shape):
         """A shape (pen.ellipse, ...) on both sides: its mirror image too."""
