@@ -5,11 +5,15 @@ import gzip
 import json
 import re
 import shutil
-import subprocess
-import urllib.request
 
 import pytest
 import torch
+from selenium import webdriver
+from selenium.webdriver.common.actions.action_builder import ActionBuilder
+from selenium.webdriver.common.actions.pointer_input import PointerInput
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
 
 import diffusion
 import explorer
@@ -118,76 +122,47 @@ def test_a_prompt_cannot_end_the_script_that_holds_it():
 
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
          "--disable-background-networking", "--disable-component-update")
-RIGHT = "\ue014"        # WebDriver's name of the key
 
 
-class Browser:
-    """Headless Chromium through ChromeDriver's HTTP interface (W3C WebDriver)."""
-
-    def __init__(self, profile):
-        self.driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
-        line = next(line for line in self.driver.stdout if "successfully on port" in line)
-        self.base = f"http://127.0.0.1:{re.search(r'port ([0-9]+)', line)[1]}/session"
-        options = {"args": [*FLAGS, f"--user-data-dir={profile}"]}
-        logs = {"browser": "ALL", "performance": "ALL"}
-        session = self.call("", {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options,
-                                                                  "goog:loggingPrefs": logs}}})
-        self.base += "/" + session["sessionId"]
-
-    def call(self, path, body):
-        request = urllib.request.Request(self.base + path, json.dumps(body).encode(),
-                                         {"Content-Type": "application/json"})
-        return json.load(urllib.request.urlopen(request, timeout=60))["value"]
+class Browser(webdriver.Chrome):
+    """Headless Chromium, with what is done to the page here."""
+    js = webdriver.Chrome.execute_script
 
     def emulate(self, width, theme="light", touch=False):
         screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": touch}
         media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
-        for command, settings in (("setDeviceMetricsOverride", screen), ("setEmulatedMedia", media)):
-            self.call("/goog/cdp/execute", {"cmd": f"Emulation.{command}", "params": settings})
+        self.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        self.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
     def open(self, path):
-        self.call("/url", {"url": path.as_uri()})
-        self.js("const wait = () => document.querySelector('.rank li') ? arguments[0]()"
-                " : setTimeout(wait, 20); wait();", wait=True)
+        self.get(path.as_uri())
+        WebDriverWait(self, 60, 0.02).until(lambda _: self.all(".rank li"))
 
-    def js(self, script, *arguments, wait=False):
-        return self.call("/execute/async" if wait else "/execute/sync", {"script": script, "args": arguments})
-
-    def find(self, css, i=0):
-        return self.js("return document.querySelectorAll(arguments[0])[arguments[1]]", css, i)
+    def all(self, css):
+        return self.find_elements(By.CSS_SELECTOR, css)
 
     def texts(self, css):
         return self.js("return [...document.querySelectorAll(arguments[0])].map(x => x.innerText)", css)
 
     def point(self, element, x=0, y=0, kind="mouse", press=False):
         """Move a pointer to an element, x and y pixels from its centre, and press it there."""
-        actions = [{"type": "pointerMove", "duration": 0, "origin": element, "x": x, "y": y}]
-        actions += [{"type": "pointerDown", "button": 0}, {"type": "pointerUp", "button": 0}] * press
-        pointer = {"type": "pointer", "id": kind, "parameters": {"pointerType": kind}, "actions": actions}
-        self.call("/actions", {"actions": [pointer]})
-
-    def keys(self, element, text):
-        name, = element.values()
-        self.call(f"/element/{name}/value", {"text": text})
-
-    def log(self, kind):
-        return self.call("/se/log", {"type": kind})
-
-    def close(self):
-        try:
-            urllib.request.urlopen(urllib.request.Request(self.base, method="DELETE"), timeout=20)
-        finally:
-            self.driver.terminate()
-            self.driver.wait(20)
+        actions = ActionBuilder(self, mouse=PointerInput(kind, kind), duration=0)
+        actions.pointer_action.move_to(element, x, y)
+        if press:
+            actions.pointer_action.click()
+        actions.perform()
 
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     if not shutil.which("chromedriver") or not shutil.which("chromium"):
         pytest.skip("no browser: apt-get install chromium chromium-driver")
-    browser = Browser(tmp_path_factory.mktemp("profile"))
-    yield browser
-    browser.close()
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with Browser(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -220,26 +195,26 @@ def shares_expected(views, level, step, word):
 
 def test_pointing_at_a_word_shows_its_shares_under_every_lock(page, shown):
     for word in (3, 0, 11):     # an ordinary word, the start, the padding
-        page.point(page.find("#chips .chip", word))
-        assert page.find("#chips [aria-pressed=true]") == page.find("#chips .chip", word)
+        page.point(page.all("#chips .chip")[word])
+        assert page.all("#chips [aria-pressed=true]")[0] == page.all("#chips .chip")[word]
         # shown without decimals, from maps in steps of 1/255
         assert (shares_shown(page) - shares_expected(shown[0], 0, 2, word)).abs().max() < 0.6
     assert page.texts("#views h3") == list(LOCKS)
-    page.point(page.find("#chips .chip", 8), press=True)
-    page.point(page.find("#chips .chip", 3))
-    page.point(page.find("h1"))
-    assert page.find("#chips [aria-pressed=true]") == page.find("#chips .chip", 8)   # the chosen one
+    page.point(page.all("#chips .chip")[8], press=True)
+    page.point(page.all("#chips .chip")[3])
+    page.point(page.all("h1")[0])
+    assert page.all("#chips [aria-pressed=true]")[0] == page.all("#chips .chip")[8]   # the chosen one
 
 
 def test_the_sliders_choose_the_step_and_the_layer(page, shown):
-    page.keys(page.find("#step"), RIGHT)
-    page.keys(page.find("#layer"), RIGHT * 2)
+    page.all("#step")[0].send_keys(Keys.RIGHT)
+    page.all("#layer")[0].send_keys(Keys.RIGHT * 2)
     assert page.texts("#step-name, #layer-name") == ["4 of 4 (t = 1)", "layer 2"]
     assert (shares_shown(page) - shares_expected(shown[0], 2, 3, 5)).abs().max() < 0.6
 
 
 def test_a_place_ranks_the_words_by_their_share_there_and_stays_when_pressed(page, shown):
-    picture = page.find("#views .picture", 3)
+    picture = page.all("#views .picture")[3]
     width = page.js("return arguments[0].clientWidth", picture)
     page.point(picture, x=int(width / 8 * 1.5), y=int(-width / 8 * 2.5))        # row 1, column 5 of 8
     for i, view in enumerate(shown[0]):
@@ -253,18 +228,18 @@ def test_a_place_ranks_the_words_by_their_share_there_and_stays_when_pressed(pag
     chosen = page.texts(".rank")
     page.point(picture, x=60, y=60)
     assert page.texts(".rank") != chosen
-    page.point(page.find("h1"))
+    page.point(page.all("h1")[0])
     assert page.texts(".rank") == chosen
 
 
 def test_the_keyboard_alone_is_enough(page):
     page.js("document.activeElement.blur()")
-    first, second = page.find("#chips .chip", 0), page.find("#chips .chip", 1)
-    page.keys(first, RIGHT)
-    assert page.js("return document.activeElement") == second == page.find("[aria-pressed=true]")
+    first, second = page.all("#chips .chip")[0], page.all("#chips .chip")[1]
+    first.send_keys(Keys.RIGHT)
+    assert page.js("return document.activeElement") == second == page.all("[aria-pressed=true]")[0]
     page.js("document.querySelector('#views .picture').focus()")
     before = page.js("return document.querySelector('.spot').style.left")
-    page.keys(page.find("#views .picture"), RIGHT)
+    page.all("#views .picture")[0].send_keys(Keys.RIGHT)
     after = page.js("return document.querySelector('.spot').style.left")
     assert float(after[:-1]) - float(before[:-1]) == pytest.approx(100 / 8)
     indices = page.js("return [...document.querySelectorAll('button, input, [tabindex]')]"
@@ -277,7 +252,7 @@ def test_beta_walks_through_the_pictures_and_the_gates(page, shown):
         picture = page.js("return document.querySelectorAll('#seeds img')[2].src")
         return page.texts("#beta-name")[0], picture, page.texts("#gates .token")[0]
     assert state()[0] == "0.70"
-    page.keys(page.find("#beta"), RIGHT)
+    page.all("#beta")[0].send_keys(Keys.RIGHT)
     last = shown[2]["betas"][2]
     assert state()[:2] == ("1.00", last["pictures"][2])
     assert state()[2].split(" · ") == [f"{gate:.2f}" for gate in last["gates"][0][0]]
@@ -288,7 +263,7 @@ def test_the_map_can_be_taken_off_the_picture(page):
     painted = ("return document.querySelector('canvas').getContext('2d').getImageData(0, 0, 320, 320)"
                ".data.some(x => x)")
     assert page.js(painted)
-    page.point(page.find("#map"), press=True)
+    page.point(page.all("#map")[0], press=True)
     assert not page.js(painted)
 
 
@@ -303,20 +278,20 @@ def test_the_layout_fits_a_phone_and_a_desk_in_both_themes(browser, shown, width
     background = browser.js("return getComputedStyle(document.body).backgroundColor")
     assert (max(map(int, re.findall(r"\d+", background))) < 80) == dark
     if width < 600:
-        browser.point(browser.find("#chips .chip", 6), kind="touch", press=True)
-        assert browser.js("return arguments[0].ariaPressed", browser.find("#chips .chip", 6)) == "true"
+        browser.point(browser.all("#chips .chip")[6], kind="touch", press=True)
+        assert browser.js("return arguments[0].ariaPressed", browser.all("#chips .chip")[6]) == "true"
         before = browser.texts(".rank")
-        browser.point(browser.find("#views .picture"), x=-60, y=-60, kind="touch", press=True)
+        browser.point(browser.all("#views .picture")[0], x=-60, y=-60, kind="touch", press=True)
         assert browser.texts(".rank") != before
 
 
 def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, shown):
     browser.emulate(1280)
-    browser.log("browser"), browser.log("performance")
+    browser.get_log("browser"), browser.get_log("performance")
     browser.open(shown[1])
-    browser.point(browser.find("#chips .chip", 2), press=True)
-    assert browser.log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.log("performance")]
+    browser.point(browser.all("#chips .chip")[2], press=True)
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     asked = [event["params"]["request"]["url"] for event in events
              if event["method"] == "Network.requestWillBeSent"]
     assert asked and {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
