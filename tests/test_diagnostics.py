@@ -1,7 +1,6 @@
 """diagnostics.py trains what is missing; its figures, their numbers and its pages say what was measured."""
 
 import csv
-import multiprocessing
 import runpy
 import shutil
 import subprocess
@@ -15,9 +14,9 @@ import torch
 from PIL import Image
 
 import perfusion
-import test_full_size
 from attention_maps import share_inside
 from models import ROOT, run_script, write_concept
+from test_full_size import LIMIT_GB, apart, script, write_weights
 
 FIGURES = {"1_gates", "2_locks", "3_keys", "4_layers", "5_beta", "6_two"}
 TEDDY = ROOT / "examples" / "teddy"
@@ -134,14 +133,13 @@ def test_other_pictures_words_weights_or_steps_are_another_training(result, tmp_
 @pytest.mark.slow
 def test_at_sd_v1s_size_the_page_is_small_and_the_memory_bounded(tokenizer_folder, tmp_path):
     weights, flags = tmp_path / "weights", []
-    with multiprocessing.get_context("spawn").Pool(1) as pool:      # a child's peak counts from its parent's
-        pool.apply(test_full_size.write_weights, (weights, tokenizer_folder))
-        for option, lock in (("concept", "locked"), ("trained", "trained"), ("inversion", "none")):
-            flags += [f"--{option}", pool.apply(write_concept, (weights, tmp_path / f"{option}.safetensors",
-                                                                "teddy bear", lock))]
-    peak = test_full_size.script("diagnostics.py", "--weights", weights, "--device", "cpu", *flags,
-                                 "--steps", 1, "--out", tmp_path / "out")
-    assert peak < test_full_size.LIMIT_GB
+    apart(write_weights, weights, tokenizer_folder)
+    for option, lock in (("concept", "locked"), ("trained", "trained"), ("inversion", "none")):
+        file = tmp_path / f"{option}.safetensors"
+        flags += [f"--{option}", apart(write_concept, weights, file, "teddy bear", lock)]
+    peak = apart(script, "diagnostics.py", "--weights", weights, "--device", "cpu", *flags,
+                 "--steps", 1, "--out", tmp_path / "out")
+    assert peak < LIMIT_GB
     assert (tmp_path / "out" / "explorer.html").stat().st_size < 5_000_000
 
 

@@ -26,8 +26,14 @@ def write_weights(folder, tokenizer_folder):
     weights_loader.save(toy_model(weight_formats.SD_V1, tokenizer, "random"), folder, torch.float16)
 
 
+def apart(function, *arguments):
+    """The function's result in a new process: the peak of what it starts counts from this process's."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
 def script(name, *arguments):
-    """Run a script in a process of its own; prints and returns its peak resident memory in GB."""
+    """Run a script, see `apart`; prints and returns its peak resident memory in GB."""
     start = time.time()
     process = subprocess.Popen([sys.executable, str(ROOT / name), *map(str, arguments)])
     _, status, usage = os.wait4(process.pid, 0)
@@ -42,15 +48,13 @@ def script(name, *arguments):
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no wait4")
 def test_at_full_size_a_concept_is_trained_and_drawn_in_bounded_memory(tokenizer_folder, tmp_path):
     weights, out = tmp_path / "weights", tmp_path / "out"
-    # In a process of its own: a child's peak memory counts from its parent's.
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        pool.apply(write_weights, (weights, tokenizer_folder))
+    apart(write_weights, weights, tokenizer_folder)
     common = "--weights", weights, "--device", "cpu"
-    script("covariance.py", *common, "--n", 64)
-    peaks = [script("train.py", *common, "--images", ROOT / "examples" / "mug", "--super", "teddy bear",
-                    "--steps", 2, "--batch", 1, "--preview", 0, "--out", out),
-             script("sample.py", "a photo of a <mug>", *common, "--steps", 2, "--out", out / "pictures",
-                    "--concept", out / "mug.safetensors")]
+    apart(script, "covariance.py", *common, "--n", 64)
+    peaks = [apart(script, "train.py", *common, "--images", ROOT / "examples" / "mug", "--super",
+                   "teddy bear", "--steps", 2, "--batch", 1, "--preview", 0, "--out", out),
+             apart(script, "sample.py", "a photo of a <mug>", *common, "--steps", 2, "--out",
+                   out / "pictures", "--concept", out / "mug.safetensors")]
     size = (out / "mug.safetensors").stat().st_size
     print(f"the concept file has {size:,} bytes")
     assert size <= 36_000 and Concept.load(out / "mug.safetensors").embedding.shape == (2, 768)
