@@ -420,7 +420,7 @@ def setup():
     """The model, each concept as {lock: Concept}, and how many pictures will be drawn."""
     args.out.mkdir(parents=True, exist_ok=True)
     model = load_model()
-    args.training_steps = args.training_steps or (400 if model.vae.factor == 8 else 160)
+    args.training_steps = args.training_steps or (160 if model.small else 400)
     if args.super_category:         # what can be wrong is said before minutes of training
         check_room(model, args.prompt, [args.super_category])
     files, missing = concept_files(model)

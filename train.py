@@ -56,8 +56,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def defaults(model) -> Defaults:
-    """The family of a base model, told by the width of its text encodings."""
-    return SD_V1 if model.unet.config.cross_attention_dim == 768 else EMBEDDED
+    """Those of a base model's family."""
+    return EMBEDDED if model.small else SD_V1
 
 
 @dataclass(frozen=True)

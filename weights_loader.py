@@ -74,9 +74,14 @@ class Model:
         return self.vae.factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
 
     @property
+    def small(self) -> bool:
+        """Whether it is of the embedded model's kind, told by the width of its text encodings."""
+        return self.text_encoder.config.width < 768
+
+    @property
     def guidance(self) -> float:
         """The guidance weight that suits the model: SD v1's customary 7.5; 4 for the small one."""
-        return 7.5 if self.vae.factor == 8 else 4.0
+        return 4.0 if self.small else 7.5
 
 
 def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype = torch.float32,
