@@ -258,6 +258,7 @@ def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few,
     model = few if path == folder else model
     assert_equal(model, loaded)
     assert loaded.fingerprint == fingerprints[path.stem]
+    assert loaded.guidance == 4         # narrow text makes a small model, however deep its VAE is
     assert len(said) == len(expected), said
     for line, words in zip(said, expected):
         assert words in line and line.startswith(f"{loaded.name}: ") and "\n" not in line
