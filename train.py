@@ -56,7 +56,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def defaults(model) -> Defaults:
-    """Those of a base model's family."""
+    """The defaults of a base model's family."""
     return EMBEDDED if model.small else SD_V1
 
 

@@ -169,10 +169,11 @@ def prompts(name: str) -> list:
 
 def kept(found: list, place: tuple, kind: str, wish: dict) -> dict:
     """What of a wish the judge finds: scene and prop, a thing of this kind as asked for, a second thing."""
+    mine = judges.of_kind(found, kind)
     checks = {"scene": lambda: place[0] == wish["scene"], "prop": lambda: place[1] == wish["prop"],
-              "accessory": lambda: judges.shows(found, kind, accessory=wish["accessory"]),
-              "gesture": lambda: judges.shows(found, kind, arms_up=True),
-              "second": lambda: judges.shows(found, wish["second"])}
+              "accessory": lambda: wish["accessory"] in [it.accessory for it in mine],
+              "gesture": lambda: any(it.arms_up for it in mine),
+              "second": lambda: bool(judges.of_kind(found, wish["second"]))}
     return {name: checks[name]() for name in wish}
 
 
@@ -308,8 +309,8 @@ def measure(row: Row, names: tuple) -> dict:
     wishes = [wish for wish in wishes for _ in range(seeds)]
     found = judge.find(images)
     hits = [bool(judges.recognise(things, individual.kind, known)) for things in found]
-    likeness = [max([(one.embedding @ known[0]).item() for one in things if one.kind == individual.kind],
-                    default=0) for things in found]
+    mine = [judges.of_kind(things, individual.kind) for things in found]
+    likeness = [max([(one.embedding @ known[0]).item() for one in things], default=0) for things in mine]
     checks = [kept(things, place, individual.kind, wish)
               for things, place, wish in zip(found, judge.places(images), wishes)]
     pictures = STUDY.clip.image_embedding(images)
@@ -320,7 +321,7 @@ def measure(row: Row, names: tuple) -> dict:
             for wish in ("scene", "prop", "accessory", "gesture", "second")} | {
         "first": hits, "beside": [hit for hit, wish in zip(hits, wishes) if "second" in wish],
         "identity": likeness, "kept": [sum(check.values()) / len(check) for check in checks],
-        "pattern": [judges.shows(things, individual.kind, pattern=individual.pattern) for things in found],
+        "pattern": [individual.pattern in [one.pattern for one in things] for things in mine],
         "share": share_on_renders(row, concepts, name),
         "pose": [variety(judge.silhouettes(images).unflatten(0, (len(texts), seeds)))],
         "image": (pictures @ training.mean(0)).tolist(), "text": (pictures * asked).sum(-1).tolist()}

@@ -436,10 +436,9 @@ def draw(model, prompts: list, seeds: list, steps: int, concepts: tuple = (), ba
     return torch.cat(pictures)
 
 
-def shows(found: list[Found], kind: str, **asked) -> bool:
-    """Is there a thing of this kind that is as asked for (color, pattern, accessory, arms_up)?"""
-    return any(thing.kind == kind and all(getattr(thing, name) == value for name, value in asked.items())
-               for thing in found)
+def of_kind(found: list[Found], kind: str) -> list[Found]:
+    """The found things of a kind."""
+    return [thing for thing in found if thing.kind == kind]
 
 
 def follow(found: list, places: list, pairs: list) -> dict:
@@ -448,19 +447,19 @@ def follow(found: list, places: list, pairs: list) -> dict:
     for seen, (scene, prop), (spec, prompt) in zip(found, places, pairs):
         people = [thing.individual for thing in spec.things]
         checks = [("subject" if len(people) == 1 else "both things", True,
-                   all(shows(seen, one.kind) for one in people)),
+                   all(of_kind(seen, one.kind) for one in people)),
                   ("scene", world.scene_words(spec.scene) in prompt, scene == spec.scene),
                   ("prop", spec.prop and spec.prop in prompt, prop == spec.prop)]
         for thing, one in zip(spec.things, people):
-            color, pattern = one.colors["main"], one.pattern
+            color, pattern, mine = one.colors["main"], one.pattern, of_kind(seen, one.kind)
             # Words do not say whose a pattern is that both have, nor who raises arms if one gesture is named.
             named = pattern and (pattern in prompt or world.ADJECTIVES[pattern] in prompt)
             whose = [other.pattern for other in people].count(pattern) == 1
             raised = thing.arms_up and prompt.count(world.GESTURE) == sum(x.arms_up for x in spec.things)
-            checks += [("color", f"{color} {one.kind}" in prompt, shows(seen, one.kind, color=color)),
-                       ("pattern", named and whose, shows(seen, one.kind, pattern=pattern)),
-                       ("accessory", thing.accessory, shows(seen, one.kind, accessory=thing.accessory)),
-                       ("gesture", raised, shows(seen, one.kind, arms_up=True))]
+            checks += [("color", f"{color} {one.kind}" in prompt, color in [it.color for it in mine]),
+                       ("pattern", named and whose, pattern in [it.pattern for it in mine]),
+                       ("accessory", thing.accessory, thing.accessory in [it.accessory for it in mine]),
+                       ("gesture", raised, any(it.arms_up for it in mine))]
         for name, asked, right in checks:
             if asked:
                 kept.setdefault(name, []).append(right)
