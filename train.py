@@ -46,7 +46,7 @@ class Defaults:
 
 SD_V1 = Defaults(steps=400, lr=0.03, lr_embedding=0.006, preview_every=100, sampling_steps=25, guidance=6.0,
                  prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
-EMBEDDED = Defaults(steps=160, lr=0.05, lr_embedding=0.003, preview_every=80, sampling_steps=20, guidance=4.0,
+EMBEDDED = Defaults(steps=160, lr=0.1, lr_embedding=3e-4, preview_every=80, sampling_steps=20, guidance=4.0,
                     prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
                              "a photo of a {} wearing a hat at night"))
 BATCH = 16                      # paper

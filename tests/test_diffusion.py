@@ -89,7 +89,7 @@ def test_dpm_from_the_noisiest_timestep_comes_nearer_to_the_converged_picture(mo
     text = perfusion.project(model, ["", "a photo of a red robot on the beach"], [])
 
     def picture(steps):
-        return diffusion.draw(model, text.keys, text.values, range(3), (64, 64), steps, model.guidance,
+        return diffusion.draw(model, text.keys, text.values, range(3), model.size, steps, model.guidance,
                               "dpm++")
     converged, now = picture(20), picture(8)
     monkeypatch.setattr(diffusion, "dpm_timesteps", ddim_timesteps)     # what this sampler took before

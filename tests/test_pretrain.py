@@ -2,6 +2,7 @@
 import sys
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,8 +64,25 @@ def test_the_attention_loss_teaches_the_queries_and_the_text():
     e = torch.randn(2, 32, 128, requires_grad=True)
     keys = unet.keys(e)
     with pretrain.record_queries(unet) as queries:
-        unet(torch.randn(2, 8, 16, 16), torch.tensor([100, 900]), keys, unet.values(e))
+        unet(torch.randn(2, unet.config.in_channels, 16, 16), torch.tensor([100, 900]), keys, unet.values(e))
     places, regions = torch.tensor([[3, -1], [4, 5]]), torch.rand(2, 2, 16, 16)
     pretrain.attention_loss(pretrain.attention(queries, keys, 2), places, regions).backward()
     assert e.grad[0, 3].abs().sum() > 0
     assert all(layer.to_q.weight.grad.abs().sum() > 0 for layer in unet.cross_attentions)
+
+
+def test_two_processes_share_the_pictures_and_a_picture_depends_on_its_number_alone(smoke):
+    tokenizer = weights_loader.load(str(smoke / "weights")).tokenizer
+    alone, *shared = [pretrain.pictures(tokenizer, "clip", range(3, 4), 4 // count,
+                                        SimpleNamespace(device="cpu", rank=rank, count=count))
+                      for count, rank in ((1, 0), (2, 0), (2, 1))]
+    (images, ids, places, regions), *parts = [batch for loader in (alone, *shared) for batch in loader]
+    assert torch.equal(images[::2], parts[0][0]) and torch.equal(images[1::2], parts[1][0])
+    assert torch.allclose(regions.sum(1), torch.ones(4, 16, 16))
+    assert (ids.gather(2, places.clamp(min=0)) != ids[..., :1])[places >= 0].all()  # nouns, not the start
+
+
+def test_an_orthogonal_update_has_no_direction_that_dominates():
+    for shape in ((3, 20, 50), (2, 64, 16)):
+        values = torch.linalg.svdvals(pretrain.orthogonal(torch.randn(shape)))
+        assert 0.6 < values.min() and values.max() < 1.3

@@ -47,13 +47,12 @@ ROOT = Path(__file__).resolve().parents[1]
 TRAININGS = {  # name: (arguments of train.py, number of pictures)
     "locked keys": (("--lock", "locked"), 5),
     "trained keys": (("--lock", "trained"), 5),
-    "textual inversion": (("--lock", "none"), 5),
+    "textual inversion": (("--lock", "none", "--lr-embedding", "5e-3"), 5),
     "locked keys, 400 steps": (("--lock", "locked", "--steps", "400"), 5),
     "trained keys, 400 steps": (("--lock", "trained", "--steps", "400"), 5),
     "no masks": (("--masks", "none"), 5),
     "one image": ((), 1),
     "training beta 0.5": (("--beta", "0.5"), 5),
-    "rate 0.2": (("--lr", "0.2"), 5),
 }
 CONCEPTS = 8
 CASES = {  # who is drawn together; c0, c1, ... are individuals that no training showed, the others examples
@@ -113,7 +112,6 @@ ROWS = (
     Row("textual inversion", "textual inversion"), Row(UNGATED, "locked keys", "ungated"),
     Row(GLOBAL, "locked keys", "global", DRAWING_GLOBAL_BETA),
     Row("no masks", "no masks"), Row("pair: no masks", "no masks", who="different kinds"),
-    Row("rate 0.2", "rate 0.2"), Row("pair: rate 0.2", "rate 0.2", who="different kinds"),
     Row("one image", "one image"), Row("training beta 0.5", "training beta 0.5"),
     Row("tau 0.1", "locked keys", tau=0.1),
     *sweep("locked keys, 400 steps"), *sweep("trained keys, 400 steps"),

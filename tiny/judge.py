@@ -40,7 +40,7 @@ HEADS = {"kind": world.KINDS, "color": tuple(world.COLORS), "pattern": (None, *w
          "accessory": (None, *world.ACCESSORIES), "arms_up": (False, True)}
 PROPS = (None, *world.ALL_PROPS)
 LAYERS = ("background", "things", "accessories")  # of the coarse mask
-FINDER_SIDE, GRID, CROP = 64, 16, 48  # pixels of the finder's picture, cells of its map, pixels of a crop
+SIDE, GRID, CROP = 64, 16, 48  # pixels that a picture is reduced to, cells of the map, pixels of a crop
 CROP_SIDE = 1.4   # of a crop, in heights of the thing: a hat and a balloon lie inside
 FOUND = 0.4       # how high a peak of the map must be
 EMBEDDING = 64
@@ -79,6 +79,11 @@ def convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
                          nn.BatchNorm2d(outputs), nn.ReLU())
 
 
+def reduced(images: Tensor) -> Tensor:
+    """Pictures of any size -> (B, 3, SIDE, SIDE)."""
+    return F.interpolate(images, (SIDE, SIDE), mode="area")
+
+
 class Finder(nn.Module):
     """Pictures (B, 3, H, W) in [0, 1] -> a dict: "heat" (B, 16, 16), logits of a thing's centre; "box" (B, 3,
     16, 16), its distance in cells (right, down) and log height; "mask" (B, 3, 16, 16), "scene" and "prop",
@@ -94,7 +99,7 @@ class Finder(nn.Module):
         self.prop = nn.Linear(96 * 16, len(PROPS))
 
     def forward(self, images: Tensor) -> dict:
-        x, features = F.interpolate(images, (FINDER_SIDE, FINDER_SIDE), mode="area") * 2 - 1, []
+        x, features = reduced(images) * 2 - 1, []
         for stage in self.stages:
             x = stage(x)
             features.append(x)
@@ -129,7 +134,7 @@ def crop(images: Tensor, which: Tensor, boxes: Tensor) -> Tensor:
     squares = torch.stack([torch.stack([CROP_SIDE * height, zero, 2 * x - 1], 1),
                            torch.stack([zero, CROP_SIDE * height, 2 * base - height - 1], 1)], 1)
     grid = F.affine_grid(squares, [len(boxes), 3, CROP, CROP], align_corners=False)
-    return F.grid_sample(images[which], grid, padding_mode="border", align_corners=False)
+    return F.grid_sample(reduced(images)[which], grid, padding_mode="border", align_corners=False)
 
 
 class Judge(nn.Module):
@@ -192,7 +197,7 @@ def to_images(pictures: list) -> Tensor:
     return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 255
 
 
-def renders(specs: list, size: int = 64) -> Tensor:
+def renders(specs: list, size: int = world.SIDE) -> Tensor:
     """The pictures of specs (n, 3, size, size) in [0, 1]."""
     return to_images([world.render(spec, size)[0] for spec in specs])
 
@@ -311,7 +316,7 @@ def train(steps: int, groups: int, path: Path, seed: int = 0) -> Judge:
     for step in range(steps):
         specs, partner = training_batch(rng, groups)
         # Exact masks cost most of the drawing time: a quarter of the pictures teaches where things are.
-        images, masks = zip(*[world.render(spec, masks=n < groups) for n, spec in enumerate(specs)])
+        images, masks = zip(*[world.render(spec, SIDE, masks=n < groups) for n, spec in enumerate(specs)])
         images = soften(to_images(images))
         which, boxes, truth = things_of(specs)
         seen = judge.expert(crop(images, which, jitter(boxes)))
@@ -478,7 +483,7 @@ def mask_overlap(model, specs: list) -> float:
 @torch.no_grad()
 def vae_psnr(model, count: int = 256) -> float:
     """Mean peak signal-to-noise ratio of reconstructed held-out renders, in dB."""
-    images = to_images([world.picture(random.Random(10**9 + k), model.size[0])[0] for k in range(count)])
+    images = renders([world.random_spec(random.Random(10**9 + k)) for k in range(count)], model.size[0])
     decoded = torch.cat([model.vae.decode(model.vae.encode(part * 2 - 1)) for part in images.split(32)])
     error = (decoded.clamp(-1, 1) / 2 + 0.5 - images).square().mean((1, 2, 3))
     return (-10 * error.log10()).mean().item()

@@ -63,7 +63,7 @@ def unseen_concept(k: int, seed: int = 5) -> tuple:
     return f"c{k}", individual, example_specs(individual, scenes, f"unseen {seed} {k}")
 
 
-def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: int = 64):
+def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: int = world.SIDE):
     """Write the pictures as 0.png, 1.png, ..., and the individual's masks (it is white) where asked for."""
     for target in filter(None, (folder, masks)):
         target.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,8 @@ def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: i
 def main(argv=None):
     parser = shell.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "examples", help="folder of the concept folders")
-    parser.add_argument("--size", type=between(8, 4096), default=64, help="pixels of a side, 8 to 4096")
+    parser.add_argument("--size", type=between(8, 4096), default=world.SIDE,
+                        help="pixels of a side, 8 to 4096")
     args = parser.parse_args(argv)
     for name, (individual, scenes) in EXAMPLES.items():
         specs = example_specs(individual, scenes, name)

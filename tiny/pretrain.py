@@ -1,7 +1,8 @@
 """Train the embedded model from nothing: tokenizer, VAE, text encoder with U-Net, small CLIP.
 
-    torchrun --nproc_per_node=2 tiny/pretrain.py        # two processes of one thread: faster than one of two
+    python tiny/pretrain.py --device cuda       # what made tiny/weights: 13 minutes of an H200, 14 GB of it
     python tiny/pretrain.py --smoke --workdir DIR --out DIR     # every stage for a moment
+    torchrun --nproc_per_node=2 tiny/pretrain.py --batch 30     # without a GPU, for days: one thread each
 
 Stages, in order: tokenizer, vae, latents, text2image, clip. All is drawn by `world.py` while it trains.
 A stage that was interrupted goes on from its last checkpoint in --workdir; a finished one is read from there.
@@ -11,6 +12,7 @@ The weights are written to --out in the layout of the published Stable Diffusion
 import copy
 import json
 import math
+import os
 import random
 import sys
 import time
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from PIL import Image
 from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
+from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import clip_image
@@ -43,9 +46,9 @@ from vae import VAE, VAEConfig
 
 MAX_LENGTH = 48  # tokens; more than the world's longest caption has
 VOCABULARY = 600
-VAE_CONFIG = VAEConfig(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1,
+VAE_CONFIG = VAEConfig(latent_channels=16, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
                        norm_num_groups=8, scaling_factor=1.0)
-UNET_CONFIG = UNetConfig(in_channels=8, out_channels=8, block_out_channels=(40, 80, 128), layers_per_block=1,
+UNET_CONFIG = UNetConfig(in_channels=16, out_channels=16, block_out_channels=(40, 80, 128), layers_per_block=1,
                          cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
                          cross_attention=(True, True, False), sample_size=16)
 TEXT_CONFIG = clip_text.TextConfig(width=128, layers=4, heads=4, intermediate=512, max_length=MAX_LENGTH)
@@ -60,17 +63,18 @@ DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
 CHECKPOINT_EVERY = 250  # steps: its sheet of pictures costs half a minute
+FIRST = {"vae": 10**8, "text2image": 0, "clip": 2 * 10**8, "held out": 10**9}  # numbers of their pictures
 
 
 @dataclass
 class Plan:
     """How much of each stage; the defaults are the embedded model's."""
-    vae_steps: int = 1000
-    vae_batch: int = 8
+    vae_steps: int = 2000
+    vae_batch: int = 64
     vae_lr: float = 5e-3
-    pictures: int = 40000
-    steps: int = 9300
-    batch: int = 30
+    pictures: int = 160_000
+    steps: int = 3500
+    batch: int = 1023
     lr: float = 3e-3
     clip_steps: int = 1000
     clip_batch: int = 64
@@ -79,7 +83,7 @@ class Plan:
     sheet_steps: int = 20
 
 
-SMOKE = Plan(vae_steps=2, pictures=32, steps=2, batch=6, clip_steps=2, clip_batch=8,
+SMOKE = Plan(vae_steps=2, vae_batch=8, pictures=32, steps=2, batch=6, clip_steps=2, clip_batch=8,
              covariance_captions=200, sheet_steps=1)
 
 
@@ -97,9 +101,11 @@ class Optimizer:
         named = [(name, p) for network in networks for name, p in network.named_parameters()
                  if p.requires_grad]
         edge = ("conv_in", "conv_out", "embedding.weight", "quant_conv", "class_embedding")
-        self.matrices = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in edge)]
-        chosen = {id(p) for p in self.matrices}
-        self.momenta = [torch.zeros_like(p) for p in self.matrices]
+        matrices = [p for name, p in named if p.ndim >= 2 and not any(word in name for word in edge)]
+        shapes = dict.fromkeys(p.flatten(1).shape for p in matrices)
+        self.groups = [[p for p in matrices if p.flatten(1).shape == shape] for shape in shapes]
+        chosen = {id(p) for p in matrices}
+        self.momenta = [torch.stack([torch.zeros_like(p).flatten(1) for p in group]) for group in self.groups]
         self.adamw = torch.optim.AdamW([p for _, p in named if id(p) not in chosen], betas=(0.9, betas[1]),
                                        weight_decay=0.0)
         self.parameters = [p for _, p in named]
@@ -111,11 +117,12 @@ class Optimizer:
         for p in self.parameters:
             p.grad /= self.processes.count
         nn.utils.clip_grad_norm_(self.parameters, clip)
-        for p, momentum in zip(self.matrices, self.momenta):
-            momentum.lerp_(p.grad, 1 - self.beta)
-            nesterov = p.grad.lerp(momentum, self.beta).flatten(1)
-            update = orthogonal(nesterov) * (0.2 * max(nesterov.shape) ** 0.5)
-            p.mul_(1 - lr * self.weight_decay).sub_(update.view_as(p), alpha=lr)
+        for group, momenta in zip(self.groups, self.momenta):
+            gradients = torch.stack([p.grad.flatten(1) for p in group])
+            momenta.lerp_(gradients, 1 - self.beta)
+            updates = orthogonal(gradients.lerp(momenta, self.beta))
+            for p, update in zip(group, updates * (0.2 * max(updates.shape[1:]) ** 0.5)):
+                p.mul_(1 - lr * self.weight_decay).sub_(update.view_as(p), alpha=lr)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -131,13 +138,13 @@ class Optimizer:
 
 
 def orthogonal(x: torch.Tensor) -> torch.Tensor:
-    """The nearest orthogonal matrix to x (rows, columns), roughly: singular values between 0.7 and 1.2."""
-    wide = x.mT if x.shape[0] > x.shape[1] else x
-    wide = wide / (wide.norm() + 1e-7)
+    """The orthogonal matrices nearest to x (n, rows, columns), roughly: singular values of 0.7 to 1.2."""
+    wide = x.mT if x.shape[1] > x.shape[2] else x
+    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(5):
         gram = wide @ wide.mT
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide.mT if x.shape[0] > x.shape[1] else wide
+    return wide.mT if x.shape[1] > x.shape[2] else wide
 
 
 def learning_rate(step: int, steps: int, peak: float, hold: float = 0.5) -> float:
@@ -166,7 +173,6 @@ class Training:
             self.step, self.seconds = state["step"], state["seconds"]
         self.started = time.time() - self.seconds
         torch.manual_seed(1000 * self.step + processes.rank)
-        self.random = random.Random(1000003 * self.step + processes.rank)
 
     @torch.no_grad()
     def update(self, lr: float):
@@ -218,17 +224,44 @@ def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
     return Tokenizer.load(folder, MAX_LENGTH)
 
 
-def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
+class Pictures(torch.utils.data.Dataset):
+    """The world's pictures, each drawn from its number, as a tuple of tensors: image (3, S, S) in [0, 1]; ids
+    (captions, T) of several captions; per caption the index of every region's noun (captions, regions), -1
+    where it names none; regions (regions, 16, 16), coverages."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getitem__(self, number: int) -> tuple:
+        rng = random.Random(number)
+        spec = world.random_spec(rng)
+        image, masks = world.render(spec, masks=True)
+        captions, nouns = [world.describe(spec, rng) for _ in range(CAPTIONS_PER_PICTURE)], world.nouns(spec)
+        found = [[noun and self.tokenizer.find(caption, noun) for noun in nouns] for caption in captions]
+        places = torch.tensor([[tokens[0][-1] if tokens else -1 for tokens in row] for row in found])
+        regions = torch.from_numpy(np.stack([masks[name] for name in world.REGIONS]))
+        return (to_images([image])[0], self.tokenizer.encode(captions)[0], places,
+                F.adaptive_avg_pool2d(regions, UNET_CONFIG.sample_size))
+
+
+def pictures(tokenizer: Tokenizer, stage: str, steps: range, batch: int, processes: Processes) -> DataLoader:
+    """This process's batch of Pictures for each of these steps of a stage. With a GPU, the processor's other
+    cores draw them."""
+    numbers = range(steps.start * batch * processes.count, steps.stop * batch * processes.count)
+    workers = 0 if processes.device == "cpu" else max(1, os.cpu_count() // processes.count - 1)
+    return DataLoader(Pictures(tokenizer), batch, num_workers=workers,
+                      sampler=[FIRST[stage] + n for n in numbers[processes.rank::processes.count]])
+
+
+def train_vae(run: Path, plan: Plan, processes: Processes, tokenizer: Tokenizer) -> VAE:
     """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance."""
     torch.manual_seed(0)
     training = Training("vae", [VAE(VAE_CONFIG)], run, processes)
-    network, (average,) = training.networks[0], training.averages
-
-    def pictures(sources: list) -> torch.Tensor:
-        return to_images([world.picture(rng)[0] for rng in sources]).to(training.device) * 2 - 1
-    held_out = pictures([random.Random(10**9 + k) for k in range(64)])
-    while training.step < plan.vae_steps:
-        images = pictures([training.random] * plan.vae_batch)
+    (network,), (average,), n = training.networks, training.averages, plan.vae_batch
+    held_out = next(iter(pictures(tokenizer, "held out", range(1), n, processes)))[0]
+    held_out = held_out.to(training.device) * 2 - 1
+    for images, *_ in pictures(tokenizer, "vae", range(training.step, plan.vae_steps), n, processes):
+        images = images.to(training.device) * 2 - 1
         mean, logvar = network.moments(images)
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         decoded = network.decode(z)
@@ -240,7 +273,7 @@ def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
             with torch.no_grad():
                 decoded = average.decode(average.moments(held_out)[0]).clamp(-1, 1)
             psnr = -10 * ((decoded - held_out) / 2).square().mean((1, 2, 3)).log10()
-            training.save({"seen": training.step * plan.vae_batch * processes.count,
+            training.save({"seen": training.step * n * processes.count,
                            "loss": round(loss.item(), 4), "psnr": round(psnr.mean().item(), 2)})
     with torch.no_grad():
         std = average.moments(held_out)[0].std().item()
@@ -249,30 +282,20 @@ def train_vae(run: Path, plan: Plan, processes: Processes) -> VAE:
 
 
 @torch.no_grad()
-def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer) -> tuple:
+def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer) -> list:
     """This process's share of the training pictures, five tensors with a row per picture: latents' means and
-    spreads (n, c, h, w), unscaled float16; ids (n, captions, T) of several captions; per caption the index of
-    every region's noun (n, captions, regions), -1 where it names none; regions (n, regions, h, w)."""
-    file = run / f"latents_{processes.rank}_of_{processes.count}.pt"
+    spreads (n, c, h, w), unscaled; then ids, places and regions as `Pictures` has them. Small types."""
+    file, device = run / f"latents_{processes.rank}_of_{processes.count}.pt", processes.device
     if not file.exists():
-        batches, rng = [], random.Random(77 + processes.rank)
-        for _ in range(0, plan.pictures // processes.count, 16):
-            specs = [world.random_spec(rng) for _ in range(16)]
-            images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
-            mean, logvar = (x.cpu() for x in vae.moments(to_images(images).to(processes.device) * 2 - 1))
-            captions = [world.describe(spec, rng) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
-            ids = tokenizer.encode(captions)[0].view(16, CAPTIONS_PER_PICTURE, -1)
-            nouns = [world.nouns(spec) for spec in specs for _ in range(CAPTIONS_PER_PICTURE)]
-            places = [[noun and tokenizer.find(caption, noun) for noun in row]
-                      for caption, row in zip(captions, nouns)]
-            places = torch.tensor([[found[0][-1] if found else -1 for found in row] for row in places])
-            regions = torch.from_numpy(np.stack([[mask[name] for name in world.REGIONS] for mask in masks]))
-            batches.append((mean.half(), torch.exp(0.5 * logvar).half(), ids.short(),
-                            places.view(16, CAPTIONS_PER_PICTURE, -1).short(),
-                            F.adaptive_avg_pool2d(regions, mean.shape[-2:]).half()))
+        batches, steps = [], range(-(-plan.pictures // (16 * processes.count)))
+        for images, ids, places, regions in pictures(tokenizer, "text2image", steps, 16, processes):
+            mean, logvar = vae.moments(images.to(device) * 2 - 1)
+            spread = torch.exp(0.5 * logvar)
+            batches.append((mean.half().cpu(), spread.half().cpu(), ids.short(), places.short(),
+                            regions.half()))
         with replacing(file) as path:
             torch.save([torch.cat(part) for part in zip(*batches)], path)
-    return torch.load(file)
+    return torch.load(file, map_location=device)
 
 
 def attention_loss(attentions: list, places: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
@@ -305,33 +328,34 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
             network.load_state_dict(finished.state_dict())
     training = Training("text2image", networks, run, processes)
     unet, text_encoder = training.networks
-    schedule, empty = Schedule.sd_v1("v_prediction"), tokenizer.encode([""])[0][0]
+    schedule, empty = Schedule.sd_v1("v_prediction"), tokenizer.encode([""])[0].to(training.device)
     model = weights_loader.Model(*training.averages, vae, tokenizer, schedule, "", "tiny", None)
     means, stds, ids, places, regions = data
     n, losses, device = plan.batch // DRAWS, [], training.device
     while training.step < plan.steps:
-        chosen, which = torch.randint(len(means), (n,)), torch.randint(CAPTIONS_PER_PICTURE, (n,))
-        mean, std, region = (x[chosen].float().to(device) for x in (means, stds, regions))
-        caption, place = (x[chosen, which].long().to(device) for x in (ids, places))
-        dropped = torch.rand(n) < EMPTY_PROMPT
-        caption[dropped], place[dropped] = empty.to(device), -1
+        chosen = torch.randint(len(means), (n,), device=device)
+        which = torch.randint(CAPTIONS_PER_PICTURE, (n,), device=device)
+        mean, std, region = (x[chosen].float() for x in (means, stds, regions))
+        caption, place = (x[chosen, which].long() for x in (ids, places))
+        dropped = torch.rand(n, 1, device=device) < EMPTY_PROMPT
+        caption, place = torch.where(dropped, empty, caption), place.masked_fill(dropped, -1)
         e = text_encoder(text_encoder.embed(caption))
         keys, values, (mean, std, place, region) = (
             [x.repeat_interleave(DRAWS, 0) for x in several]
             for several in (unet.keys(e), unet.values(e), (mean, std, place, region)))
         z = (mean + std * torch.randn_like(mean)) * vae.config.scaling_factor
         noise = torch.randn_like(z)
-        even = (torch.rand(1) + torch.arange(plan.batch) / plan.batch) % 1  # spread evenly over the batch
-        t = (even[torch.randperm(plan.batch)] * 1000).long().clamp(max=999).to(device)
+        even = (torch.rand(1) + torch.randperm(plan.batch) / plan.batch) % 1  # spread evenly over the batch
+        t = (even * 1000).long().clamp(max=999).to(device)
         with record_queries(unet) as queries:
             output = unet(schedule.add_noise(z, noise, t), t, keys, values)
         loss = F.mse_loss(output, schedule.target(z, noise, t))
         focus = attention_loss(attention(queries, keys, UNET_CONFIG.attention_heads), place, region)
         (loss + ATTENTION_WEIGHT * focus).backward()
         training.update(learning_rate(training.step, plan.steps, plan.lr))
-        losses.append((loss.item(), focus.item()))
+        losses.append(torch.stack([loss.detach(), focus.detach()]))
         if training.checkpoint_due(plan.steps):
-            mean_loss, mean_focus = np.mean(losses, 0)
+            mean_loss, mean_focus = torch.stack(losses).mean(0).tolist()
             training.save({"seen": training.step * plan.batch * processes.count,
                            "loss": round(mean_loss, 5), "attention_loss": round(mean_focus, 4)})
             losses = []
@@ -350,33 +374,32 @@ def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEn
     clip = clip_image.CLIP(CLIP_CONFIG, text_encoder.requires_grad_(False))
     training = Training("clip", [clip], run, processes)
     n, losses = plan.clip_batch, []
-    while training.step < plan.clip_steps:
-        logits = similarities(clip, tokenizer, training.random, n) / TEMPERATURE
+    for batch in pictures(tokenizer, "clip", range(training.step, plan.clip_steps), n, processes):
+        logits = similarities(clip, batch) / TEMPERATURE
         pairs = torch.arange(n, device=training.device)
         loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         loss.backward()
         training.update(learning_rate(training.step, plan.clip_steps, plan.clip_lr))
-        losses.append(loss.item())
+        losses.append(loss.detach())
         if training.checkpoint_due(plan.clip_steps):
-            training.save({"loss": round(sum(losses) / len(losses), 4),
-                           "retrieval": round(retrieval(training.averages[0], tokenizer), 3)})
+            training.save({"loss": round(torch.stack(losses).mean().item(), 4),
+                           "retrieval": round(retrieval(training.averages[0], tokenizer, processes), 3)})
             losses = []
     return training.averages[0]
 
 
-def similarities(clip: clip_image.CLIP, tokenizer: Tokenizer, rng: random.Random, n: int) -> torch.Tensor:
-    """Cosines (n, n) of n new pictures with their n captions."""
-    device = clip.visual_projection.weight.device
-    images, captions = zip(*[world.picture(rng) for _ in range(n)])
-    ids = tokenizer.encode(captions)[0].to(device)
-    return clip.image_embedding(to_images(images).to(device)) @ clip.text_embedding(ids).T
+def similarities(clip: clip_image.CLIP, batch: tuple) -> torch.Tensor:
+    """Cosines (n, n) of n Pictures with their first captions."""
+    images, ids = (x.to(clip.visual_projection.weight.device) for x in batch[:2])
+    return clip.image_embedding(images) @ clip.text_embedding(ids[:, 0]).T
 
 
 @torch.no_grad()
-def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, groups: int = 8, n: int = 64) -> float:
+def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, processes: Processes, groups: int = 8,
+              n: int = 64) -> float:
     """Share of held-out pictures whose own caption is the most similar of n."""
-    rng = random.Random(10**9)
-    best = torch.stack([similarities(clip, tokenizer, rng, n).argmax(1).cpu() for _ in range(groups)])
+    best = torch.stack([similarities(clip, batch).argmax(1).cpu()
+                        for batch in pictures(tokenizer, "held out", range(groups), n, processes)])
     return (best == torch.arange(n)).float().mean().item()
 
 
@@ -412,7 +435,7 @@ def main(argv=None):
     start = weights_loader.load(args.init, processes.device) if args.init else None
 
     tokenizer = start.tokenizer if start else train_tokenizer(args.workdir, processes)
-    vae = start.vae if start else train_vae(args.workdir, plan, processes)
+    vae = start.vae if start else train_vae(args.workdir, plan, processes, tokenizer)
     data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
     model = train_text2image(args.workdir, plan, processes, vae, tokenizer, data, start)
     if processes.rank == 0:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from PIL import Image, ImageDraw
 
+SIDE = 128  # pixels of a picture
 COLORS = {
     "red": (214, 40, 40), "orange": (245, 135, 30), "yellow": (250, 215, 60), "olive": (128, 128, 40),
     "green": (50, 165, 70), "turquoise": (60, 205, 190), "blue": (50, 105, 225), "navy": (30, 40, 115),
@@ -528,7 +529,7 @@ def draw_prop(pen: Pen, spec: Spec):
         getattr(pen, name)(*shape)
 
 
-def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3) -> tuple:
+def render(spec: Spec, size: int = SIDE, masks: bool = False, supersample: int = 3) -> tuple:
     """Draw a spec. Returns image (size, size, 3) uint8 and, if asked for, a dict of (size, size) float32
     coverages of the REGIONS, which sum to one (else None)."""
     pen = Pen(size * supersample, masks)
@@ -553,11 +554,7 @@ def render(spec: Spec, size: int = 64, masks: bool = False, supersample: int = 3
     image = np.asarray(pen.image.reduce(supersample))
     if not masks:
         return image, None
-    ids = np.asarray(pen.ids).reshape(size, supersample, size, supersample)
-    return image, {name: (ids == k).mean((1, 3), dtype=np.float32) for k, name in enumerate(REGIONS)}
-
-
-def picture(rng: random.Random, size: int = 64) -> tuple:
-    """One picture of the training distribution, (size, size, 3) uint8, and its caption."""
-    spec = random_spec(rng)
-    return render(spec, size)[0], describe(spec, rng)
+    ids, none = np.asarray(pen.ids), np.zeros((size, size), np.uint8)
+    samples = [ids[i::supersample, j::supersample] for i in range(supersample) for j in range(supersample)]
+    return image, {name: sum((sample == k for sample in samples), none) / np.float32(supersample ** 2)
+                   for k, name in enumerate(REGIONS)}
