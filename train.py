@@ -49,6 +49,7 @@ SD_V1 = Defaults(steps=400, lr=0.03, lr_embedding=0.006, preview_every=100, samp
 EMBEDDED = Defaults(steps=160, lr=0.1, lr_embedding=3e-4, preview_every=80, sampling_steps=20, guidance=4.0,
                     prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
                              "a photo of a {} wearing a hat at night"))
+INVERSION_LR = 0.005            # of the embedding with --lock none: textual inversion's, arXiv 2208.01618
 BATCH = 16                      # paper
 WEIGHT_DECAY = 0.01             # AdamW's default
 CHECKPOINT_EVERY = 50
@@ -292,7 +293,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--lr", "--learning_rate", type=positive,
         help=f"of the values (default: {EMBEDDED.lr} for tiny, {SD_V1.lr} for SD v1)")
     add("--lr-embedding", type=positive, help="of the word embedding (default: "
-        f"{EMBEDDED.lr_embedding} for tiny, {SD_V1.lr_embedding} for SD v1)")
+        f"{EMBEDDED.lr_embedding} for tiny, {SD_V1.lr_embedding} for SD v1, {INVERSION_LR} with --lock none)")
     add("--batch", type=between(1, 10 ** 6), default=BATCH, help="images per step, over processes and parts")
     add("--accumulate", type=between(1, 10 ** 6), default=1, help="parts of a batch, to save memory")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
@@ -351,11 +352,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     fast_cpu.enable(model)
     model.unet.checkpointing = args.checkpointing
     family, side = defaults(model), args.resolution or model.size[0]
+    lr_embedding = INVERSION_LR if args.lock == "none" else family.lr_embedding
     if side % model.size_step:
         raise ValueError(f"--resolution {side} must be a multiple of {model.size_step}")
     settings = Settings(
         args.super_category, f"<{name}>", args.steps or family.steps, args.batch, args.lr or family.lr,
-        args.lr_embedding or family.lr_embedding, args.seed, args.lock, args.beta, flips=not args.no_flip,
+        args.lr_embedding or lr_embedding, args.seed, args.lock, args.beta, flips=not args.no_flip,
         precision=args.precision or ("fp32" if model.device.type == "cpu" else "bf16"),
         accumulate=args.accumulate)
     perfusion.super_encoding(model.text_encoder, model.tokenizer, args.super_category)  # refused if too long

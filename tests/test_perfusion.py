@@ -196,7 +196,7 @@ def test_two_concepts_of_one_kind_are_named_with_their_similarity_to_one_another
 
 def test_equal_concepts_and_concepts_of_one_name_are_refused(model):
     first = concept(model)
-    with pytest.raises(ValueError, match="<teddy> and <cat> are the same concept"):
+    with pytest.raises(ValueError, match="<teddy> and <cat> cannot be told apart"):
         perfusion.prepare([first, dataclasses.replace(first, token="<cat>", d_star=3 * first.d_star)], model)
     with pytest.raises(ValueError, match="two concepts are called <teddy>"):
         perfusion.prepare([first, first], model)

@@ -53,10 +53,10 @@ def base(model, steps: int) -> Figure:
 
 def hero(model, steps: int) -> Figure:
     """Two concepts: their training pictures, each in new scenes, and both in one picture, in both orders."""
-    concepts = load(model, PAIRS[1])
+    concepts = load(model, PAIRS[0])
     figure = Figure(figsize=(9, 4.1), layout="constrained")
     *alone, both = figure.subfigures(3, 1)
-    for part, name, concept in zip(alone, PAIRS[1], concepts):
+    for part, name, concept in zip(alone, PAIRS[0], concepts):
         left, right = part.subplots(1, 2, width_ratios=(5, 4))
         given, _ = list_images(Path("examples") / name)
         given = torch.stack([read_image(one, model.size[0])[0] for one in given]) / 2 + 0.5
