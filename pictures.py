@@ -184,14 +184,13 @@ def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
 
 @torch.no_grad()
 def write_preview(training, out: Path, family) -> None:
-    """Write preview_0123.png and the concept of that step, steps/NAME_0123.safetensors (for step 0 none).
+    """Write preview_0123.png and the concept of that step, steps/NAME_0123.safetensors.
 
     training: a `train.Training`; family: the `train.Defaults` whose prompts are drawn.
     """
     model, concept, n = training.model, training.result(), len(training.losses)
-    if n:
-        (out / "steps").mkdir(exist_ok=True)
-        concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
+    (out / "steps").mkdir(exist_ok=True)
+    concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
     prompts = [prompt.format(concept.token) for prompt in family.prompts]
     keys, values, positions, _ = perfusion.project(model, ["", *prompts], [concept])
     latents, maps = [], []

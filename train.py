@@ -46,7 +46,7 @@ class Defaults:
 
 SD_V1 = Defaults(steps=400, lr=0.03, lr_embedding=0.006, preview_every=100, sampling_steps=25, guidance=6.0,
                  prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
-EMBEDDED = Defaults(steps=160, lr=0.1, lr_embedding=3e-4, preview_every=80, sampling_steps=20, guidance=4.0,
+EMBEDDED = Defaults(steps=160, lr=0.1, lr_embedding=3e-4, preview_every=160, sampling_steps=20, guidance=4.0,
                     prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
                              "a photo of a {} wearing a hat at night"))
 INVERSION_LR = 0.005            # of the embedding with --lock none: textual inversion's, arXiv 2208.01618
@@ -250,8 +250,6 @@ def run(training: Training, out: Path | None = None, preview_every: int = 0,
     """Train to the last step; with `out`, write previews, checkpoints and the concept, which is returned."""
     out = out if training.processes.rank == 0 else None
     steps, done, family = training.settings.steps, len(training.losses), defaults(training.model)
-    if out and preview_every and done == 0:
-        write_preview(training, out, family)
     with tqdm(total=steps, initial=done, unit="step", desc="training", disable=out is None) as bar:
         for n in range(done + 1, steps + 1):
             training.step()
