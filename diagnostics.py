@@ -59,7 +59,7 @@ TAU = perfusion.DRAWING_TAU
 SWEEP = (-4, -2, -1, 0, 1, 2)       # beta in figure 5: in tau from where the gate of the word is half open
 SEEDS = 3                           # of figure 5
 ROWS = 4                            # denoising steps in figures 3 and 4
-NOTEBOOK_MAPS = 400_000             # bytes of maps on the page in a notebook
+NOTEBOOK_MAPS = 200_000             # bytes of maps on the page in a notebook
 TRAINING_COST = 9                   # of a training step, in guided drawing steps; measured
 VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock in training
 LOCKS = (  # name, lock in training, lock in drawing, what it is
@@ -371,8 +371,8 @@ def finish(figure, name, header, table):
     """Write a figure as PNG and its numbers as CSV beside it, and show it where there is a notebook."""
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
-    with replacing(args.out / f"{name}.png") as path:       # 256 colours take a third of the bytes
-        Image.open(drawn).convert("RGB").quantize(256, kmeans=1).save(path, "PNG")
+    with replacing(args.out / f"{name}.png") as path:       # 128 colours take a quarter of the bytes
+        Image.open(drawn).convert("RGB").quantize(128, kmeans=1).save(path, "PNG")
     with replacing(args.out / f"{name}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *table])
     if IN_NOTEBOOK:

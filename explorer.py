@@ -146,5 +146,5 @@ def data_uri(picture: Tensor) -> str:
     """A picture (3, H, W) in [0, 1] as the address of a WebP image."""
     image, file = Image.fromarray(diffusion.to_bytes(picture)), io.BytesIO()
     image.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
-    image.save(file, "WEBP", quality=90)
+    image.save(file, "WEBP", quality=80)
     return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
