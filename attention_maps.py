@@ -102,7 +102,7 @@ def word_masks(model, latents: Tensor, word: str, seed: int = 0) -> Tensor:
     ids, (found,) = model.tokenizer.encode(["a photo of a <word>"], {"<word>": word})
     if not found["<word>"]:
         raise ValueError(f'"{word}" has too many tokens for the text encoder')
-    e = model.text_encoder(model.text_encoder.embed(ids.to(latents.device)))
+    e = model.text_encoder(model.text_encoder.embed(ids))
     keys, values = model.unet.keys(e), model.unet.values(e)
     masks = []
     for z in latents.split(1):

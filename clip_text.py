@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from shell import replacing
+from support.files import replacing
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
@@ -111,8 +111,9 @@ class TextEncoder(nn.Module):
         nn.init.normal_(self.embeddings["position_embedding"].weight, std=0.01)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids (B, T) -> token embeddings (B, T, d), without positions."""
-        return self.embeddings["token_embedding"](ids)
+        """Token ids (B, T), on any device -> token embeddings (B, T, d), without positions."""
+        table = self.embeddings["token_embedding"]
+        return table(ids.to(table.weight.device))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, d) -> encodings e (B, T, d), after the last layer norm; T <= max_length."""

@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import perfusion
-import shell
 import weights_loader
-from shell import between, pick_device, read_lines, replacing
+from support import command_line
+from support.command_line import between, pick_device
+from support.files import read_lines, replacing
 
 CAPTIONS = 10_000
 FILE = "covariance.safetensors"
@@ -102,7 +103,6 @@ def covariance(text_encoder, tokenizer, captions: list[str], positions: str = PO
         raise ValueError(f'the positions are "real" or "all", not "{positions}"')
     if not captions:
         raise ValueError("there are no captions to take the covariance over")
-    device = next(text_encoder.parameters()).device
     total, count = 0, 0
     for first in tqdm(range(0, len(captions), BATCH), desc="covariance", unit="batch", disable=None):
         with warnings.catch_warnings():         # a long caption loses its end: no matter here
@@ -114,7 +114,7 @@ def covariance(text_encoder, tokenizer, captions: list[str], positions: str = PO
             used = torch.arange(ids.shape[1]) <= end[:, None]
         else:
             used = torch.ones_like(ids, dtype=torch.bool)
-        e = text_encoder(text_encoder.embed(ids.to(device))).cpu()[used].double()
+        e = text_encoder(text_encoder.embed(ids)).cpu()[used].double()
         total, count = total + e.T @ e, count + len(e)
     return total / count
 
@@ -209,11 +209,10 @@ def gate_table(model, prompt: str, super_category: str, captions: list[str], pos
     COMPANIONS, and of every token of a prompt.
     """
     encoder, tokenizer = model.text_encoder, model.tokenizer
-    device = next(encoder.parameters()).device
 
     def encode(prompts):
         ids, found = tokenizer.encode(prompts, {"<super>": super_category})
-        return ids, encoder(encoder.embed(ids.to(device))).cpu().double(), [x["<super>"] for x in found]
+        return ids, encoder(encoder.embed(ids)).cpu().double(), [x["<super>"] for x in found]
     i_star = perfusion.super_encoding(encoder, tokenizer, super_category).cpu().double()
     ids, e, _ = encode([prompt])
     length = int((ids[0] == ids[0, -1]).int().argmax()) + 2     # up to the first padding token
@@ -232,17 +231,17 @@ def gate_table(model, prompt: str, super_category: str, captions: list[str], pos
             continue
         cells = []
         for group in groups:
-            _, sims = perfusion.split(group[None], i_star[None], d_star[None])
-            gates = perfusion.gate(sims, perfusion.DRAWING_BETA, perfusion.DRAWING_TAU)
-            cells.append(f"{sims.mean():5.2f}/{gates.mean():.2f}")
+            _, ratio = perfusion.split(group[None], i_star[None], d_star[None])
+            gates = perfusion.gate(ratio, perfusion.DRAWING_BETA["local"], perfusion.DRAWING_TAU)
+            cells.append(f"{ratio.mean():5.2f}/{gates.mean():.2f}")
         lines.append(f"{count:8} {condition_number(C):9.1e} " + " ".join(f"{cell:>10}" for cell in cells))
     return lines
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
-    shell.add_model(parser)
+    command_line.add_model(parser)
     add("--captions", type=Path, metavar="FILE", help="text file, one per line (default: built-in captions)")
     add("--n", type=between(1, 10 ** 7), default=CAPTIONS, help="number of built-in captions")
     add("--positions", choices=("real", "all"), default=POSITIONS, help="tokens that enter")
@@ -266,5 +265,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="--device cpu needs no memory of a graphics card"):
+    with command_line.plain_errors(memory="--device cpu needs no memory of a graphics card"):
         main()

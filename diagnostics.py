@@ -36,25 +36,25 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import shell  # before matplotlib
 import torch
 from matplotlib import colormaps
-from matplotlib.figure import Figure
 from PIL import Image
 from tqdm import tqdm
 
 import diffusion
-import explorer
-import fast_cpu
 import perfusion
 import weights_loader
 from attention_maps import MASK_TIMESTEPS, noised_map, share_inside
+from concept import Concept, prepare
 from diffusion import ddim_timesteps
-from pictures import digest, list_images
-from shell import between, replacing, unquoted
+from support import command_line, explorer, fast_cpu
+from support.command_line import between, unquoted
+from support.files import replacing
+from support.pictures import digest, list_images
+from support.plots import Figure
 
 IN_NOTEBOOK = "ipykernel" in sys.modules
-BETA = {"local": perfusion.DRAWING_BETA, "global": perfusion.DRAWING_GLOBAL_BETA}
+BETA = perfusion.DRAWING_BETA
 TAU = perfusion.DRAWING_TAU
 SWEEP = (-4, -2, -1, 0, 1, 2)       # beta in figure 5: in tau from where the gate of the word is half open
 SEEDS = 3                           # of figure 5
@@ -71,7 +71,7 @@ LOCKS = (  # name, lock in training, lock in drawing, what it is
 
 
 def arguments(argv):
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--images", type=Path, metavar="DIR", help="pictures of the concept, for what is not given as a file")
     add("--super", dest="super_category", metavar="WORDS", help='what it is, in ordinary words: "teddy bear"')
@@ -89,7 +89,7 @@ def arguments(argv):
         help="weight of the prompt, 1 for no guidance (default: what suits the model)")
     add("--training-steps", type=between(1, 10 ** 6), metavar="N",
         help="of train.py (default: 160 for tiny, 400 for SD v1)")
-    shell.add_model(parser)
+    command_line.add_model(parser)
     add = parser.add_argument_group("finished files, instead of training").add_argument
     add("--concept", type=Path, metavar="FILE", help="concept with locked keys")
     add("--trained", type=Path, metavar="FILE", help="the same, trained with --lock trained")
@@ -111,12 +111,12 @@ def arguments(argv):
 # %%
 def attempt(function, *inputs):
     """The function's result; an error that the user can mend ends the script in one sentence."""
-    with shell.plain_errors(memory="a smaller model, or --device cpu, needs less"):
+    with command_line.plain_errors(memory="a smaller model, or --device cpu, needs less"):
         return function(*inputs)
 
 
 def load_model():
-    device = shell.pick_device(args.device)
+    device = command_line.pick_device(args.device)
     model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
                                 args.tokenizer, prediction=args.prediction)
     fast_cpu.enable(model)
@@ -133,7 +133,7 @@ def concept_files(model):
     missing = []
     for files, pictures, words in sources:
         for file in files.values():
-            perfusion.Concept.load(file)        # what is wrong with it is said before minutes of training
+            Concept.load(file)        # what is wrong with it is said before minutes of training
         for lock in VERSIONS.values() if pictures else ():
             if lock not in files:
                 files[lock] = training_folder(model, pictures, words, lock)
@@ -151,7 +151,7 @@ def training_folder(model, pictures, words, lock):
 
 def finished(folder):
     """Whether a folder holds a concept whose training was not stopped early."""
-    return any(perfusion.Concept.load(path).metadata.get("steps") == args.training_steps
+    return any(Concept.load(path).metadata.get("steps") == args.training_steps
                for path in folder.glob("*.safetensors"))
 
 
@@ -181,7 +181,7 @@ def announce(model, files, missing):
     pictures = sum(len(shared_locks(files[:n])) + SEEDS * len(SWEEP) for n in range(1, len(files) + 1))
     pictures += ("trained" in files[0]) + SEEDS * (len(files) - 1)        # figures 3 and 6
     ids, _ = model.tokenizer.encode(["", ""])
-    e = model.text_encoder(model.text_encoder.embed(ids.to(model.device)))
+    e = model.text_encoder(model.text_encoder.embed(ids))
     start = time.perf_counter()
     diffusion.draw(model, model.unet.keys(e), model.unet.values(e), [0], model.size, 3, model.guidance)
     step = (time.perf_counter() - start) / 3
@@ -197,9 +197,9 @@ def read_concepts(model, files):
     concepts = {}
     for lock, path in files.items():
         path = path if path.is_file() else next(path.glob("*.safetensors"))
-        concepts[lock], = perfusion.prepare([perfusion.Concept.load(path)], model)
-        if concepts[lock].lock != lock:
-            raise ValueError(f"{path} was trained with --lock {concepts[lock].lock}: here one trained with "
+        concepts[lock], = prepare([Concept.load(path)], model)
+        if concepts[lock].keys != lock:
+            raise ValueError(f"{path} was trained with --lock {concepts[lock].keys}: here one trained with "
                              f"--lock {lock} is needed")
     if len({concept.words for concept in concepts.values()}) > 1:
         raise ValueError("--concept, --trained and --inversion are not of one super-category")
@@ -241,7 +241,7 @@ class Study:
 
     def __init__(self, template, concepts, words=()):
         self.template, self.concepts, self.locks = template, concepts, shared_locks(concepts)
-        locked = perfusion.prepare([versions["locked"] for versions in concepts], model)
+        locked = prepare([versions["locked"] for versions in concepts], model)
         self.tokens, self.names = [c.token for c in locked], [c.words for c in locked]
         check_room(model, template, self.names)
         self.prompt = fill(template, self.tokens)
@@ -264,7 +264,7 @@ class Study:
         mine = [versions[version] for versions in self.concepts if version]
         prompt = fill(self.template, [concept.token for concept in mine] or self.names)
         beta = BETA[lock] if beta is None else beta
-        keys, values, _, gates = perfusion.project(model, ["", prompt], mine, beta, TAU, lock)
+        keys, values, _, gates = perfusion.condition(model, ["", prompt], mine, beta, TAU, lock)
         return keys, values, None if gates is None else gates[1].cpu()
 
     def watch(self, seed, version, lock="local", map_version=None):

@@ -1,7 +1,7 @@
 """Draw personal concepts, gates and all, in a pipeline of the package diffusers.
 
     model = weights_loader.load(folder)                           # the pipeline's own weights
-    concepts = perfusion.prepare([perfusion.Concept.load("teddy.safetensors")], model)
+    concepts = prepare([Concept.load("teddy.safetensors")], model)
     with personal(pipeline, model, concepts, beta=0.7) as encode:
         picture = pipeline(**encode("a <teddy> on the beach")).images[0]
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import perfusion
-from perfusion import Concept
+from concept import Concept
 
 NEAR = 0.01  # share of its norm by which half precision may move an encoding; another prompt is farther away
 
@@ -27,7 +27,7 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
     """Edit the pipeline's keys and values for as long as the context lasts; afterwards it is as before.
 
     pipeline: or only its U-Net. model: its base, from `weights_loader.load`; here it encodes the text.
-    concepts: from `perfusion.prepare`. beta, tau: one number or one per concept; by default those for drawing
+    concepts: from `prepare`. beta, tau: one number or one per concept; by default those for drawing
     with this lock, "local" or "global". ValueError for another lock and another kind of U-Net.
 
     Yields encode(prompt, negative="") for strings or lists of B strings. It returns what takes their place in
@@ -36,7 +36,7 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
     if lock not in ("local", "global"):
         raise ValueError(f'the lock is "local" or "global", not "{lock}"')
     if beta is None:
-        beta = perfusion.DRAWING_BETA if lock == "local" else perfusion.DRAWING_GLOBAL_BETA
+        beta = perfusion.DRAWING_BETA[lock]
     unet, paths = getattr(pipeline, "unet", pipeline), {m: path for path, m in model.unet.named_modules()}
     try:
         layers = [unet.get_submodule(paths[ours]) for ours in model.unet.cross_attentions]
@@ -71,15 +71,15 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
             raise ValueError("with the global lock the pipeline takes only prompts made by `encode`")
         return module.forward(e_super[nearest].to(inputs[0]))
 
-    edits, hooks = [concept for concept in concepts if concept.lock != "none"], []
+    edits, hooks = [concept for concept in concepts if concept.edits], []
     try:
         for i, layer in enumerate(layers):
             if lock == "global":
                 hooks += [layer.to_k.register_forward_hook(lock_globally)]
             elif edits:
-                hooks += [layer.to_k.register_forward_hook(edit([concept.keys[i] for concept in edits]))]
+                hooks += [layer.to_k.register_forward_hook(edit([concept.o_keys[i] for concept in edits]))]
             if edits:
-                hooks += [layer.to_v.register_forward_hook(edit([concept.values[i] for concept in edits]))]
+                hooks += [layer.to_v.register_forward_hook(edit([concept.o_values[i] for concept in edits]))]
         yield encode
     finally:
         for hook in hooks:

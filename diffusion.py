@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-TRAIN_STEPS = 1000
+NUM_TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012  # CompVis v1-inference.yaml
 PredictNoise = Callable[[Tensor, int], Tensor]
 
@@ -44,7 +44,7 @@ class Schedule:
     @classmethod
     def sd_v1(cls, prediction_type: str = "epsilon") -> "Schedule":
         """The schedule of SD v1: betas whose square roots are evenly spaced."""
-        betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+        betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, NUM_TIMESTEPS, dtype=torch.float64) ** 2
         return cls((1 - betas).cumprod(0).float(), prediction_type)
 
     def add_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -75,13 +75,13 @@ class Schedule:
 def ddim_timesteps(steps: int) -> list[int]:
     """Leading spacing: `steps` timesteps, 1000 // steps apart, the last one 1; 50 give 981, 961, ..., 1."""
     _check_steps(steps)
-    return [i * (TRAIN_STEPS // steps) + 1 for i in reversed(range(steps))]
+    return [i * (NUM_TIMESTEPS // steps) + 1 for i in reversed(range(steps))]
 
 
 def dpm_timesteps(steps: int) -> list[int]:
     """Even spacing from 999 to 0, without the 0: 20 steps give 999, 949, 899, ..., 50."""
     _check_steps(steps)
-    stride = (TRAIN_STEPS - 1) / steps  # divided first, as numpy's linspace does: so halves are rounded alike
+    stride = (NUM_TIMESTEPS - 1) / steps  # divided first, as numpy's linspace does: so halves are rounded alike
     return [round(i * stride) for i in range(steps, 0, -1)]
 
 
@@ -95,7 +95,7 @@ def ddim(predict_noise: PredictNoise, z: Tensor, schedule: Schedule, steps: int)
     """DDIM (Song et al., arXiv 2010.02502) from noise z (B, c, h, w); yields z after each of the steps."""
     abar = schedule.alphas_cumprod.double().tolist()
     for t in ddim_timesteps(steps):
-        z = ddim_step(z, predict_noise(z, t), abar[t], abar[max(t - TRAIN_STEPS // steps, 0)])
+        z = ddim_step(z, predict_noise(z, t), abar[t], abar[max(t - NUM_TIMESTEPS // steps, 0)])
         yield z
 
 
@@ -148,8 +148,8 @@ def seeded_noise(seed: int, shape: tuple[int, int, int]) -> Tensor:
 
 
 def _check_steps(steps: int) -> None:
-    if not 1 <= steps < TRAIN_STEPS:
-        raise ValueError(f"the number of sampling steps must be 1 to {TRAIN_STEPS - 1}, not {steps}")
+    if not 1 <= steps < NUM_TIMESTEPS:
+        raise ValueError(f"the number of sampling steps must be 1 to {NUM_TIMESTEPS - 1}, not {steps}")
 
 
 # ------------------------------------------------------------------------ from keys and values to pictures

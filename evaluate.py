@@ -18,22 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import shell  # before matplotlib
 import matplotlib
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-import clip_image
 import diffusion
-import fast_cpu
 import perfusion
-import pictures
 import weights_loader
 from clip_text import TextConfig, TextEncoder, Tokenizer
-from perfusion import Concept
-from shell import between, read_lines, replacing, unquoted
+from concept import Concept, prepare
+from support import clip_image, command_line, fast_cpu, pictures
+from support.command_line import between, numbers, unquoted
+from support.files import read_lines, replacing
+from support.intervals import mean_and_interval
+from support.plots import Figure
 
 # DreamBench's prompts (Ruiz et al. 2023, arXiv 2208.12242): the first ten serve objects and live subjects.
 PLACES = ("a {} in the jungle", "a {} in the snow", "a {} on the beach", "a {} on a cobblestone street",
@@ -79,17 +78,6 @@ def harmonic_mean(a: float, b: float) -> float:
 
 
 # --------------------------------------------------------------------------------------------- what goes in
-
-def numbers(text: str) -> list[float]:
-    """'0.4:0.9:0.05' (both ends included) or '0.6,0.7' -> list of numbers."""
-    read = between(-100, 100, float)
-    if ":" not in text:
-        return [read(part) for part in text.split(",")]
-    start, stop, step = (read(part) for part in text.split(":"))
-    if not (step > 0 and stop >= start and (stop - start) / step < 1000):
-        raise argparse.ArgumentTypeError(f"{text} is not START:STOP:STEP with a positive step")
-    return [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
-
 
 def read_prompts(name: str) -> tuple[str, ...]:
     """A built-in set, or a file with one prompt a line in which {} stands for the concept."""
@@ -150,7 +138,7 @@ def plan(args: argparse.Namespace, concepts: list[Concept], folders: list[str]) 
         base = Row(f"{kind} (no concept)", "", None, kind, folder, None)
         if base not in rows:
             rows.append(base)
-        betas = args.beta if concept.lock != "none" else [None]     # a textual inversion has no gate
+        betas = args.beta if concept.edits else [None]     # a textual inversion has no gate
         name = stem if stems.count(stem) == 1 else file
         rows += [Row(name, file, concept, kind, folder, beta) for beta in betas]
     return rows
@@ -174,7 +162,7 @@ class Study:
         model, args, concepts = self.model, self.args, [row.concept] if row.concept else []
         word, embedded = row.concept.token if row.concept else row.super_category, []
         for prompt in self.prompts:
-            keys, values, _, _ = perfusion.project(model, ["", prompt.replace("{}", word)], concepts,
+            keys, values, _, _ = perfusion.condition(model, ["", prompt.replace("{}", word)], concepts,
                                                    row.beta or 0, args.tau, args.lock)
             for seeds in torch.arange(args.seeds).split(BATCH):
                 images = diffusion.draw(model, keys, values, seeds.tolist(), model.size, args.steps,
@@ -189,9 +177,9 @@ class Study:
         ids, _ = self.tokenizer.encode([prompt.replace("{}", row.super_category) for prompt in self.prompts])
         texts = self.clip.text_embedding(ids.to(self.model.device)).cpu()
         (image, image_interval), (text, text_interval) = (
-            clip_image.mean_and_interval(similarity.mean(0).tolist()) for similarity in (
+            mean_and_interval(similarity.mean(0).tolist()) for similarity in (
                 image_similarity(drawn, self.training[row.folder]), text_similarity(drawn, texts)))
-        return {"concept": row.name, "keys": row.concept.lock if row.concept else "",
+        return {"concept": row.name, "keys": row.concept.keys if row.concept else "",
                 "beta": row.beta if edited else "", "tau": args.tau if edited else "",
                 "lock": args.lock if edited else "", "image_similarity": image,
                 "image_interval": image_interval, "text_similarity": text, "text_interval": text_interval,
@@ -266,12 +254,12 @@ def pareto_figure(results: list[dict], path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- the script
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--concept", metavar="FILE", nargs="+", required=True, help="concept files; each becomes a curve")
     add("--images", metavar="DIR", nargs="+",
         help="training pictures, a folder or one file: one for all or one for each (default: as files say)")
-    shell.add_model(parser)
+    command_line.add_model(parser)
     add("--beta", type=numbers, default="0.4:0.9:0.05", help="START:STOP:STEP or a list with commas")
     add("--tau", type=between(1e-6, 100, float), default=perfusion.DRAWING_TAU,
         help="gate temperature above 0")
@@ -295,7 +283,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    device = shell.pick_device(args.device)
+    device = command_line.pick_device(args.device)
     prompts = read_prompts(args.prompts)
     concepts = [Concept.load(path) for path in args.concept]
     folders = args.images or [training_pictures(concept) for concept in concepts]
@@ -309,7 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.guidance is None:
         args.guidance = model.guidance
     # One at a time: two files may hold the same name, trained with different keys or for fewer steps.
-    concepts = [perfusion.prepare([concept], model)[0] for concept in concepts]
+    concepts = [prepare([concept], model)[0] for concept in concepts]
     clip, tokenizer, clip_name = load_clip(args.clip, model)
     side = clip.config.image_size
     images = {folder: torch.stack([pictures.read_image(path, side)[0] for path in paths]) / 2 + 0.5
@@ -338,5 +326,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="fewer --seeds, which are drawn together, or --device cpu"):
+    with command_line.plain_errors(memory="fewer --seeds, which are drawn together, or --device cpu"):
         main()

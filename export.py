@@ -21,17 +21,18 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import shell
 import weights_loader
-from perfusion import Concept, prepare
-from shell import read_tensors, replacing
+from concept import Concept, prepare
+from support import command_line
+from support.files import replacing
+from support.weight_files import read_tensors
 
 
 @torch.no_grad()
 def lora(unet, concepts: list[Concept]) -> list[dict[str, Tensor]]:
     """The ungated edit with prepared concepts: for each, the tensors of a LoRA of rank one.
 
-    Together they are eq. 3 with gates = sims: W' = W + sum_j (o_star_j / energy_j - W b_j) d_star_j^T, where
+    Together they are eq. 3 with gates = ratio: W' = W + sum_j (o_star_j / energy_j - W b_j) d_star_j^T, where
     b_j is row j of (I D^T)^-1 I: i_star / energy for one concept. ValueError if float16 is too narrow.
     """
     I, D = (torch.stack([getattr(c, name) for c in concepts]) for name in ("i_star", "d_star"))
@@ -40,8 +41,8 @@ def lora(unet, concepts: list[Concept]) -> list[dict[str, Tensor]]:
     b = torch.linalg.solve(energy, I)
     paths = {module: path for path, module in unet.named_modules()}
     loras = [{} for _ in concepts]
-    for kind, projected, targets in (("to_k", unet.keys(b), [c.keys for c in concepts]),
-                                     ("to_v", unet.values(b), [c.values for c in concepts])):
+    for kind, projected, targets in (("to_k", unet.keys(b), [c.o_keys for c in concepts]),
+                                     ("to_v", unet.values(b), [c.o_values for c in concepts])):
         for layer, module in enumerate(unet.cross_attentions):
             name = f"lora_unet_{paths[module]}.{kind}".replace(".", "_")
             for j, tensors in enumerate(loras):
@@ -75,7 +76,7 @@ def read_embedding(path: Path) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--concept", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
         help="concept files made by train.py")
@@ -93,12 +94,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     concepts = [Concept.load(path) for path in args.concept]
     model = weights_loader.load(args.weights, tokenizer=args.tokenizer)
     concepts = prepare(concepts, model)
-    edited = [concept for concept in concepts if concept.lock != "none"]
+    edited = [concept for concept in concepts if concept.edits]
     loras = iter(lora(model.unet, edited) if edited else [])
     args.out.mkdir(parents=True, exist_ok=True)
     for concept, (word_file, lora_file) in zip(concepts, files.values()):
         contents = {word_file: {"emb_params": concept.embedding.half()}}
-        if concept.lock != "none":
+        if concept.edits:
             contents[lora_file] = next(loras)
         for file, tensors in contents.items():
             with replacing(file) as partial:
@@ -107,5 +108,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="close other programs"):
+    with command_line.plain_errors(memory="close other programs"):
         main()

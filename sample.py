@@ -22,21 +22,16 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
-import fast_cpu
 import perfusion
-import shell
 import weights_loader
+from concept import Concept, prepare
 from diffusion import decode, draw_latents, grid, to_bytes
-from shell import between, pick_device, replacing, unquoted
+from support import command_line, fast_cpu
+from support.command_line import DTYPES, between, numbers, pick_device, unquoted
+from support.files import replacing
 
-BETA = {"local": perfusion.DRAWING_BETA, "global": perfusion.DRAWING_GLOBAL_BETA}
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+BETA = perfusion.DRAWING_BETA
 MAX_SIDE = 4096
-
-
-def numbers(text: str) -> list[float]:
-    """'0.6' or '0.6,0.7' -> list of numbers."""
-    return [between(-100, 100, float)(part) for part in text.split(",")]
 
 
 def size(text: str) -> tuple[int, int]:
@@ -48,10 +43,10 @@ def size(text: str) -> tuple[int, int]:
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("prompt", type=unquoted, help="what to draw; <name> stands for a loaded concept")
-    shell.add_model(parser)
+    command_line.add_model(parser)
     add("--concept", metavar="FILE", action="append", default=[], help="concept file; repeat for several")
     add("--beta", type=numbers, action="extend", metavar="B[,B]", help="gate threshold, lower draws more of "
         f"the concept: one or one each (default: {BETA['local']}, global lock {BETA['global']})")
@@ -130,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     precision = args.precision or ("fp32" if device == "cpu" else "fp16")
     variant = "fp16" if args.weights == "sd15" and precision != "fp32" else None      # half the download
     # Everything that can be wrong in the command is checked before gigabytes of weights are read.
-    concepts = [perfusion.Concept.load(path) for path in args.concept]
+    concepts = [Concept.load(path) for path in args.concept]
     check_tokens([args.prompt, args.negative], [concept.token for concept in concepts])
     args.out.mkdir(parents=True, exist_ok=True)
 
@@ -143,9 +138,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                          f"{model.size_step} for this model")
     guidance = model.guidance if args.guidance is None else args.guidance
     model.text_encoder.to(device), model.unet.to(device)        # with --low-vram they were not there
-    concepts = perfusion.prepare(concepts, model)
+    concepts = prepare(concepts, model)
     beta, tau = (given * (len(concepts) // len(given)) for given in (args.beta, args.tau))
-    keys, values, positions, _ = perfusion.project(model, [args.negative, args.prompt], concepts, beta, tau,
+    keys, values, positions, _ = perfusion.condition(model, [args.negative, args.prompt], concepts, beta, tau,
                                                    args.lock)
     for token in (concept.token for concept in concepts):
         if not any(found[token] for found in positions):
@@ -182,5 +177,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="a smaller --size, --precision fp16 or --low-vram needs less"):
+    with command_line.plain_errors(memory="a smaller --size, --precision fp16 or --low-vram needs less"):
         main()

@@ -20,16 +20,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import covariance
-import fast_cpu
 import perfusion
-import shell
 import weights_loader
-from diffusion import TRAIN_STEPS
+from concept import KEYS, Concept
+from diffusion import NUM_TIMESTEPS
 from export import read_embedding
-from perfusion import TEMPLATES, Concept
-from pictures import Data, digest, list_images, prepare_data, write_preview
-from processes import Processes
-from shell import between, concept_name, ordinary_words, pick_device, replacing
+from perfusion import TEMPLATES
+from support import command_line, fast_cpu
+from support.command_line import DTYPES, between, concept_name, ordinary_words, pick_device
+from support.files import replacing
+from support.pictures import Data, digest, list_images, prepare_data, write_preview
+from support.processes import Processes
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,10 @@ SD_V1 = Defaults(steps=400, lr=0.03, lr_embedding=0.006, preview_every=100, samp
 EMBEDDED = Defaults(steps=160, lr=0.1, lr_embedding=3e-4, preview_every=160, sampling_steps=20, guidance=4.0,
                     prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
                              "a photo of a {} wearing a hat at night"))
-INVERSION_LR = 0.005            # of the embedding with --lock none: textual inversion's, arXiv 2208.01618
+INVERSION_LR = 0.005            # of the embedding with --keys none: textual inversion's, arXiv 2208.01618
 BATCH = 16                      # paper
 WEIGHT_DECAY = 0.01             # AdamW's default
 CHECKPOINT_EVERY = 50
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def defaults(model) -> Defaults:
@@ -74,7 +74,7 @@ class Settings:
     lr: float = EMBEDDED.lr
     lr_embedding: float = EMBEDDED.lr_embedding
     seed: int = 0
-    lock: str = "locked"
+    keys: str = "locked"
     beta: float = perfusion.TRAINING_BETA
     tau: float = perfusion.TRAINING_TAU
     flips: bool = True
@@ -106,7 +106,7 @@ class Training:
         prompts = [template.format(s.token) for template in TEMPLATES]
         ids, self.positions = model.tokenizer.encode(prompts, {s.token: s.super_category})
         places = [found[s.token] for found in self.positions]
-        self.ordinary = model.text_encoder.embed(ids.to(model.device))
+        self.ordinary = model.text_encoder.embed(ids)
         self.last = torch.tensor([place[0][-1] for place in places], device=model.device)
 
         # Before step 0 the concept is its super-category in every respect.
@@ -115,15 +115,15 @@ class Training:
             raise ValueError(f"the initial embedding is {tuple(embedding.shape)}; the {len(words)} tokens "
                              f'of "{s.super_category}" need {tuple(words.shape)}')
         words = words if embedding is None else embedding.to(words)
-        self.concept = Concept(s.token, s.super_category, words.clone(), beta=s.beta, tau=s.tau, lock=s.lock)
+        self.concept = Concept(s.token, s.super_category, words.clone(), beta=s.beta, tau=s.tau, keys=s.keys)
         self.i_star, targets = None, []
-        if s.lock != "none":
+        if s.keys != "none":
             i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, s.super_category)
-            self.concept.values = [o.clone() for o in model.unet.values(i_super)]
-            self.concept.keys = [o.clone() for o in perfusion.locked_keys(model, s.super_category)]
+            self.concept.o_values = [o.clone() for o in model.unet.values(i_super)]
+            self.concept.o_keys = [o.clone() for o in perfusion.locked_keys(model, s.super_category)]
             self.concept.layers = model.unet.layer_names()
             self._move_i_star(i_super.cpu().double())
-            targets = self.concept.values + (self.concept.keys if s.lock == "trained" else [])
+            targets = self.concept.o_values + (self.concept.o_keys if s.keys == "trained" else [])
         self.learned = [x.requires_grad_() for x in [self.concept.embedding, *targets]]
         groups = [{"params": self.learned[:1], "lr": s.lr_embedding}, {"params": targets, "lr": s.lr}]
         self.optimizer = torch.optim.AdamW(groups if targets else groups[:1], weight_decay=WEIGHT_DECAY)
@@ -147,7 +147,7 @@ class Training:
         self.scaler.update()
         self.optimizer.zero_grad()
         if self.i_star is not None:
-            self._move_i_star(perfusion.running_mean(self.i_star, e_sum[None] / B, self.settings.decay))
+            self._move_i_star(perfusion.running_mean(self.i_star, e_sum / B, self.settings.decay))
         self.losses.append(total.item())
         return self.losses[-1]
 
@@ -177,7 +177,7 @@ class Training:
     def draw(self) -> list[Tensor]:
         """A step's random choices for the global batch: picture, flip, template, t (B,), and noise."""
         B = self.settings.batch
-        counts = len(self.data.latents), 2 if self.settings.flips else 1, len(TEMPLATES), TRAIN_STEPS
+        counts = len(self.data.latents), 2 if self.settings.flips else 1, len(TEMPLATES), NUM_TIMESTEPS
         choices = [torch.randint(n, (B,), generator=self.generator) for n in counts]
         return [*choices, torch.randn(B, *self.data.latents.shape[2:], generator=self.generator)]
 
@@ -199,7 +199,7 @@ class Training:
             return x.detach().clone() if isinstance(x, Tensor) else x and [cut(o) for o in x]
         about = {"base": self.model.fingerprint, "steps": len(self.losses), "seed": self.settings.seed,
                  "lr": self.settings.lr, **self.data.origin}
-        parts = {name: cut(getattr(self.concept, name)) for name in ("embedding", "values", "keys")}
+        parts = {name: cut(getattr(self.concept, name)) for name in ("embedding", "o_values", "o_keys")}
         return dataclasses.replace(self.concept, metadata=about, **parts)
 
     def identity(self) -> dict[str, str]:
@@ -265,7 +265,7 @@ def run(training: Training, out: Path | None = None, preview_every: int = 0,
 # ------------------------------------------------------------------------------------------------- the script
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add, positive = parser.add_argument, between(1e-12, 1e6, float)
     add("--images", "--instance_data_dir", type=Path, required=True, metavar="DIR",
         help="folder of 1 to about 20 images, or one image")
@@ -273,7 +273,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="WORDS", help='what it is, in ordinary words: "teddy bear"')
     add("--token", "--placeholder_token", metavar="NAME", help="its name in prompts (default: the folder's)")
     add("--out", "--output_dir", type=Path, metavar="DIR", help="output folder (default: out/NAME)")
-    shell.add_model(parser)
+    command_line.add_model(parser)
     add("--steps", "--max_train_steps", type=between(1, 10 ** 6),
         help=f"(default: {EMBEDDED.steps} for tiny, {SD_V1.steps} for SD v1)")
     add("--masks", default="auto", metavar="auto|none|DIR",
@@ -284,14 +284,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace a concept of other pictures")
 
     add = parser.add_argument_group("for experiments").add_argument
-    add("--lock", choices=perfusion.LOCKS, default="locked",
-        help="keys: locked to the super-category, trained, or none: textual inversion")
+    add("--keys", "--lock", choices=KEYS, default="locked",
+        help="the concept's keys: locked to the super-category, trained, or none: textual inversion")
     add("--beta", type=between(-100, 100, float), default=perfusion.TRAINING_BETA,
         help="threshold of the gate in training")
     add("--lr", "--learning_rate", type=positive,
         help=f"of the values (default: {EMBEDDED.lr} for tiny, {SD_V1.lr} for SD v1)")
     add("--lr-embedding", type=positive, help="of the word embedding (default: "
-        f"{EMBEDDED.lr_embedding} for tiny, {SD_V1.lr_embedding} for SD v1, {INVERSION_LR} with --lock none)")
+        f"{EMBEDDED.lr_embedding} for tiny, {SD_V1.lr_embedding} for SD v1, {INVERSION_LR} with --keys none)")
     add("--batch", type=between(1, 10 ** 6), default=BATCH, help="images per step, over processes and parts")
     add("--accumulate", type=between(1, 10 ** 6), default=1, help="parts of a batch, to save memory")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, a third more time")
@@ -350,12 +350,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     fast_cpu.enable(model)
     model.unet.checkpointing = args.checkpointing
     family, side = defaults(model), args.resolution or model.size[0]
-    lr_embedding = INVERSION_LR if args.lock == "none" else family.lr_embedding
+    lr_embedding = INVERSION_LR if args.keys == "none" else family.lr_embedding
     if side % model.size_step:
         raise ValueError(f"--resolution {side} must be a multiple of {model.size_step}")
     settings = Settings(
         args.super_category, f"<{name}>", args.steps or family.steps, args.batch, args.lr or family.lr,
-        args.lr_embedding or lr_embedding, args.seed, args.lock, args.beta, flips=not args.no_flip,
+        args.lr_embedding or lr_embedding, args.seed, args.keys, args.beta, flips=not args.no_flip,
         precision=args.precision or ("fp32" if model.device.type == "cpu" else "bf16"),
         accumulate=args.accumulate)
     perfusion.super_encoding(model.text_encoder, model.tokenizer, args.super_category)  # refused if too long
@@ -389,12 +389,12 @@ def summary(training: Training) -> str:
     shape, numbers = training.learned[0].shape, sum(x.numel() for x in training.learned)
     target = {"epsilon": "the noise", "v_prediction": "the velocity"}[model.schedule.prediction_type]
     return (f"{s.token}: a word embedding of {shape[0]} x {shape[1]} and {len(training.learned) - 1} targets,"
-            f" {numbers:,} numbers in all, {keys[s.lock]}; {frozen:,} frozen parameters predict {target}\n"
+            f" {numbers:,} numbers in all, {keys[s.keys]}; {frozen:,} frozen parameters predict {target}\n"
             f"{len(training.data.images)} images of {side} x {side} pixels, {s.steps} steps of {s.batch}, "
             f"lr {s.lr} (embedding {s.lr_embedding}), {s.precision} on {model.device}")
 
 
 if __name__ == "__main__":
-    with shell.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less, and "
+    with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less, and "
                             "--resume loses nothing"):
         main()

@@ -26,8 +26,9 @@ import clip_text
 import diffusion
 import unet
 import vae
-import weight_formats
-from shell import read_tensors, replacing
+from support import weight_names
+from support.files import replacing
+from support.weight_files import read_tensors
 
 NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 TINY = Path(__file__).parent / "tiny" / "weights"
@@ -128,9 +129,9 @@ def open_folder(weights: str | Path, variant: str | None) -> tuple[dict, str]:
     parts = {}
     for part in NETWORKS:
         config = read_json(find(weights, f"{part}/config.json"),
-                           lambda public: weight_formats.read_config(part, public))
+                           lambda public: weight_names.read_config(part, public))
         parts[part] = config, mapped(find_weights(weights, part, variant))
-    return parts, read_json(find(weights, "scheduler/scheduler_config.json"), weight_formats.read_prediction)
+    return parts, read_json(find(weights, "scheduler/scheduler_config.json"), weight_names.read_prediction)
 
 
 def open_single_file(path: Path) -> tuple[dict, str]:
@@ -140,7 +141,7 @@ def open_single_file(path: Path) -> tuple[dict, str]:
         text = yaml.read_text(encoding="utf-8", errors="replace")
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
-    return {part: (config, tensors) for part, config in weight_formats.SD_V1.items()}, predicted
+    return {part: (config, tensors) for part, config in weight_names.SD_V1.items()}, predicted
 
 
 def find(weights: str | Path, *names: str) -> Path:
@@ -235,7 +236,7 @@ def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str
     with torch.device("meta"), Uninitialised():
         network = NETWORKS[part](config)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    candidates = [{name: naming(name) for name in shapes} for naming in weight_formats.NAMINGS[part]]
+    candidates = [{name: naming(name) for name in shapes} for naming in weight_names.NAMINGS[part]]
     names = max(candidates, key=lambda names: sum(key in tensors for key in names.values()))
     missing = [key for key in names.values() if key not in tensors]
     if missing:
@@ -302,13 +303,13 @@ def save(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -
     for part in (*NETWORKS, "scheduler", "tokenizer"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for part in NETWORKS:
-        network, naming = getattr(model, part), weight_formats.NAMINGS[part][0]
+        network, naming = getattr(model, part), weight_names.NAMINGS[part][0]
         tensors = {naming(name): parameter.detach().to("cpu", dtype).contiguous()
                    for name, parameter in network.named_parameters()}
         with replacing(folder / part / WEIGHTS[part][0]) as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        configs[f"{part}/config.json"] = weight_formats.write_config(part, network.config)
-    configs["scheduler/scheduler_config.json"] = weight_formats.CONSTANTS["scheduler"] | {
+        configs[f"{part}/config.json"] = weight_names.write_config(part, network.config)
+    configs["scheduler/scheduler_config.json"] = weight_names.CONSTANTS["scheduler"] | {
         "_class_name": "DDIMScheduler", "prediction_type": model.schedule.prediction_type,
         "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
     for name, config in configs.items():

@@ -31,11 +31,10 @@ from torch import Tensor, nn
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import clip_text
 import diffusion
-import fast_cpu
 import models
 import unet
-import weight_formats
 import weights_loader
+from support import fast_cpu, weight_names
 
 PARTS = ("memory", "step", "bf16", "train")  # memory first: a child's peak counts from its parent's
 BARS = {"step": 0.92, "bf16": 0.90, "train": 0.90}  # of the time: fast / diffusers
@@ -165,7 +164,7 @@ def child(who: str, args: argparse.Namespace):
     z, e = inputs(args, torch.float32)
     if who == "write":
         config = clip_text.TextConfig(vocab_size=514)  # the toy tokenizer's; full width and depth
-        model = models.toy_model(weight_formats.SD_V1 | {"text_encoder": config},
+        model = models.toy_model(weight_names.SD_V1 | {"text_encoder": config},
                                  models.toy_tokenizer(TOKENS), "random")
         weights_loader.save(model, args.folder)
     elif who == "diffusers":

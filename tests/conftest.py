@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import covariance
-import weight_formats
 import weights_loader
 from models import REFERENCE, write_concept, write_vocabulary, write_weights
+from support import weight_names
 
 
 def pytest_addoption(parser):
@@ -89,7 +89,7 @@ def build_reference(folder, configs):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(1)
-    public = {part: weight_formats.write_config(part, config) for part, config in configs.items()}
+    public = {part: weight_names.write_config(part, config) for part, config in configs.items()}
     networks = SimpleNamespace(
         unet=UNet2DConditionModel.from_config(public["unet"]),
         vae=AutoencoderKL.from_config(public["vae"]),

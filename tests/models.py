@@ -20,13 +20,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import clip_image
 import clip_text
 import diffusion
 import perfusion
 import unet
 import vae
 import weights_loader
+from concept import Concept
+from support import clip_image
 
 ROOT = Path(__file__).parents[1]
 # keys -> shapes of the published files, and the names of a single file -> diffusers' names
@@ -176,14 +177,14 @@ def write_concept(weights, path, words="teddy bear", lock="locked", seed=0):
     model = weights_loader.load(weights)
     i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, words)
     k = len(model.tokenizer.find(words, words)[0])
-    concept = perfusion.Concept(f"<{path.stem}>", words, torch.randn(k, len(i_super)), lock=lock,
+    concept = Concept(f"<{path.stem}>", words, torch.randn(k, len(i_super)), keys=lock,
                                 metadata={"base": model.fingerprint})
     if lock != "none":
         concept.i_star, concept.d_star = i_super, i_super.clone()
         concept.layers = model.unet.layer_names()
-        concept.values = [v + 3 for v in model.unet.values(i_super)]
+        concept.o_values = [v + 3 for v in model.unet.values(i_super)]
     if lock == "trained":
-        concept.keys = [k + 2 for k in model.unet.keys(i_super)]
+        concept.o_keys = [k + 2 for k in model.unet.keys(i_super)]
     concept.save(path)
     return path
 

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import weights_loader
+from concept import Concept
 from models import Call, run_script, write_concept
-from perfusion import Concept
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 INDEX = f"{UNET}.index.json"         # of shards, where there is no whole file

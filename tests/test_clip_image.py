@@ -4,8 +4,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import clip_image
 import clip_text
+from support import clip_image
 
 transformers = pytest.importorskip("transformers")
 

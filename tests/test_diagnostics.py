@@ -63,8 +63,8 @@ def test_the_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(r
     words = "start a photo of a teddy bear wearing a hat on the beach end"
     assert [row["token"] for row in table] == words.split()
     e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, [one.prompt], [concept])
-    sims = e[0] @ concept.d_star / (concept.i_star @ concept.d_star)
-    expected = torch.sigmoid((sims - 0.7) / 0.15)[:len(table)]
+    ratio = e[0] @ concept.d_star / (concept.i_star @ concept.d_star)
+    expected = torch.sigmoid((ratio - 0.7) / 0.15)[:len(table)]
     assert [float(row["gate"]) for row in table] == pytest.approx(expected.tolist(), abs=1e-4)  # 4 decimals
 
 

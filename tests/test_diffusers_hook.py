@@ -7,6 +7,7 @@ from PIL import Image
 import diffusion
 import perfusion
 import weights_loader
+from concept import Concept, prepare
 from diffusers_hook import personal
 from diffusion import seeded_noise
 
@@ -40,12 +41,12 @@ def model(weights):
 @pytest.fixture(scope="module")
 def concepts(concept_files, model):
     """Three prepared concepts: with locked keys, with trained keys, and a word only."""
-    return perfusion.prepare([perfusion.Concept.load(file) for file in concept_files.values()], model)
+    return prepare([Concept.load(file) for file in concept_files.values()], model)
 
 
 def ours(model, prompt, concepts, beta, lock="local", n=1):
     """The pictures as sample.py makes them, (n, 3, H, W)."""
-    keys, values, _, _ = perfusion.project(model, ["", prompt], concepts, beta, 0.15, lock)
+    keys, values, _, _ = perfusion.condition(model, ["", prompt], concepts, beta, 0.15, lock)
     return diffusion.draw(model, keys, values, range(n), (16, 16), 3, 3.0)
 
 
@@ -70,7 +71,7 @@ def test_the_hooked_pipeline_draws_the_picture_of_sample_py(weights, model, conc
 @torch.no_grad()
 def test_without_numbers_beta_and_tau_are_those_for_drawing(weights, model, concepts):
     pipe = pipeline(weights)
-    for lock, beta in (("local", perfusion.DRAWING_BETA), ("global", perfusion.DRAWING_GLOBAL_BETA)):
+    for lock, beta in (("local", perfusion.DRAWING_BETA["local"]), ("global", perfusion.DRAWING_BETA["global"])):
         with personal(pipe, model, concepts[:1], lock=lock) as encode:
             pictures = theirs(pipe, **encode("a <teddy>"))
         assert (pictures - ours(model, "a <teddy>", concepts[:1], [beta], lock)).abs().max() < EXACT
@@ -118,7 +119,7 @@ def test_any_pipeline_takes_the_hook(weights, model, concepts, kind):
     with personal(pipe, model, concepts[:2], [0.5, 0.6], 0.15) as encode:
         embeds = encode(PROMPT, negative="a hat")
         hooked = run(embeds)
-    keys, values, _, _ = perfusion.project(model, ["a hat", PROMPT], concepts[:2], [0.5, 0.6], 0.15)
+    keys, values, _, _ = perfusion.condition(model, ["a hat", PROMPT], concepts[:2], [0.5, 0.6], 0.15)
     paths = {module: path for path, module in model.unet.named_modules()}
     base = run(embeds)
     for i, attention in enumerate(model.unet.cross_attentions):

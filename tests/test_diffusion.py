@@ -86,7 +86,7 @@ def test_guidance_leads_away_from_the_prediction_without_text(model, prediction_
 @torch.no_grad()
 def test_dpm_from_the_noisiest_timestep_comes_nearer_to_the_converged_picture(monkeypatch):
     model = weights_loader.load("tiny")
-    text = perfusion.project(model, ["", "a photo of a red robot on the beach"], [])
+    text = perfusion.condition(model, ["", "a photo of a red robot on the beach"], [])
 
     def picture(steps):
         return diffusion.draw(model, text.keys, text.values, range(3), model.size, steps, model.guidance,

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-import clip_image
-from perfusion import Concept
+from concept import Concept
 from models import ROOT, run_script, write_concept
+from support.intervals import mean_and_interval
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 
@@ -36,10 +36,10 @@ def test_text_similarity_compares_each_picture_with_its_own_prompt():
 @pytest.mark.parametrize("n, t", [(4, 3.182), (5, 2.776), (8, 2.365), (31, 2.042)])
 def test_the_interval_is_students_and_of_fewer_than_four_numbers_there_is_none(n, t):
     values = torch.randn(n, dtype=torch.float64)
-    mean, half = clip_image.mean_and_interval(values.tolist())
+    mean, half = mean_and_interval(values.tolist())
     assert abs(mean - values.mean()) < 1e-10
     assert half == pytest.approx(t * values.std().item() / math.sqrt(n), rel=0.01)
-    assert math.isnan(clip_image.mean_and_interval(values.tolist()[:3])[1])
+    assert math.isnan(mean_and_interval(values.tolist()[:3])[1])
 
 
 def test_a_range_includes_both_ends():

@@ -16,12 +16,12 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 
 import diffusion
-import explorer
 from attention_maps import share_inside
+from concept import Concept
 from diffusion import seeded_noise
-from explorer import View, Word
 from models import tiny_model
-from perfusion import Concept
+from support import explorer
+from support.explorer import View, Word
 
 PROMPT = "a photo of a <teddy> next to a <cat>"
 CONCEPTS = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]

@@ -1,32 +1,32 @@
 """The exported files draw our ungated edit in diffusers, keep to their sizes, and nothing is overwritten."""
 
 import pytest
-import test_full_size
 import torch
-from models import run_script, write_concept
 from safetensors.torch import load_file
-from test_diffusers_hook import EXACT, pipeline, theirs
 
 import diffusion
 import perfusion
+import test_full_size
 import weights_loader
+from concept import Concept, prepare
 from diffusers_hook import personal
 from diffusion import seeded_noise
-from perfusion import Concept
+from models import run_script, write_concept
+from test_diffusers_hook import EXACT, pipeline, theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not as in Stable Diffusion v1")
 CLOSE = 1e-3  # of pictures in 0...1: the up vectors are float16
 
 
 def ungated(model, prompts, concepts):
-    """Keys and values of the prompts with gates = sims: eq. 3 as ROME has it."""
+    """Keys and values of the prompts with gates = ratio: eq. 3 as ROME has it."""
     e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, concepts)
-    edited = [c for c in concepts if c.lock != "none"]
+    edited = [c for c in concepts if c.edits]
     I, D = torch.stack([c.i_star for c in edited]), torch.stack([c.d_star for c in edited])
-    e_perp, sims = perfusion.split(e, I, D)
-    return [perfusion.edit(project, e_perp, sims, [torch.stack(layer) for layer in zip(*targets)])
-            for project, targets in ((model.unet.keys, [c.keys for c in edited]),
-                                     (model.unet.values, [c.values for c in edited]))]
+    e_perp, ratio = perfusion.split(e, I, D)
+    return [perfusion.edit(project, e_perp, ratio, [torch.stack(layer) for layer in zip(*targets)])
+            for project, targets in ((model.unet.keys, [c.o_keys for c in edited]),
+                                     (model.unet.values, [c.o_values for c in edited]))]
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def test_diffusers_with_the_exported_files_draws_our_ungated_edit(weights, conce
     code, out, err = run_script("export.py", "--weights", weights, "--out", tmp_path, "--concept", *chosen)
     assert code == 0 and "error" not in err
     model = weights_loader.load(weights)
-    concepts = perfusion.prepare([Concept.load(file) for file in chosen], model)
+    concepts = prepare([Concept.load(file) for file in chosen], model)
     prompt = " next to ".join(f"a <{name}>" for name in names)
     expected = diffusion.draw(model, *ungated(model, ["", prompt], concepts), [0], (16, 16), 3, 3.0)
     pipe = pipeline(weights)
@@ -66,7 +66,7 @@ def test_what_cannot_be_exported_is_one_sentence(weights, concept_files, tmp_pat
     precious.write_text("precious")
     concept = Concept.load(concept_files["teddy"])
     if name == "large":
-        concept.values[0] = concept.values[0] + 6e4
+        concept.o_values[0] = concept.o_values[0] + 6e4
         concept.d_star, concept.i_star = torch.eye(16)[0], torch.eye(16)[0] / 100
     file.parent.mkdir(exist_ok=True)
     concept.save(file)
@@ -89,9 +89,9 @@ def test_at_full_size_the_lora_and_the_hook_draw_what_we_draw(tokenizer_folder, 
     assert (out / "teddy_lora.safetensors").stat().st_size <= 110 * 1024
     assert (out / "teddy_word.safetensors").stat().st_size <= 5 * 1024
     model = weights_loader.load(folder)
-    concepts = perfusion.prepare([Concept.load(file)], model)
+    concepts = prepare([Concept.load(file)], model)
     prompt, z = "a <teddy> on the beach", seeded_noise(0, (4, 8, 8))
-    gated = perfusion.project(model, ["", prompt], concepts)
+    gated = perfusion.condition(model, ["", prompt], concepts)
     ours = [diffusion.draw(model, *edit[:2], [0], (64, 64), 2, 3.0)
             for edit in (gated, ungated(model, ["", prompt], concepts))]
     pipe = pipeline(folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fast_cpu
+from support import fast_cpu
 
 
 @pytest.fixture

@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 from PIL import Image
-from models import ROOT, toy_model
 
 import clip_text
-import weight_formats
 import weights_loader
-from perfusion import Concept
+from concept import Concept
+from models import ROOT, toy_model
+from support import weight_names
 
 LIMIT_GB = 9.0      # of each script's resident memory; measured: 6.4 to 6.9
 
@@ -23,7 +23,7 @@ def write_weights(folder, tokenizer_folder):
     """Random weights in the published layout, as float16 to spare the disk."""
     torch.manual_seed(0)
     tokenizer = clip_text.Tokenizer.load(tokenizer_folder, clip_text.SD_V1.max_length)
-    weights_loader.save(toy_model(weight_formats.SD_V1, tokenizer, "random"), folder, torch.float16)
+    weights_loader.save(toy_model(weight_names.SD_V1, tokenizer, "random"), folder, torch.float16)
 
 
 def apart(function, *arguments):

@@ -14,9 +14,9 @@ import pytest
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-import weight_formats
 import weights_loader
 from models import FEW, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
+from support import weight_names
 
 REPO, REVISION = weights_loader.SD15
 NEEDED = {"unet/config.json", "vae/config.json", "text_encoder/config.json",
@@ -107,7 +107,7 @@ def hub(folder, tmp_path, monkeypatch):
                         ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(weight_formats, "SD_V1", SMALL)
+    monkeypatch.setattr(weight_names, "SD_V1", SMALL)
     yield hub
     hub.off()
 

@@ -10,21 +10,22 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
-    "shell processes",
+    "support.files support.command_line support.intervals support.plots support.processes support.weight_files",
     "unet vae clip_text diffusion perfusion",
-    "weight_formats attention_maps clip_image",
-    "weights_loader pictures diffusers_hook",
-    "covariance fast_cpu explorer export",
+    "concept attention_maps support.weight_names support.clip_image",
+    "weights_loader support.pictures diffusers_hook",
+    "covariance support.fast_cpu support.explorer export",
     "tiny.world",
     "tiny.make_examples",
     "tiny.judge")]
 LEVEL = {name: level for level, row in enumerate(ROWS) for name in row}  # all other files are scripts
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
-         for folder in (ROOT, ROOT / "tiny") for path in folder.glob("*.py")}
+         for folder in ("", "support", "tiny") for path in (ROOT / folder).glob("*.py") if path.stem != "__init__"}
 PACKAGES = {  # what a file may import besides torch, the standard library and the project
-    "perfusion": {"safetensors"}, "attention_maps": set(), "unet": set(), "vae": set(), "diffusion": set(),
-    "clip_text": {"tokenizers"}, "clip_image": {"safetensors"}, "fast_cpu": {"numpy"},
-    "shell": {"safetensors"}, "processes": set()}
+    "perfusion": set(), "concept": {"safetensors"}, "attention_maps": set(), "unet": set(), "vae": set(),
+    "diffusion": set(), "clip_text": {"tokenizers"}, "support.clip_image": {"safetensors"},
+    "support.fast_cpu": {"numpy"}, "support.command_line": set(), "support.files": {"safetensors"},
+    "support.weight_files": {"safetensors"}, "support.processes": set()}
 
 
 @functools.cache
@@ -63,7 +64,7 @@ def test_a_file_imports_only_files_below_it_and_scripts_are_never_imported():
 @pytest.mark.parametrize("name, line", [
     ("unet", "import perfusion"), ("vae", "def f():\n    import weights_loader as w"),
     ("tiny.world", "from judge import Judge"), ("train", "from tiny import world"),
-    ("weights_loader", "importlib.import_module('fast_cpu')")])
+    ("weights_loader", "importlib.import_module('support.fast_cpu')")])
 def test_every_wrong_import_is_found(name, line):
     broken = violations(FILES | {name: f"{FILES[name]}\n{line}\n"})
     assert len(set(broken) - set(violations())) == 1
@@ -72,7 +73,7 @@ def test_every_wrong_import_is_found(name, line):
 @pytest.mark.parametrize("name", sorted(PACKAGES))
 def test_the_core_needs_only_torch_and_its_one_declared_package(name):
     foreign = {module.split(".")[0] for module in imports(FILES[name])} - set(sys.stdlib_module_names)
-    assert foreign - set(FILES) <= {"torch"} | PACKAGES[name]
+    assert foreign - set(FILES) - {"support"} <= {"torch"} | PACKAGES[name]
 
 
 def test_the_readme_names_every_file_once_and_links_each_equation_to_its_line():

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import clip_text
-import weight_formats
 import weights_loader
 from conftest import build_reference
 from models import largest_difference, write_vocabulary
+from support import weight_names
 
 BLOCK, LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.", "encoder.layers.1."
 SWAPS = [*(("unet", BLOCK + a, BLOCK + b) for a, b in (
@@ -55,7 +55,7 @@ def test_a_swap_that_no_shape_check_sees_breaks_parity(reference, model, part, a
 def test_at_full_size_all_networks_equal_the_reference(tmp_path):
     write_vocabulary(tmp_path / "tokenizer")
     text_config = clip_text.TextConfig(vocab_size=514)  # full width and depth, a short word list
-    reference = build_reference(tmp_path, weight_formats.SD_V1 | {"text_encoder": text_config})
+    reference = build_reference(tmp_path, weight_names.SD_V1 | {"text_encoder": text_config})
     inputs = (torch.randint(0, text_config.vocab_size, (1, 77)), torch.randn(1, 4, 16, 16),
               torch.tensor([981]), torch.randn(1, 77, 768), torch.rand(1, 3, 128, 128) * 2 - 1)
     expected, folder = expected_outputs(reference, *inputs), Path(reference.folder)

@@ -10,8 +10,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import perfusion
+from concept import KEYS, Concept, prepare
 from models import tiny_model
-from perfusion import Concept, edit, gate, split
+from perfusion import edit, gate, split
 from unet import SD_V1, UNet
 
 d, widths, B, T = 16, (8, 16, 8), 2, 5
@@ -47,7 +48,7 @@ def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
     i_star = normal(d, seed=seed)
     targets = [normal(len(o), seed=seed + 1) for o in model.unet.values(i_star)]
     return Concept(token, "teddy bear", normal(k, d, seed=seed), i_star, metric()[1] @ i_star, targets,
-                   [o + 1 for o in targets] if lock == "trained" else None, lock=lock,
+                   [o + 1 for o in targets] if lock == "trained" else None, keys=lock,
                    layers=model.unet.layer_names(), metadata={"base": "", "steps": 3})
 
 
@@ -61,8 +62,8 @@ def test_the_ungated_edit_is_romes_matrix_and_maps_i_star_to_o_star():
         d_star = torch.linalg.solve(C, i_star)
         edited = W + torch.outer(o_star - W @ i_star, d_star) / (i_star @ d_star)
         e[0, 1] = i_star
-        e_perp, sims = split(e, i_star[None], d_star[None])
-        h, = edit(lambda x: [x @ W.T], e_perp, sims, [o_star[None]])
+        e_perp, ratio = split(e, i_star[None], d_star[None])
+        h, = edit(lambda x: [x @ W.T], e_perp, ratio, [o_star[None]])
         torch.testing.assert_close(h, e @ edited.T, **EXACT)
         torch.testing.assert_close(h[0, 1], o_star, **EXACT)
 
@@ -84,14 +85,14 @@ def test_the_gate_of_i_star_is_sigmoid_of_one_minus_beta_over_tau():
     _, C_inverse = metric()
     I = normal(2, d, seed=14)
     beta, tau = torch.tensor([0.75, 0.6], dtype=torch.float64), torch.tensor([0.1, 0.15], dtype=torch.float64)
-    _, sims = split(I[None], I, I @ C_inverse)
-    gates = gate(sims, beta.tolist(), tau.tolist())
+    _, ratio = split(I[None], I, I @ C_inverse)
+    gates = gate(ratio, beta.tolist(), tau.tolist())
     torch.testing.assert_close(gates[0].diagonal(), torch.sigmoid((1 - beta) / tau), **EXACT)
 
 
 def test_the_running_mean_keeps_the_share_that_decay_says_and_carries_no_gradient():
     i_star, batch = normal(d), normal(4, d, seed=2).requires_grad_()
-    mean = perfusion.running_mean(i_star, batch, 0.975)
+    mean = perfusion.running_mean(i_star, batch.mean(0), 0.975)
     torch.testing.assert_close(mean, 0.975 * i_star + 0.025 * batch.detach().mean(0), **EXACT)
     assert not mean.requires_grad
 
@@ -101,22 +102,22 @@ def test_the_metric_stays_in_float32_under_autocast_and_for_half_precision_encod
     e, i_star = normal(B, T, d).bfloat16(), normal(d, seed=7)
     D = (C_inverse @ i_star)[None].float()
     with torch.autocast("cpu", torch.bfloat16):
-        e_perp, sims = split(e, i_star[None].float(), D)
+        e_perp, ratio = split(e, i_star[None].float(), D)
     exact = e.float() @ D[0] / (i_star.float() @ D[0])
-    assert e_perp.dtype == torch.bfloat16 and sims.dtype == torch.float32
-    torch.testing.assert_close(sims[..., 0], exact, rtol=1e-5, atol=1e-5)
+    assert e_perp.dtype == torch.bfloat16 and ratio.dtype == torch.float32
+    torch.testing.assert_close(ratio[..., 0], exact, rtol=1e-5, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------- keys and values
 
 def both(model, concepts, lock="local", beta=0.7, tau=0.15, prompts=["a <teddy> and a <cat> on the beach"]):
-    """Encodings e, e_super of prompts, and what `project` makes of them: keys, values, positions, gates."""
+    """Encodings e, e_super of prompts, and what `condition` makes of them: keys, values, positions, gates."""
     e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, concepts)
-    return e, e_super, perfusion.project(model, prompts, concepts, beta, tau, lock)
+    return e, e_super, perfusion.condition(model, prompts, concepts, beta, tau, lock)
 
 
 def test_keys_and_values_follow_eq_3_in_every_layer(model):
-    teddy, = perfusion.prepare([concept(model)], model)
+    teddy, = prepare([concept(model)], model)
     e, _, (keys, values, positions, gates) = both(model, [teddy])
     assert positions == [{"<teddy>": [[2, 3]]}]
     sim = e @ teddy.d_star / (teddy.i_star @ teddy.d_star)
@@ -124,13 +125,13 @@ def test_keys_and_values_follow_eq_3_in_every_layer(model):
     e_perp = e - teddy.i_star * sim[..., None]
     torch.testing.assert_close(gates, opened, **EXACT)
     i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, "teddy bear")
-    for k, v, layer, o_star in zip(keys, values, model.unet.cross_attentions, teddy.values, strict=True):
+    for k, v, layer, o_star in zip(keys, values, model.unet.cross_attentions, teddy.o_values, strict=True):
         torch.testing.assert_close(v, layer.to_v(e_perp) + opened * o_star, **EXACT)
         torch.testing.assert_close(k, layer.to_k(e_perp) + opened * layer.to_k(i_super), **EXACT)
 
 
 def test_the_global_lock_uses_the_plain_keys_of_the_super_category_prompt(model):
-    teddy, = perfusion.prepare([concept(model)], model)
+    teddy, = prepare([concept(model)], model)
     _, e_super, (keys, values, *_) = both(model, [teddy], lock="global")
     prompts = ["a teddy bear and a <cat> on the beach"]
     plain, *_ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [])
@@ -149,17 +150,17 @@ def test_textual_inversion_is_the_plain_model_with_a_learned_word(model):
 
 
 def test_two_concepts_each_follow_their_own_beta_beside_a_word_without_a_gate(model):
-    concepts = perfusion.prepare([concept(model), concept(model, "<hat>", "none", seed=30),
+    concepts = prepare([concept(model), concept(model, "<hat>", "none", seed=30),
                                   concept(model, "<cat>", "trained", seed=20)], model)
     e, _, (keys, values, _, gates) = both(model, concepts, "local", [0.6, 0, 0.8], [0.1, 0, 0.2])
     first, _, second = concepts
-    e_perp, sims = split(e, *(torch.stack(pair) for pair in ((first.i_star, second.i_star),
+    e_perp, ratio = split(e, *(torch.stack(pair) for pair in ((first.i_star, second.i_star),
                                                              (first.d_star, second.d_star))))
-    opened = gate(sims, [0.6, 0.8], [0.1, 0.2])
+    opened = gate(ratio, [0.6, 0.8], [0.1, 0.2])
     torch.testing.assert_close(gates, opened, **EXACT)
     for i, layer in enumerate(model.unet.cross_attentions):
-        o_K, o_V = (torch.stack(pair) for pair in ((first.keys[i], second.keys[i]),
-                                                   (first.values[i], second.values[i])))
+        o_K, o_V = (torch.stack(pair) for pair in ((first.o_keys[i], second.o_keys[i]),
+                                                   (first.o_values[i], second.o_values[i])))
         torch.testing.assert_close(keys[i], layer.to_k(e_perp) + opened @ o_K, **EXACT)
         torch.testing.assert_close(values[i], layer.to_v(e_perp) + opened @ o_V, **EXACT)
 
@@ -186,30 +187,30 @@ def test_two_concepts_of_one_kind_are_named_with_their_similarity_to_one_another
     first, second = concept(model), concept(model, "<cat>", seed=20)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        perfusion.prepare([first, second], model)                       # unrelated: nothing to say
+        prepare([first, second], model)                       # unrelated: nothing to say
     i_star = 0.9 * first.i_star + 0.1 * second.i_star
     near = dataclasses.replace(second, i_star=i_star, d_star=metric()[1] @ i_star)
     ab, ba = (x.i_star @ y.d_star / (y.i_star @ y.d_star) for x, y in ((first, near), (near, first)))
     with pytest.warns(UserWarning, match=f"<teddy> and <cat> are of one kind.*{ab:.2f} and {ba:.2f}"):
-        perfusion.prepare([first, near], model)
+        prepare([first, near], model)
 
 
 def test_equal_concepts_and_concepts_of_one_name_are_refused(model):
     first = concept(model)
     with pytest.raises(ValueError, match="<teddy> and <cat> cannot be told apart"):
-        perfusion.prepare([first, dataclasses.replace(first, token="<cat>", d_star=3 * first.d_star)], model)
+        prepare([first, dataclasses.replace(first, token="<cat>", d_star=3 * first.d_star)], model)
     with pytest.raises(ValueError, match="two concepts are called <teddy>"):
-        perfusion.prepare([first, first], model)
+        prepare([first, first], model)
 
 
 def test_gradients_reach_values_and_embedding_but_not_locked_keys_or_the_networks(model):
-    teddy, = perfusion.prepare([concept(model)], model)
-    learned = [teddy.embedding.requires_grad_(), *[o.requires_grad_() for o in teddy.values]]
+    teddy, = prepare([concept(model)], model)
+    learned = [teddy.embedding.requires_grad_(), *[o.requires_grad_() for o in teddy.o_values]]
     e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, ["a <teddy> on the beach"], [teddy])
     keys, values, _ = perfusion.keys_and_values(model.unet, e, None, [teddy], 0.7, 0.15)
     torch.autograd.backward([x.square().mean() for x in keys + values])
     assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in learned)
-    assert all(o.grad is None and not o.requires_grad for o in teddy.keys)
+    assert all(o.grad is None and not o.requires_grad for o in teddy.o_keys)
     assert all(p.grad is None for network in (model.unet, model.text_encoder) for p in network.parameters())
 
 
@@ -219,23 +220,23 @@ def test_missing_locked_keys_unknown_locks_and_values_of_another_model_are_refus
     with pytest.raises(ValueError, match="local"):
         both(model, [concept(model)], lock="universal")
     with pytest.raises(ValueError, match="does not fit"):
-        perfusion.prepare([dataclasses.replace(concept(model), values=[torch.ones(8)])], model)
+        prepare([dataclasses.replace(concept(model), o_values=[torch.ones(8)])], model)
 
 
 # --------------------------------------------------------------------------------------------------- the file
 
 def test_a_file_comes_back_as_it_was_written(model, tmp_path):
-    for lock in perfusion.LOCKS:
+    for lock in KEYS:
         written = concept(model, lock=lock)
         written.save(tmp_path / "teddy.safetensors", torch.float32)
         read = Concept.load(tmp_path / "teddy.safetensors")
-        for name in ("token", "super_category", "beta", "tau", "lock", "metadata"):
+        for name in ("token", "super_category", "beta", "tau", "keys", "metadata"):
             assert getattr(read, name) == getattr(written, name)
         torch.testing.assert_close(read.embedding, written.embedding.float())
-        assert (read.i_star is None) == (lock == "none") and (read.keys is None) == (lock != "trained")
+        assert (read.i_star is None) == (lock == "none") and (read.o_keys is None) == (lock != "trained")
         if lock != "none":
             assert read.layers == written.layers
-            torch.testing.assert_close(read.values, [o.float() for o in written.values])
+            torch.testing.assert_close(read.o_values, [o.float() for o in written.o_values])
             directions = [c.d_star.double() / c.d_star.norm() for c in (read, written)]
             torch.testing.assert_close(*directions, rtol=0, atol=1e-7)
         assert [path.name for path in tmp_path.iterdir()] == ["teddy.safetensors"]
@@ -260,8 +261,8 @@ def test_a_rescaled_d_star_survives_float16(model, tmp_path):
         read = Concept.load(tmp_path / "c.safetensors")
         e = normal(1, T, d).float()
         _, expected = split(e, written.i_star[None], written.d_star[None])
-        _, sims = split(e, read.i_star[None], read.d_star[None])
-        torch.testing.assert_close(sims, expected, rtol=0.01, atol=0.01)    # 11 bits, condition 1e4
+        _, ratio = split(e, read.i_star[None], read.d_star[None])
+        torch.testing.assert_close(ratio, expected, rtol=0.01, atol=0.01)    # 11 bits, condition 1e4
 
 
 def write(path, changes={}, header={}, drop=()):
@@ -294,7 +295,7 @@ def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(tmp_path, name)
 
 def test_a_number_that_the_file_cannot_hold_is_not_written(model, tmp_path):
     broken = concept(model)
-    broken.values[0][0] = 1e6                                           # float16 ends at 65504
+    broken.o_values[0][0] = 1e6                                           # float16 ends at 65504
     with pytest.raises(ValueError, match="values.down.0.0 is not finite"):
         broken.save(tmp_path / "c.safetensors")
     assert not any(tmp_path.iterdir())

@@ -9,9 +9,8 @@ import torch
 from PIL import Image, ImageCms
 
 import weights_loader
-from pictures import CUT_OUT, list_images, prepare_data, read_image, read_mask
 from models import ROOT, noise, tiny_model
-
+from support.pictures import CUT_OUT, list_images, prepare_data, read_image, read_mask
 
 # CIE XYZ of red, green and blue as published, adapted to D50
 DISPLAY_P3 = (.5151, .2412, -.0011), (.2920, .6922, .0419), (.1571, .0666, .7841)

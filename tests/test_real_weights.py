@@ -37,7 +37,7 @@ def start():
 @pytest.fixture(scope="module")
 def picture(model, start):
     """The astronaut after 3 steps of DDIM with guidance 7.5, (1, 3, 512, 512)."""
-    keys, values, _, _ = perfusion.project(model, ["", ASTRONAUT], [])
+    keys, values, _, _ = perfusion.condition(model, ["", ASTRONAUT], [])
     predict_noise = guided(model.unet, model.schedule, keys, values, 7.5)
     with torch.no_grad():
         *_, z = SAMPLERS["ddim"](predict_noise, start, model.schedule, 3)
@@ -76,9 +76,9 @@ def test_the_gate_of_bear_opens_at_bear_in_first_and_in_second_place_and_nowhere
     d_star = covariance.inverse(C) @ i_star
     for prompt in ("a bear next to a mug on the beach", "a mug next to a bear on the beach"):
         ids, _ = model.tokenizer.encode([prompt])
-        _, sims = perfusion.split(model.text_encoder(model.text_encoder.embed(ids)).double(),
+        _, ratio = perfusion.split(model.text_encoder(model.text_encoder.embed(ids)).double(),
                                   i_star[None], d_star[None])
-        gates = perfusion.gate(sims, perfusion.DRAWING_BETA, perfusion.DRAWING_TAU)[0, :, 0]
+        gates = perfusion.gate(ratio, perfusion.DRAWING_BETA["local"], perfusion.DRAWING_TAU)[0, :, 0]
         bear, = model.tokenizer.find(prompt, "bear")[0]
         end = ids[0].tolist().index(model.tokenizer.end)
         words = [t for t in range(1, end) if t != bear]

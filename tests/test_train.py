@@ -17,13 +17,12 @@ from safetensors.torch import save_file
 import covariance
 import diffusion
 import export
-import fast_cpu
 import perfusion
-import shell
 import train
+from concept import KEYS, Concept, prepare
 from models import ROOT, noise, run_script
-from perfusion import Concept
-from pictures import list_images, prepare_data
+from support import command_line, fast_cpu
+from support.pictures import list_images, prepare_data
 from train import Settings, Training
 from weights_loader import load
 
@@ -75,18 +74,18 @@ def three(weights, pictures, tmp_path_factory):
 
 # --------------------------------------------------------------------------------------------------- the step
 
-@pytest.mark.parametrize("lock", perfusion.LOCKS)
+@pytest.mark.parametrize("lock", KEYS)
 def test_a_step_changes_what_is_trained_and_nothing_else(setting, lock):
-    training = setting(lock=lock)
+    training = setting(keys=lock)
     networks = training.model.unet, training.model.text_encoder
     frozen = [p.clone() for network in networks for p in network.parameters()]
     before, i_star = training.result(), training.i_star
     training.step(), training.step()
     after = training.result()
     assert not torch.equal(before.embedding, after.embedding)
-    assert all(not torch.equal(a, b) for a, b in zip(before.values, after.values))
+    assert all(not torch.equal(a, b) for a, b in zip(before.o_values, after.o_values))
     if lock != "none":
-        assert all(torch.equal(a, b) == (lock == "locked") for a, b in zip(before.keys, after.keys))
+        assert all(torch.equal(a, b) == (lock == "locked") for a, b in zip(before.o_keys, after.o_keys))
         assert not torch.equal(i_star, training.i_star)
         d_star = training.C_inverse @ training.i_star
         torch.testing.assert_close(after.d_star.double(), d_star, rtol=1e-5, atol=1e-5)
@@ -101,7 +100,7 @@ def test_before_the_first_step_the_concept_is_its_super_category(setting):
     assert torch.equal(e, e_super)
     i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, "teddy bear")
     targets = model.unet.values(i_super) + model.unet.keys(i_super)
-    assert all(torch.equal(o, expected) for o, expected in zip(concept.values + concept.keys, targets))
+    assert all(torch.equal(o, expected) for o, expected in zip(concept.o_values + concept.o_keys, targets))
     assert torch.equal(concept.i_star, i_super)
 
 
@@ -159,7 +158,7 @@ def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictur
                  "16 x 16 pixels", "predict the noise", 'attention to "teddy bear"', "central square"):
         assert part in said
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "loss.csv", "teddy.safetensors"]
-    concept, = perfusion.prepare([Concept.load(out / "teddy.safetensors")], load(weights))
+    concept, = prepare([Concept.load(out / "teddy.safetensors")], load(weights))
     about = {"steps": 3, "images": 3, "folder": pictures.as_posix()}
     assert concept.token == "<teddy>" and concept.metadata | about == concept.metadata
     assert len(list(csv.DictReader(open(out / "loss.csv")))) == 3
@@ -188,7 +187,7 @@ def test_a_training_can_start_from_a_textual_inversion(weights, pictures, tmp_pa
     more = ["--steps", 1, "--lock", "none", "--masks", "none", "--token", "<my_bear>", "--init-embedding"]
     assert run(*command(weights, pictures, tmp_path, *more, tmp_path / "x.safetensors")) == 0
     concept = Concept.load(tmp_path / "my_bear.safetensors")
-    assert concept.lock == "none" and concept.i_star is None and concept.values == []
+    assert concept.keys == "none" and concept.i_star is None and concept.o_values == []
     assert 0 < (concept.embedding - 0.5).abs().max() <= 0.0061      # one step of Adam, at its learning rate
 
 
@@ -217,12 +216,12 @@ def test_a_concept_of_other_pictures_is_replaced_only_on_request(weights, pictur
 
 
 def test_the_super_category_is_its_words():
-    assert shell.ordinary_words(" “teddy bear”, ") == shell.ordinary_words("'teddy bear!'") == "teddy bear"
+    assert command_line.ordinary_words(" “teddy bear”, ") == command_line.ordinary_words("'teddy bear!'") == "teddy bear"
 
 
 def test_a_token_is_the_whole_name_of_the_folder(tmp_path):
     (tmp_path / "My Toy.v2").mkdir()
-    assert shell.concept_name(None, tmp_path / "My Toy.v2") == "my-toy-v2"
+    assert command_line.concept_name(None, tmp_path / "My Toy.v2") == "my-toy-v2"
 
 
 def main(*arguments):
@@ -269,7 +268,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(weights, pictures
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
     one, two = (Concept.load(out / "teddy.safetensors") for out in (three[1], tmp_path))
-    for a, b in zip([one.embedding, one.i_star, *one.values], [two.embedding, two.i_star, *two.values]):
+    for a, b in zip([one.embedding, one.i_star, *one.o_values], [two.embedding, two.i_star, *two.o_values]):
         torch.testing.assert_close(a, b, rtol=2e-3, atol=2e-3)          # float16, and sums in another order
     losses = [[float(row["loss"]) for row in csv.DictReader(open(out / "loss.csv"))]
               for out in (three[1], tmp_path)]
@@ -325,6 +324,6 @@ def test_a_trained_word_opens_its_gate_in_every_training_template(teddy):
     (training, concept), prompts = teddy, [text.format("<teddy>") for text in perfusion.TEMPLATES]
     model = training.model
     e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [concept])
-    _, sims = perfusion.split(e, concept.i_star[None], concept.d_star[None])
+    _, ratio = perfusion.split(e, concept.i_star[None], concept.d_star[None])
     last = [found["<teddy>"][0][-1] for found in positions]
-    assert sims[range(len(last)), last, 0].tolist() == pytest.approx([1] * len(last), abs=0.1)
+    assert ratio[range(len(last)), last, 0].tolist() == pytest.approx([1] * len(last), abs=0.1)

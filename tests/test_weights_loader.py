@@ -13,10 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import weight_formats
 import weights_loader
-from models import (FEW, PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
-                    small_model)
+from models import (
+    FEW,
+    PUBLISHED,
+    SMALL,
+    Call,
+    bins,
+    half,
+    rewritten,
+    shards,
+    single_file_tensors,
+    small_model,
+)
+from support import weight_names
 
 PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
@@ -58,7 +68,7 @@ def fingerprints(model, saved, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def small_single_files(monkeypatch):
     """Single files hold models of the toy's size."""
-    monkeypatch.setattr(weight_formats, "SD_V1", SMALL)
+    monkeypatch.setattr(weight_names, "SD_V1", SMALL)
 
 
 def load(weights, **options):
@@ -103,8 +113,8 @@ def write_single(model, path, tensors, **beside):
 def test_published_folder_files_fit(monkeypatch, name, part):
     monkeypatch.undo()
     tensors = header(name)
-    config = weight_formats.read_config(part, PUBLISHED["configs_v1-5"][part])
-    assert config == weight_formats.SD_V1[part]
+    config = weight_names.read_config(part, PUBLISHED["configs_v1-5"][part])
+    assert config == weight_names.SD_V1[part]
     _, names = weights_loader.connect(part, config, tensors)
     for ours, key in names.items():
         assert ours == PUBLISHED["vae_old_to_new_names"].get(key, key).removeprefix("text_model.")
@@ -118,7 +128,7 @@ def test_published_single_files_fit_as_the_published_map_says(monkeypatch, name,
     monkeypatch.undo()
     tensors = {key: value for key, value in header(name).items() if not (average and key.startswith(PLAIN))}
     for part in PARTS:
-        _, names = weights_loader.connect(part, weight_formats.SD_V1[part], tensors)
+        _, names = weights_loader.connect(part, weight_names.SD_V1[part], tensors)
         table = {single: ours.removeprefix("text_model.")
                  for single, ours in PUBLISHED["map_ldm_to_diffusers"][part].items()}
         if part == "unet" and average:

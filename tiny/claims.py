@@ -27,23 +27,26 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
-import clip_image
+from tqdm import tqdm
+
 import covariance
 import diffusion
-import fast_cpu
 import judge as judges
 import make_examples
 import perfusion
-import shell  # before matplotlib
 import weights_loader
 import world
 from attention_maps import noised_map, share_inside
-from matplotlib.figure import Figure
-from perfusion import DRAWING_BETA, DRAWING_GLOBAL_BETA, DRAWING_TAU
-from shell import between, replacing
-from tqdm import tqdm
+from concept import Concept, prepare
+from perfusion import DRAWING_TAU
+from support import clip_image, command_line, fast_cpu
+from support.command_line import between
+from support.files import replacing
+from support.intervals import mean_and_interval
+from support.plots import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
+BETA, GLOBAL_BETA = perfusion.DRAWING_BETA.values()
 TRAININGS = {  # name: (arguments of train.py, number of pictures)
     "locked keys": (("--lock", "locked"), 5),
     "trained keys": (("--lock", "trained"), 5),
@@ -86,7 +89,7 @@ class Row:
     title: str
     training: str | None
     lock: str = "local"
-    beta: float = DRAWING_BETA
+    beta: float = BETA
     tau: float = DRAWING_TAU
     who: str = "alone"
     details: bool = False
@@ -98,7 +101,7 @@ def sweep(training: str) -> list[Row]:
 
 
 LOCKED, TRAINED, UNGATED = "locked keys, beta 0.7", "trained keys, beta 0.7", "locked keys, ungated"
-GLOBAL = f"global lock, beta {DRAWING_GLOBAL_BETA}"
+GLOBAL = f"global lock, beta {GLOBAL_BETA}"
 ROWS = (
     Row("pair: locked keys", "locked keys", who="different kinds"),
     Row("pair of examples: locked keys", "locked keys", who="examples"),
@@ -108,7 +111,7 @@ ROWS = (
     *sweep("locked keys"), *sweep("trained keys"), Row("super-category", None),
     Row("captions with all details", None, details=True),
     Row("textual inversion", "textual inversion"), Row(UNGATED, "locked keys", "ungated"),
-    Row(GLOBAL, "locked keys", "global", DRAWING_GLOBAL_BETA),
+    Row(GLOBAL, "locked keys", "global", GLOBAL_BETA),
     Row("no masks", "no masks"), Row("pair: no masks", "no masks", who="different kinds"),
     Row("one image", "one image"), Row("training beta 0.5", "training beta 0.5"),
     Row("tau 0.1", "locked keys", tau=0.1),
@@ -202,7 +205,7 @@ class Study:
     def load(self, training: str | None, names: tuple) -> list:
         """The concepts of one training, ready to use; none for None."""
         files = [self.file(training, name) for name in names] if training else []
-        return perfusion.prepare([perfusion.Concept.load(file) for file in files], self.model)
+        return prepare([Concept.load(file) for file in files], self.model)
 
 
 STUDY = None  # of a working process
@@ -246,15 +249,15 @@ def called(row: Row, concepts: list, individual: world.Individual) -> str:
 
 
 def encoded(row: Row, concepts: list, texts: list) -> tuple:
-    """Keys, values and positions of prompts, as `perfusion.project` gives them."""
+    """Keys, values and positions of prompts, as `perfusion.condition` gives them."""
     model = STUDY.model
     if row.lock != "ungated":
-        return perfusion.project(model, texts, concepts, row.beta, row.tau, row.lock)[:3]
+        return perfusion.condition(model, texts, concepts, row.beta, row.tau, row.lock)[:3]
     (concept,), unet = concepts, model.unet
     e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, texts, concepts)
-    e_perp, sims = perfusion.split(e, concept.i_star[None], concept.d_star[None])
-    keys, values = (perfusion.edit(linear, e_perp, sims, [o[None] for o in targets])
-                    for linear, targets in ((unet.keys, concept.keys), (unet.values, concept.values)))
+    e_perp, ratio = perfusion.split(e, concept.i_star[None], concept.d_star[None])
+    keys, values = (perfusion.edit(linear, e_perp, ratio, [o[None] for o in targets])
+                    for linear, targets in ((unet.keys, concept.o_keys), (unet.values, concept.o_values)))
     return keys, values, positions
 
 
@@ -335,12 +338,12 @@ def measure_pair(row: Row, names: tuple) -> dict:
         record["kinds"].append(there)
         record["one"].append(there and bool(first | second))
         record["both"].append(there and bool(first and second))
-    if concepts and concepts[1].lock != "none":
+    if concepts and concepts[1].edits:
         model = STUDY.model
         e, _, (places,) = perfusion.encode(model.text_encoder, model.tokenizer, [text], concepts)
-        sims = perfusion.split(e, *(torch.stack([getattr(one, name) for one in concepts])
+        ratio = perfusion.split(e, *(torch.stack([getattr(one, name) for one in concepts])
                                     for name in ("i_star", "d_star")))[1]
-        record["sim"] = [sims[0, places[words[1]][0][-1], 1].item()]
+        record["sim"] = [ratio[0, places[words[1]][0][-1], 1].item()]
     return record
 
 
@@ -363,15 +366,15 @@ def per_concept(records: list, measure: str) -> list:
     return [sum(r[measure]) / len(r[measure]) if r.get(measure) else math.nan for r in records]
 
 
-def mean_and_interval(values: list) -> tuple:
-    """`clip_image.mean_and_interval` of those that are numbers."""
+def mean_of_numbers(values: list) -> tuple:
+    """`mean_and_interval` of those that are numbers."""
     values = [value for value in values if not math.isnan(value)]
-    return clip_image.mean_and_interval(values) if values else (math.nan, math.nan)
+    return mean_and_interval(values) if values else (math.nan, math.nan)
 
 
 def written(values: list, factor: float = 1) -> str:
     """'0.512 ± 0.031', or in per cent with a factor of 100."""
-    mean, half = (factor * x for x in mean_and_interval(values))
+    mean, half = (factor * x for x in mean_of_numbers(values))
     digits = 0 if factor == 100 else 3
     if math.isnan(mean):
         return "-"
@@ -442,7 +445,7 @@ def write_results(folder: Path, results: dict, args: argparse.Namespace):
     table = [[title, *[written(per_concept(found, name), factor) for name, (_, factor) in MEASURES.items()]]
              for title, found in alone.items()]
     parts = [f"{CONCEPTS} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}; "
-             f"beta {DRAWING_BETA}, tau {DRAWING_TAU} unless named. "
+             f"beta {BETA}, tau {DRAWING_TAU} unless named. "
              "Mean and half width of the 95 % interval over concepts.",
              markdown(["row", *[title for title, _ in MEASURES.values()]], table),
              "A - B is paired by concept.",
@@ -465,7 +468,7 @@ def pareto_figure(results: dict) -> Figure:
             titles = [row.title for row in rows if row.title in results]
             if not titles:
                 continue
-            (across, width), (up, height) = (zip(*[mean_and_interval(per_concept(results[title], name))
+            (across, width), (up, height) = (zip(*[mean_of_numbers(per_concept(results[title], name))
                                                    for title in titles]) for name in (x, y))
             axes.errorbar(across, up, height, width, color=color, label=training, marker="o", elinewidth=0.5)
             for title, *place in zip(titles, across, up):
@@ -496,7 +499,7 @@ def run(args: argparse.Namespace):
 
 
 def main(argv=None):
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--only", nargs="+", metavar="TEXT", help="only rows whose title holds one of these")
     add("--skip", nargs="+", metavar="TEXT", default=[], help="no rows whose title holds one of these")
@@ -512,5 +515,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="fewer --seeds or --workers need less"):
+    with command_line.plain_errors(memory="fewer --seeds or --workers need less"):
         main()

@@ -11,17 +11,18 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
-import diffusion
-import fast_cpu
-import perfusion
-import shell  # before matplotlib
 import torch
-import weights_loader
-from judge import BASE_PROMPTS, draw
-from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
-from pictures import list_images, read_image
-from shell import between, replacing
+
+import diffusion
+import weights_loader
+from concept import Concept, prepare
+from judge import BASE_PROMPTS, draw
+from support import command_line, fast_cpu
+from support.command_line import between
+from support.files import replacing
+from support.pictures import list_images, read_image
+from support.plots import Figure
 
 PAIRS = (("teddy", "cat"), ("robot", "dog"))  # of examples
 HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
@@ -39,7 +40,7 @@ def show(axes, images: torch.Tensor, columns: int, title: str):
 def load(model, names: tuple) -> list:
     """The concepts of examples, as train.py left them, ready to use."""
     files = [f"out/{name}/{name}.safetensors" for name in names]
-    return perfusion.prepare([perfusion.Concept.load(file) for file in files], model)
+    return prepare([Concept.load(file) for file in files], model)
 
 
 def base(model, steps: int) -> Figure:
@@ -147,7 +148,7 @@ def method(model, steps: int) -> Figure:
 
 def main(argv=None):
     figures = {one.__name__: one for one in (base, hero, pairs, method)}
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)
     add("--weights", default="tiny", help="base model")
@@ -163,5 +164,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="close other programs"):
+    with command_line.plain_errors(memory="close other programs"):
         main()

@@ -26,14 +26,15 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import diffusion
-import fast_cpu
 import make_examples
 import perfusion
-import shell
 import weights_loader
 import world
 from attention_maps import word_masks
-from shell import between, read_tensors, replacing
+from support import command_line, fast_cpu
+from support.command_line import between
+from support.files import replacing
+from support.weight_files import read_tensors
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"kind": world.KINDS, "color": tuple(world.COLORS), "pattern": (None, *world.PATTERNS),
@@ -435,7 +436,7 @@ def draw(model, prompts: list, seeds: list, steps: int, concepts: tuple = (), ba
     pictures = []
     for k in range(0, len(prompts), batch):
         part = prompts[k:k + batch]
-        text = perfusion.project(model, [""] * len(part) + part, concepts)
+        text = perfusion.condition(model, [""] * len(part) + part, concepts)
         pictures.append(diffusion.draw(model, text.keys, text.values, seeds[k:k + batch], model.size, steps,
                                        model.guidance))
     return torch.cat(pictures)
@@ -517,7 +518,7 @@ def measure_base(judge: Judge, args: argparse.Namespace):
 
 
 def main(argv=None):
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("command", choices=("train", "accuracy", "base"))
     add("--judge", type=Path, default=FILE, help="file of the judge")
@@ -536,5 +537,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="fewer --pictures need less"):
+    with command_line.plain_errors(memory="fewer --pictures need less"):
         main()

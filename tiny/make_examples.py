@@ -16,9 +16,9 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the library files lie one folder up
-import shell
 import world
-from shell import between
+from support import command_line
+from support.command_line import between
 from world import Individual
 
 # A few strong colours each, and no two alike: a stranger should know both of two in one picture.
@@ -75,7 +75,7 @@ def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: i
 
 
 def main(argv=None):
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "examples", help="folder of the concept folders")
     parser.add_argument("--size", type=between(8, 4096), default=world.SIDE,
                         help="pixels of a side, 8 to 4096")
@@ -87,5 +87,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="a smaller --size needs less"):
+    with command_line.plain_errors(memory="a smaller --size needs less"):
         main()

@@ -28,19 +28,18 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
-import clip_image
 import clip_text
 import covariance
 import diffusion
-import shell
 import weights_loader
 import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
 from judge import BASE_PROMPTS, TEMPERATURE, draw, to_images
-from processes import Processes
-from shell import replacing
+from support import clip_image, command_line
+from support.files import replacing
+from support.processes import Processes
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -417,7 +416,7 @@ def export(model: weights_loader.Model, out: Path, captions: int):
 
 
 def main(argv=None):
-    parser = shell.Parser(__doc__)
+    parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and sheets")
     add("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
@@ -446,5 +445,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with shell.plain_errors(memory="a smaller --batch needs less"):
+    with command_line.plain_errors(memory="a smaller --batch needs less"):
         main()

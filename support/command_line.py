@@ -1,47 +1,28 @@
-"""What all scripts share: the command line, errors in one sentence, files written whole or not at all.
-
-    import shell                                     # before matplotlib, see below
+"""What all scripts share on the command line: options, types, devices, and errors in one sentence.
 
     def main(argv=None):
-        parser = shell.Parser(__doc__)
-        shell.add_model(parser)
+        parser = command_line.Parser(__doc__)
+        command_line.add_model(parser)
         args = parser.parse_args(argv)
-        with shell.replacing("out/teddy.safetensors") as path:
-            save_file(tensors, path)
 
     if __name__ == "__main__":
-        with shell.plain_errors(memory="a smaller --size needs less"):
+        with command_line.plain_errors(memory="a smaller --size needs less"):
             main()
 """
 
 import argparse
 import contextlib
 import io
-import os
 import re
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-HEADER_LIMIT = 4_000_000  # bytes; of Stable Diffusion's own safetensors file: 156,444
-HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stand in for them
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
-    "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
-MAX_TEXT = 100 * 10 ** 6    # bytes of a text file; 100,000 long captions are a tenth of it
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     # --precision
 
-# A program started from a notebook's cell inherits the notebook's backend of matplotlib. Where that is not
-# installed, matplotlib fails at its import.
-if os.environ.get("MPLBACKEND", "").endswith("inline") and "ipykernel" not in sys.modules:
-    del os.environ["MPLBACKEND"]
-
-
-# --------------------------------------------------------------------------------------------- command lines
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it stands, and those defaults that say something."""
@@ -77,6 +58,17 @@ def between(least: float, most: float, kind: type = int) -> Callable[[str], floa
         return value
     number.__name__ = "whole number" if kind is int else "number"       # for argparse's own message
     return number
+
+
+def numbers(text: str) -> list[float]:
+    """A type for argparse: '0.6', '0.6,0.7' or '0.4:0.9:0.05' (both ends included) -> list of numbers."""
+    read = between(-100, 100, float)
+    if ":" not in text:
+        return [read(part) for part in text.split(",")]
+    start, stop, step = (read(part) for part in text.split(":"))
+    if not (step > 0 and stop >= start and (stop - start) / step < 1000):
+        raise argparse.ArgumentTypeError(f"{text} is not START:STOP:STEP with a positive step")
+    return [round(start + k * step, 6) for k in range(int((stop - start) / step + 1e-6) + 1)]
 
 
 def unquoted(text: str) -> str:
@@ -148,80 +140,3 @@ def plain_errors(memory: str) -> Iterator[None]:
             sentence = f"out of memory: {memory}"
         print("error:", sentence.replace("\n", " "), file=sys.stderr)
         sys.exit(2)
-
-
-# ----------------------------------------------------------------------------------------------------- files
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike):
-    """Yield a temporary path in the folder of `path`; what was written there takes that name at the end.
-
-    The number of the process is part of the temporary name, so that two runs do not meet. After an error the
-    temporary file is gone and what `path` held before is untouched. OSError, naming the file, when it cannot
-    be written: a full disk, a folder that is missing or read-only.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        yield partial
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)       # safetensors leaves files that only their owner can read
-        os.replace(partial, path)
-    except (OSError, SafetensorError, RuntimeError) as error:   # torch.save's full disk is a RuntimeError
-        reason = getattr(error, "strerror", None) or f"is the disk full? ({error})"
-        raise OSError(f"{path} cannot be written: {reason}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a text file that hold more than blanks, stripped. ValueError, OSError.
-
-    utf-8-sig, as Windows' Notepad puts a mark in front of UTF-8, which would become a word.
-    """
-    path = Path(path)
-    if path.stat().st_size > MAX_TEXT:
-        raise ValueError(f"{path} is larger than {MAX_TEXT // 10 ** 6} MB: give fewer lines")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not a text in UTF-8: save it as UTF-8") from None
-    return [line.strip() for line in lines if line.strip()]
-
-
-class Inert:
-    """Stands for an object that is not a tensor: takes whatever it is given and does nothing."""
-
-    def __init__(self, *arguments):
-        pass
-
-    def __setstate__(self, state):
-        pass
-
-
-def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a .safetensors file, or of one of torch.save (under `state_dict`, if there is one).
-
-    The tensors are mapped into memory: only what is used is read. What is no tensor is left out; a pickle
-    that asks to run code is refused. ValueError, naming the file, when it cannot be read.
-    """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            with open(path, "rb") as file:
-                if int.from_bytes(file.read(8), "little") > HEADER_LIMIT:
-                    raise ValueError(f"its header would have more than {HEADER_LIMIT} bytes")
-            return load_file(path)
-        if any(item.compress_type != zipfile.ZIP_STORED for item in zipfile.ZipFile(path).infolist()):
-            raise ValueError("it is a compressed archive")
-        with torch.serialization.safe_globals([(Inert, name) for name in HARMLESS]):
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if foreign:
-                raise ValueError(f"it asks to run {', '.join(sorted(foreign))}")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {str(name): tensor.detach() for name, tensor in content.get("state_dict", content).items()
-                if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta}
-    except Exception as error:  # a damaged file can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ValueError(f"{path} cannot be read as a file of weights: {reason}") from error

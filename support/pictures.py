@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 import perfusion
 from attention_maps import noised_map, word_masks
 from diffusion import decode, draw_latents
-from shell import replacing
+from support.files import replacing
+from support.plots import Figure
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
@@ -192,7 +192,7 @@ def write_preview(training, out: Path, family) -> None:
     (out / "steps").mkdir(exist_ok=True)
     concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
     prompts = [prompt.format(concept.token) for prompt in family.prompts]
-    keys, values, positions, _ = perfusion.project(model, ["", *prompts], [concept])
+    keys, values, positions, _ = perfusion.condition(model, ["", *prompts], [concept])
     latents, maps = [], []
     with training.autocast():
         for i, found in enumerate(positions[1:], 1):

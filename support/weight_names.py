@@ -83,7 +83,7 @@ CONSTANTS = {  # entries that our code implements with one value only
     "text_encoder": {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "scheduler": {
         "beta_start": diffusion.BETA_START, "beta_end": diffusion.BETA_END, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": diffusion.TRAIN_STEPS, "trained_betas": None, "rescale_betas_zero_snr": False}}
+        "num_train_timesteps": diffusion.NUM_TIMESTEPS, "trained_betas": None, "rescale_betas_zero_snr": False}}
 RENAMED = {  # fields of our configs -> published, where they differ
     "attention_heads": "attention_head_dim", "width": "hidden_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "intermediate": "intermediate_size",

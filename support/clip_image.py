@@ -9,8 +9,6 @@ from the same file; the embedded model's CLIP was fitted to the frozen text enco
 """
 
 import json
-import math
-import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_text import Layer, TextEncoder
-from shell import read_tensors, replacing
+from support.files import replacing
+from support.weight_files import read_tensors
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,7 +37,6 @@ class ImageConfig:
     intermediate: int = 4096
     projection: int = 768
     text_width: int = 768
-
 
 
 class Embeddings(nn.Module):
@@ -176,16 +174,3 @@ def save(clip: CLIP, folder: str | Path, with_text: bool = False) -> None:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     with replacing(folder / "model.safetensors") as path:
         save_file(state, path, metadata={"format": "pt"})
-
-
-def mean_and_interval(values: list[float]) -> tuple[float, float]:
-    """Mean of independent numbers, and half the width of its 95 % interval: nan for fewer than four of them.
-
-    Student's t quantile by Fisher's expansion in 1 / degrees of freedom: within 1 % from three degrees on.
-    With fewer, an interval is many times as wide as the values differ, and says nothing.
-    """
-    n, mean = len(values), statistics.fmean(values)
-    if n < 4:
-        return mean, math.nan
-    t = 1.960 + 2.372 / (n - 1) + 2.823 / (n - 1) ** 2 + 2.556 / (n - 1) ** 3
-    return mean, t * statistics.stdev(values) / math.sqrt(n)
