@@ -40,11 +40,12 @@ from support.command_line import between, unquoted
 from support.files import replacing
 from support.pictures import digest, list_images, read_image
 from support.plots import gates_figure, grid_figure
-from support.study import DRAWING_BETA, DRAWING_TAU, LOCKS, Study, check_room
+from support.study import DRAWING_BETA, DRAWING_TAU, Study, check_room
 
 ROOT = Path(__file__).parent
 SEEDS = 4
 ROWS = 4                            # denoising steps in figures 3 and 4
+PICTURES = {1: 60, 2: 90}           # drawn for one concept and for two; rounded up
 TRAINING_COST = 9                   # of a training step, in guided drawing steps; measured
 VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock in training
 RECORDS = ROOT / "tiny" / "records.json"
@@ -143,21 +144,9 @@ def train(args, folder: Path, pictures: Path, words: str, lock: str) -> None:
         sys.exit(code)
 
 
-def count_pictures(files: list[dict]) -> int:
-    """How many pictures the figures and the page take; files: per concept a dict with its locks as keys."""
-    def of_study(concepts, on_page):
-        locks = sum(version is None or all(version in own for own in concepts)
-                    for version, _, _ in LOCKS.values())
-        trained = all("trained" in own for own in concepts)
-        more = 1 + trained + trained * (len(page.SLIDES) - 1) if on_page else 0    # locks of all seeds, slides
-        return locks - 1 - (1 + trained) * on_page + SEEDS * (len(page.BETAS) + more)
-
-    return of_study(files[:1], len(files) == 1) + ("trained" in files[0]) + (
-        of_study(files, True) if len(files) == 2 else 0)
-
-
-def announce(args, model, pictures: int, trainings: int) -> None:
+def announce(args, model, trainings: int) -> None:
     """Say how long it will take, from the time of a step on this machine."""
+    pictures = PICTURES[1 + bool(args.second)]
     ids, _ = model.tokenizer.encode(["", ""])
     e = model.text_encoder(model.text_encoder.embed(ids))
     start = time.perf_counter()
@@ -165,7 +154,7 @@ def announce(args, model, pictures: int, trainings: int) -> None:
     step = (time.perf_counter() - start) / 3
     seconds = step * (pictures * args.steps + trainings * args.training_steps * TRAINING_COST)
     minutes = max(1, round(seconds / 60))
-    print(f"{trainings} trainings of {args.training_steps} steps and {pictures} pictures of {args.steps}: "
+    print(f"{trainings} trainings of {args.training_steps} steps and about {pictures} pictures of {args.steps}: "
           f"about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
 
 
@@ -213,8 +202,7 @@ def start(argv: Sequence[str] | None = None) -> Run:
     if args.super_category:         # what can be wrong is said before minutes of training
         check_room(model, args.prompt, [args.super_category])
     files, missing = concept_files(args, model)
-    pictures = count_pictures(files)
-    announce(args, model, pictures, len(missing))
+    announce(args, model, len(missing))
     if missing:
         del model                   # two at once would take twice the memory
         for n, training in enumerate(missing, 1):
@@ -222,7 +210,7 @@ def start(argv: Sequence[str] | None = None) -> Run:
             train(args, *training)
         model = load_model(args)
     concepts = [read_concepts(model, own) for own in files]
-    bar = tqdm(total=pictures, unit="picture", desc="drawing")
+    bar = tqdm(unit="picture", desc="drawing")
 
     def study(template, concepts):
         return Study(model, template, concepts, args.steps, args.guidance,
@@ -325,7 +313,7 @@ def figure_beta(run: Run) -> tuple:
     """5. The knob: beta is where a gate is half open. Lower, more of the concept; higher, more of the prompt."""
     one, t = run.one, run.one.named[0].tokens[-1]
     gates = [one.condition("locked", beta=beta).gates[1, t, 0].item() for beta in page.BETAS]
-    rows = zip(*(one.at_beta(beta) for beta in page.BETAS))
+    rows = zip(*(one.moved(beta=beta) for beta in page.BETAS))
     figure = grid_figure(list(rows), [f"seed {seed}" for seed in one.seeds],
                          [f"beta {beta:g}\ngate {x:.0%}" for beta, x in zip(page.BETAS, gates)],
                          f"Beta: from more of the concept to more of the prompt\n{one.prompt}")

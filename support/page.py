@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -37,52 +38,47 @@ def page(study: Study, training: list[list[Tensor]], about: dict, records: dict 
     "fingerprint" of the weights and "command". records: of the measurements, as tiny/records.json, or None."""
     trained = study.has("trained")
     data = about | {
-        "concepts": [{"token": token, "words": words, "training": [data_uri(x) for x in pictures]}
+        "concepts": [{"token": token, "words": words, "training": uris(pictures)}
                      for token, words, pictures in zip(study.tokens, study.names, training)],
         "prompt": study.prompt, "ordinary": study.ordinary, "words": [vars(word) for word in study.words],
         "seeds": list(study.seeds), "beta": DRAWING_BETA["local"], "tau": DRAWING_TAU,
-        "locks": {name: [data_uri(x) for x in study.pictures(name)]
+        "locks": {name: uris(study.pictures(name))
                   for name in ("locked keys", "trained keys", "ordinary words") if name in study.locks},
-        "slides": SLIDES, "slid": drawn_at(study.slid, SLIDES) if trained else None,
-        "betas": BETAS, "swept": drawn_at(study.at_beta, BETAS),
+        "slides": SLIDES, "slid": [uris(study.moved(slide=x)) for x in SLIDES] if trained else None,
+        "betas": BETAS, "swept": [uris(study.moved(beta=beta)) for beta in BETAS],
         "live": live(study), "explorer": explorer(study), "records": records}
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     return template.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
 
 
-def drawn_at(draw, values) -> list:
-    """Pictures at each value, each value's pictures of all seeds."""
-    return [[data_uri(x) for x in draw(value)] for value in values]
-
-
 def live(study: Study, limit: int = LIVE_BYTES) -> dict:
     """What the browser needs to compute the attention of the locked drawings of as many seeds as `limit` bytes
-    allow: per seed and layer A (places, heads, tokens + 1), u and v (places, heads, n).
+    allow: per seed and layer A (places, heads, tokens + 1), u and v (places, heads, n), as whole numbers of 16
+    bits in units of `unit`.
 
     The padding's tokens are one: its A is their logsumexp at shut gates. The page adds the mean of their gates,
     so what is left out is of second order in gates that are nearly shut.
     """
-    heads, padding = study.model.unet.config.attention_heads, study.words[-1].tokens[0]
-    plain, sides = study.key_parts()
-    packed, masks = [], []
-    for seed in study.seeds:
-        drawn = study.drawn("locked keys", seed)
-        blocks = []
+    heads, last = study.model.unet.config.attention_heads, study.words[-1]
+    ratios, plain, sides = study.key_parts()
+    every = [study.drawn("locked keys", seed) for seed in study.seeds]
+    packed = []
+    for drawn in every:
+        parts = []
         for layer, q in enumerate(drawn.queries):
             q = q.flatten(0, 1).unflatten(1, (heads, -1)) * (q.shape[-1] // heads) ** -0.5
             a = against(q, plain[layer])
-            if study.words[-1].label == "padding":
-                a = torch.cat([a[..., :padding], a[..., padding:].logsumexp(-1, keepdim=True)], -1)
-            blocks += [a, *(against(q, side[layer]) for side in sides)]
-        packed.append(b"".join(block.half().numpy().tobytes() for block in blocks))
-        if len(packed) * len(packed[0]) > limit and len(packed) > 1:
-            packed.pop()
-            break
-        side = drawn.queries[0].shape[:2]
-        masks.append(torch.nn.functional.interpolate(drawn.masks[None], side, mode="area")[0])
-    return {"ratios": [[round(x, 4) for x in token] for token in study.ratios().tolist()], "heads": heads,
-            "sides": len(sides), "sizes": [q.shape[:2] for q in drawn.queries], "step": study.steps // 2 + 1,
-            "masks": [objects(mask) for mask in masks], "numbers": compressed(b"".join(packed))}
+            if last.label == "padding":
+                a = torch.cat([a[..., :last.tokens[0]], a[..., last.tokens[0]:].logsumexp(-1, keepdim=True)], -1)
+            parts += [part.flatten() for part in (a, *(against(q, side[layer]) for side in sides))]
+        packed.append(torch.cat(parts))
+    shown = min(len(packed), max(1, limit // (2 * len(packed[0]))))
+    numbers, size = torch.cat(packed[:shown]), every[0].queries[0].shape[:2]
+    unit = numbers.abs().max().item() / 32767
+    return {"ratios": [[round(x, 4) for x in token] for token in ratios.tolist()], "heads": heads, "unit": unit,
+            "sides": len(sides), "sizes": [q.shape[:2] for q in every[0].queries], "step": study.steps // 2 + 1,
+            "masks": [objects(F.interpolate(drawn.masks[None], size, mode="area")[0]) for drawn in every[:shown]],
+            "numbers": compressed((numbers / unit).round().short().numpy().tobytes())}
 
 
 def against(q: Tensor, keys: Tensor) -> Tensor:
@@ -107,9 +103,8 @@ def explorer(study: Study, limit: int = MAP_BYTES) -> dict:
         "steps": [{"number": k + 1, "t": ddim_timesteps(of)[k]} for k in steps],
         "sizes": [level.shape[-2:] for level in levels], "scales": [scale.tolist() for scale in scales],
         "maps": compressed(b"".join(level.numpy().tobytes() for level in maps)),
-        "views": [{"name": name, "note": LOCKS[name][2], "picture": data_uri(view.picture),
-                   "seen": [data_uri(x, STEP_SIDE, 60)
-                            for x in diffusion.decode(vae, view.seen[steps].to(device))],
+        "views": [{"name": name, "note": LOCKS[name][2], 
+                   "seen": uris(diffusion.decode(vae, view.seen[steps].to(device)), STEP_SIDE, 60),
                    "objects": objects(shrink(view.masks.float()))} for name, view in views.items()]}
 
 
@@ -122,9 +117,12 @@ def compressed(numbers: bytes) -> str:
     return base64.b64encode(gzip.compress(numbers, mtime=0)).decode()
 
 
-def data_uri(picture: Tensor, side: int = PICTURE_SIDE, quality: int = 80) -> str:
-    """A picture (3, H, W) in [0, 1] as the address of a WebP image."""
-    image, file = Image.fromarray(diffusion.to_bytes(picture)), io.BytesIO()
-    image.thumbnail((side, side))
-    image.save(file, "WEBP", quality=quality)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
+def uris(pictures, side: int = PICTURE_SIDE, quality: int = 80) -> list[str]:
+    """Pictures (3, H, W) in [0, 1] as addresses of WebP images."""
+    addresses = []
+    for picture in pictures:
+        image, file = Image.fromarray(diffusion.to_bytes(picture)), io.BytesIO()
+        image.thumbnail((side, side))
+        image.save(file, "WEBP", quality=quality)
+        addresses.append("data:image/webp;base64," + base64.b64encode(file.getvalue()).decode())
+    return addresses

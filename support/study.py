@@ -3,7 +3,7 @@
     study = Study(model, "a photo of a {} next to a {}", [{"locked": teddy}, {"locked": cat}], steps=20,
                   guidance=4.0, seeds=range(4))
     drawn = study.drawn("locked keys", seed=0)          # picture, maps, masks, queries; drawn once, then kept
-    pictures = study.slid(0.5)                          # (seeds, 3, H, W): keys halfway between two locks
+    pictures = study.moved(slide=0.5)                   # (seeds, 3, H, W): keys halfway between two locks
 """
 
 import dataclasses
@@ -184,15 +184,11 @@ class Study:
         """Pictures (seeds, 3, H, W) under one of LOCKS."""
         return torch.stack([self.drawn(name, seed).picture for seed in self.seeds])
 
-    def slid(self, slide: float) -> Tensor:
-        """Pictures (seeds, 3, H, W) in which only the keys are moved, from locked (0) to trained (1)."""
-        return self.once(("slide", slide), lambda: self._draw(self.condition("locked", slide=slide))) \
-            if slide else self.pictures("locked keys")
-
-    def at_beta(self, beta: float) -> Tensor:
-        """Pictures (seeds, 3, H, W) with locked keys at a beta."""
-        return self.once(("beta", beta), lambda: self._draw(self.condition("locked", beta=beta))) \
-            if beta != DRAWING_BETA["local"] else self.pictures("locked keys")
+    def moved(self, slide: float = 0, beta: float = DRAWING_BETA["local"]) -> Tensor:
+        """Pictures (seeds, 3, H, W) of the locked concepts with keys that slid, or with another beta."""
+        if (slide, beta) == (0, DRAWING_BETA["local"]):
+            return self.pictures("locked keys")
+        return self.once((slide, beta), lambda: self._draw(self.condition("locked", beta=beta, slide=slide)))
 
     def _draw(self, given):
         """Pictures, one at a time, to spare memory."""
@@ -238,20 +234,14 @@ class Study:
         """Maps (steps, h, w) of a word, see `rows`, from one level (steps, words, h, w) of `watch`'s maps."""
         return maps[:, self.rows(text)].sum(1)
 
-    def ratios(self) -> Tensor:
-        """sim / energy (T, n) of every token of the prompt with every concept."""
+    def key_parts(self) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
+        """What the prompt's keys are made of, float32 on the CPU: sim / energy (T, n) of every token with every
+        concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and, where there
+        are such, trained: lists over layers of (n, width)."""
         e, _, _ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
-        return perfusion.split(e, *self._directions())[1][0].cpu()
-
-    def key_parts(self) -> tuple[list[Tensor], list[list[Tensor]]]:
-        """What the prompt's keys are made of: W_K e_perp, per layer (T, width); and the concepts' targets of the
-        keys, locked and where there are such trained, lists of (n, width) per layer. Float32 on the CPU."""
-        unet, sides = self.model.unet, ["locked", "trained"][:1 + self.has("trained")]
-        e, _, _ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
-        plain = [k[0].float().cpu() for k in unet.keys(perfusion.split(e, *self._directions())[0])]
-        return plain, [[torch.stack(layer).float().cpu() for layer in zip(*(
-            versions[side].o_keys for versions in self.concepts))] for side in sides]
-
-    def _directions(self):
-        return (torch.stack([getattr(c, name) for c in self.locked]) for name in ("i_star", "d_star"))
-
+        e_perp, ratio = perfusion.split(e, *(torch.stack([getattr(concept, name) for concept in self.locked])
+                                             for name in ("i_star", "d_star")))
+        sides = [zip(*(own[side].o_keys for own in self.concepts), strict=True)
+                 for side in ("locked", "trained") if self.has(side)]
+        return (ratio[0].cpu(), [k[0].float().cpu() for k in self.model.unet.keys(e_perp)],
+                [[torch.stack(layer).float().cpu() for layer in side] for side in sides])
