@@ -1,0 +1,389 @@
+"""The page computes what torch computes; it works with mouse, finger and keyboard, and asks for nothing."""
+
+import base64
+import gzip
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.wait import WebDriverWait
+
+import covariance
+import diffusion
+import perfusion
+import weights_loader
+from attention_maps import attention, share_inside, word_map
+from concept import Concept
+from models import ROOT, tiny_model
+from support import page as pages
+from support.study import Study, Word, prompt_words, shrink, thinned, watch
+
+NAMED = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
+PROMPT = "a photo of a <teddy> next to a <cat>"
+ABOUT = {"fingerprint": "f", "model": "tiny", "made": "made"}
+
+
+def concept(model, C_inverse, name, words, keys):
+    """A concept of the embedded model that is its ordinary word; trained keys stand where no training put them."""
+    i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, words)
+    e = model.text_encoder.embed(model.tokenizer.encode([words])[0])[0, 1:1 + len(words.split())]
+    locked = perfusion.locked_keys(model, words)
+    return Concept(name, words, e, i_super, (C_inverse @ i_super.double()).float(), model.unet.values(i_super),
+                   locked if keys == "locked" else [k + torch.randn_like(k) for k in locked], keys=keys,
+                   metadata={"base": model.fingerprint}, layers=model.unet.layer_names())
+
+
+@pytest.fixture(scope="module")
+def study():
+    torch.manual_seed(0)
+    model = weights_loader.load("tiny")
+    C_inverse = covariance.inverse(covariance.cached(model))
+    concepts = [{keys: concept(model, C_inverse, name, words, keys) for keys in ("locked", "trained")}
+                for name, words in (("<teddy>", "teddy bear"), ("<cat>", "cat"))]
+    return Study(model, "a photo of a {} next to a {}", concepts, steps=4, guidance=2.0, seeds=[3, 5])
+
+
+def records():
+    """Of two pairs and three seeds, and of two concepts alone."""
+    pair = {"kinds": [[True, True, False], [True, True, True]], "both": [[True, False, False], [True, True, False]]}
+    alone = {"first": [[True, False], [True, True]], "pattern": [[True, True]], "kept": [[0.5, 1.0], [1.0, 0.5]]}
+    locks = "locked keys", "trained keys", "textual inversion"
+    return {"fingerprint": "f", "command": "measure", "rows":
+            {f"pair: {lock}": pair for lock in locks} | {lock: alone for lock in (
+                "locked keys, beta 0.7", "trained keys, beta 0.7", "textual inversion")}}
+
+
+@pytest.fixture(scope="module")
+def file(study, tmp_path_factory):
+    """The page of that study."""
+    path = tmp_path_factory.mktemp("page") / "index.html"
+    training = [study.pictures("ordinary words")] * 2
+    path.write_text(pages.page(study, training, ABOUT, records()), encoding="utf-8")
+    return path
+
+
+def data_of(path):
+    text = path.read_text(encoding="utf-8")
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+
+
+# --------------------------------------------------------------------------------------- the study, the data
+
+def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word():
+    tokenizer = tiny_model().tokenizer
+    words = prompt_words(tokenizer, PROMPT, NAMED)
+    assert [word.label for word in words] == ["start", *PROMPT.split(), "end", "padding"]
+    assert words[5] == Word("<teddy>", [5, 6], ["teddy", "bear"], concept=0) and words[9].concept == 1
+    assert [t for word in words for t in word.tokens] == list(range(24))
+    pieces = prompt_words(tokenizer, "a xyz of", [])[2]
+    assert (pieces.label, pieces.pieces) == ("xyz", ["x", "y", "z"])
+    assert [word.tokens for word in prompt_words(tokenizer, "<teddy> <teddy>", NAMED)[1:3]] == [[1, 2], [3, 4]]
+
+
+def test_watching_does_not_change_the_picture(study):
+    given = study.condition("locked")
+    latents, _, seen, _ = watch(study.model, given.keys, given.values, study.words, 3, 2, 2.0)
+    unwatched = diffusion.draw_latents(study.model.unet, study.model.schedule, given.keys, given.values, [3],
+                                       latents.shape[-2:], 2, 2.0)
+    assert torch.equal(latents, unwatched)
+    assert torch.equal(seen[0], diffusion.seeded_noise(3, latents.shape[1:])[0]) and len(seen) == 2
+
+
+def test_sliding_moves_the_keys_alone_from_locked_to_trained(study):
+    ends = study.condition("locked"), study.condition("trained")
+    half = study.condition("locked", slide=0.5)
+    for middle, *keys in zip(half.keys, *(end.keys for end in ends)):
+        assert torch.allclose(middle, sum(keys) / 2, atol=1e-4) and not torch.allclose(*keys, atol=0.1)
+    assert all(map(torch.equal, half.values, ends[0].values))
+
+
+def test_the_queries_of_a_large_layer_are_some_of_its_own():
+    queries = torch.rand(64 * 32, 5)
+    found = thinned(queries, (64, 32))
+    assert found.shape == (16, 8, 5)
+    assert (found.flatten(0, 1)[:, None] == queries).all(-1).any(1).all()
+
+
+def test_the_explorer_holds_the_maps_on_one_scale_for_all_locks(study):
+    made, start = pages.explorer(study), 0
+    raw = torch.frombuffer(bytearray(gzip.decompress(base64.b64decode(made["maps"]))), dtype=torch.uint8)
+    for i in range(len(made["sizes"])):
+        expected = torch.stack([study.drawn(view["name"], 3).maps[i] for view in made["views"]])
+        scale = torch.tensor(made["scales"][i])[:, None, None]
+        found = raw[start:start + expected.numel()].view(expected.shape) / 255 * scale
+        assert ((found - expected).abs() <= scale / 510 + 1e-6).all()       # half a step of 255
+        start += expected.numel()
+    assert start == len(raw)
+
+
+def test_fewer_steps_and_seeds_are_shown_rather_than_more_bytes(study):
+    per_step = 4 * sum(level[0].numel() for level in study.drawn("locked keys", 3).maps)
+    for limit, shown in ((10 ** 9, 4), (3 * per_step, 3), (1, 1)):
+        assert len(pages.explorer(study, limit)["steps"]) == shown
+    assert [len(pages.live(study, limit)["masks"]) for limit in (10 ** 9, 1)] == [2, 1]
+
+
+def test_a_prompt_cannot_end_the_script_that_holds_it(study, tmp_path):
+    tmp_path.joinpath("page").write_text(pages.page(study, [], ABOUT | {"made": "</script><b>"}, None))
+    assert data_of(tmp_path / "page")["made"] == "</script><b>"
+
+
+def test_the_committed_page_is_of_these_weights_and_records():
+    path, measured = ROOT / "docs" / "index.html", ROOT / "tiny" / "records.json"
+    data = data_of(path)
+    assert path.stat().st_size <= 2_000_000
+    assert data["fingerprint"] == weights_loader.load("tiny").fingerprint, "make it again: python diagnostics.py"
+    assert data["records"] == (json.loads(measured.read_text()) if measured.exists() else None)
+
+
+# ----------------------------------------------------------------------------------------------- the browser
+
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-sync", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update")
+
+
+class Browser(webdriver.Chrome):
+    """Headless Chromium, with what is done to the page here."""
+    js = webdriver.Chrome.execute_script
+
+    def emulate(self, width, theme="light"):
+        screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
+        media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
+        self.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        self.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+
+    def open(self, path, width=1280, theme="light"):
+        self.emulate(width, theme)
+        self.get(path.as_uri())
+        WebDriverWait(self, 60, 0.02).until(lambda _: self.js("return document.body.dataset.ready"))
+        self.js("document.getElementById('explore').open = true")
+
+    def all(self, css):
+        return self.find_elements(By.CSS_SELECTOR, css)
+
+    def texts(self, css):
+        return self.js("return [...document.querySelectorAll(arguments[0])].map(x => x.innerText)", css)
+
+    def press(self, *keys):
+        for key in keys:
+            ActionChains(self, duration=0).send_keys(key).perform()
+        return self.switch_to.active_element
+
+    def frame(self):
+        """Wait until what was changed is shown."""
+        self.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not shutil.which("chromedriver") or not shutil.which("chromium"):
+        pytest.skip("no browser: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    with Browser(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser, file):
+    browser.open(file)
+    return browser
+
+
+def maps_of_torch(study, seed, slide, beta, tau):
+    """The maps (words, h, w) of the concepts' words: the queries of a locked drawing meet all keys."""
+    queries = [q.flatten(0, 1)[None] for q in study.drawn("locked keys", seed).queries]
+    keys = study.condition("locked", beta=beta, tau=tau, slide=slide).keys
+    maps = attention(queries, [k[1:] for k in keys], study.model.unet.config.attention_heads)
+    size = study.drawn("locked keys", seed).queries[0].shape[:2]
+    return torch.cat([word_map(maps, word.tokens, size) * len(word.tokens) for word in study.named])
+
+
+@pytest.mark.parametrize("slide", (0, 0.5, 1))
+@pytest.mark.parametrize("beta", (0.5, 0.7, 1.0))
+@pytest.mark.parametrize("tau", (0.1, 0.15))
+def test_the_maps_computed_in_the_page_are_those_of_torch(page, study, slide, beta, tau):
+    for k, seed in enumerate(study.seeds):
+        found = torch.tensor(page.js("return mapsAt(...arguments).map(map => [...map])", k, slide, beta, tau))
+        expected = maps_of_torch(study, seed, slide, beta, tau)
+        assert (found - expected.flatten(1)).abs().max() < 0.005
+
+
+def test_sliding_the_key_shows_the_nearest_picture_and_the_shares_of_torch(page, study, file):
+    page.js("document.getElementById('lambda').focus()")
+    page.press(*[Keys.RIGHT] * 40)
+    page.frame()
+    assert page.texts("#mix") == ["0.60 locked + 0.40 trained"]
+    data, picture = data_of(file), page.all("#slide .tiles img")[0]
+    assert picture.get_attribute("src") == data["slid"][2][0] and "0.5" in page.texts("#slide .nearest")[0]
+    maps, masks = maps_of_torch(study, 3, 0.4, 0.7, 0.15), study.drawn("locked keys", 3).masks
+    expected = [100 * share_inside(a[None], mask[None]).item() for a in maps for mask in masks]
+    found = [float(text.split()[0]) for text in page.texts("#slide .share b")]
+    assert found == pytest.approx(expected, abs=1.1)        # whole per cents, of maps that differ by 0.005
+    page.all("#slide .seeds input")[1].click()
+    page.frame()
+    assert picture.get_attribute("src") == data["slid"][2][1]
+    assert page.texts("#slide .share b") != [f"{x:.0f} %" for x in found]
+
+
+def test_beta_and_tau_move_the_gates_and_beta_the_picture(page, study, file):
+    page.js("document.getElementById('beta').focus()")
+    page.press(*[Keys.RIGHT] * 21)
+    page.press(Keys.TAB, *[Keys.LEFT] * 5)
+    page.frame()
+    assert page.texts("#beta-is, #tau-is") == ["0.91", "0.10"]
+    gates = study.condition("locked", beta=0.91, tau=0.1).gates[1]
+    own = [f"{100 * gates[word.tokens[-1], j]:.0f} % open" for j, word in enumerate(study.named)]
+    assert all(text in page.texts("#gate-says")[0] for text in own)
+    assert page.all("#gate .tiles img")[0].get_attribute("src") == data_of(file)["swept"][4][0]
+
+
+def test_what_was_measured_is_counted_from_the_records(page):
+    assert page.texts("#dots b") == ["5 of 6", "3"] * 3
+    assert page.texts("#alone tr:first-child td") == ["75 %", "100 %", "75 %"]
+    assert len(page.all("#dots .both")) == 9 and len(page.all("#dots .lost")) == 3
+    assert "both kinds are there in 5 with" in page.texts("#apart-count")[0]
+
+
+def test_a_place_ranks_the_words_and_a_click_there_chooses_the_strongest(page, study):
+    tile, views = page.all("#views .tile")[2], study.locks           # the second lock's picture
+    side = page.js("return arguments[0].clientWidth", tile)
+    x, y = int(side / 16 * 5.5) - side // 2, int(side / 16 * 9.5) - side // 2         # row 9, column 5 of 16
+    ActionChains(page, duration=0).move_to_element_with_offset(tile, x, y).perform()
+    step = page.js("return data.explorer.steps[chosen.step].number") - 1
+    for i, name in enumerate(views):
+        shares, order = study.drawn(name, 3).maps[0][step, :, 9, 5].sort(descending=True)
+        ranked = page.texts(f"#views figure:nth-child({i + 1}) li span")
+        assert ranked[::2] == [study.words[w].label for w in order[:5]]
+        assert [float(text.split()[0]) for text in ranked[1::2]] == pytest.approx(
+            (100 * shares[:5]).tolist(), abs=0.8)           # whole per cents, of maps in steps of 1 / 255
+    ActionChains(page, duration=0).click().perform()
+    strongest = study.drawn(views[1], 3).maps[0][step, :, 9, 5].argmax().item()
+    assert page.texts(".chip[aria-pressed=true]")[0].startswith(study.words[strongest].label)
+
+
+def test_a_step_shows_its_picture_and_can_be_played(page, file):
+    def shown():
+        return page.texts("#step-name")[0], page.all("#views img")[0].get_attribute("src")
+    seen = data_of(file)["explorer"]["views"][0]["seen"]
+    page.js("document.getElementById('step').focus()")
+    page.press(Keys.HOME)
+    assert shown() == ("1 of 4 (t = 751)", seen[0])
+    page.all("#play")[0].click()
+    WebDriverWait(page, 10, 0.02).until(lambda _: shown() == ("2 of 4 (t = 501)", seen[1]))
+    page.press(Keys.ESCAPE)
+    assert page.texts("#play") == ["Play the steps"] and page.js("return !live.player")
+
+
+def test_the_keyboard_alone_reaches_and_uses_everything(page):
+    names, reached = page.js("return [...document.querySelectorAll('input, button, summary, [tabindex=\"0\"]')]"
+                             ".filter(x => x.tabIndex === 0).map(x => x.id || x.innerText || x.ariaLabel)"), []
+    page.js("document.activeElement.blur()")
+    for _ in names:
+        reached.append(page.press(Keys.TAB))
+    reached = [x.get_attribute("id") or x.text or x.get_attribute("aria-label") for x in reached]
+    once = [name for name in names if not name.startswith("seed ") or name == "seed 3"]     # a group is one stop
+    assert reached[:len(once)] == once
+    assert sum(page.js("return all('.chip').map(x => x.tabIndex === 0)")) == 1
+    pressed = page.texts("[aria-pressed=true]")
+    page.js("document.querySelector('.chip[tabindex=\"0\"]').focus()")
+    focused = page.press(Keys.LEFT, Keys.LEFT)
+    assert page.texts("[aria-pressed=true]") == pressed and focused.text.startswith("of")
+    page.press(Keys.ENTER)
+    assert page.texts("[aria-pressed=true]") == [focused.text]
+    page.press(Keys.ESCAPE)
+    assert page.texts("[aria-pressed=true]") == pressed
+    tile, place = page.all("#views .tile")[0], "return chosen.place"
+    page.js("arguments[0].focus()", tile)
+    before = page.js(place)
+    page.press(Keys.RIGHT)
+    assert page.js(place) == pytest.approx([before[0] + 1 / 16, before[1]])
+    page.press(Keys.ENTER)
+    assert page.texts("[aria-pressed=true]")[0].startswith(page.texts(".rank li span")[0])
+    page.press(Keys.ESCAPE)
+    assert page.js(place) == before
+
+
+def test_a_screen_reader_hears_names_values_in_words_and_headings_in_order(page):
+    nodes = page.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    nodes = [node for node in nodes if not node["ignored"]]
+
+    def having(role):
+        return [node for node in nodes if node["role"]["value"] == role]
+    for role in ("button", "slider", "radio", "canvas", "img", "image", "application", "toolbar"):
+        assert all(node["name"]["value"].strip() for node in having(role)), role
+    assert len(having("slider")) == 5
+    texts = [node["value"].get("value") for node in having("slider")]
+    assert all(re.search("[a-z]{3}", str(text)) for text in texts), texts
+    levels = [next(p["value"]["value"] for p in node["properties"] if p["name"] == "level")
+              for node in having("heading")]
+    assert levels.count(1) == 1 and levels[0] == 1
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:]))
+    assert len(having("status")) == len(page.all("output")) >= 10       # what is said when it changes
+
+
+CONTRAST = """
+const rgb = text => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = text;
+  c.fillRect(0, 0, 1, 1); return [...c.getImageData(0, 0, 1, 1).data].slice(0, 3); };
+const light = c => rgb(c).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+  .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+const behind = x => { const c = x.closest("svg")?.classList.contains("layer") && x.parentNode.querySelector("rect")
+    ? getComputedStyle(x.parentNode.querySelector("rect")).fill : getComputedStyle(x).backgroundColor;
+  return c === "rgba(0, 0, 0, 0)" && x.parentElement ? behind(x.parentElement) : c; };
+const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+while (walker.nextNode()) { const x = walker.currentNode.parentElement;
+  if (!walker.currentNode.data.trim() || !x.getClientRects().length || x.closest("script")) continue;
+  const style = getComputedStyle(x), [a, b] = [x.closest("svg") ? style.fill : style.color, behind(x)].map(light);
+  found.push([(Math.max(a, b) + .05) / (Math.min(a, b) + .05), x.textContent.slice(0, 40)]); }
+return found.sort((a, b) => a[0] - b[0])"""
+
+
+@pytest.mark.parametrize("width", (320, 390, 768, 1280, 1920))
+@pytest.mark.parametrize("theme", ("light", "dark"))
+def test_the_layout_fits_and_all_text_can_be_read(browser, file, width, theme):
+    browser.open(file, width, theme)
+    assert browser.js("return document.documentElement.scrollWidth") <= width
+    contrast = browser.js(CONTRAST)
+    assert len(contrast) > 100 and contrast[0][0] >= 4.5, contrast[:3]
+    slide, locks = (browser.js("return all(arguments[0]).map(x => x.getBoundingClientRect().top)", css)
+                    for css in ("#slide .tiles > figure", "#views figure"))
+    assert len(set(slide)) == 1                             # what is compared stands side by side
+    assert locks[0] == locks[1]                             # locked and trained keys
+    background = browser.js("return getComputedStyle(document.body).backgroundColor")
+    assert (max(map(int, re.findall(r"\d+", background))) < 80) == (theme == "dark")
+
+
+def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, file):
+    browser.get_log("browser"), browser.get_log("performance")
+    browser.open(file)
+    browser.all(".chip")[2].click()
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events
+             if event["method"] == "Network.requestWillBeSent"]
+    assert asked and {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
+
+
+def test_a_page_of_one_concept_without_trained_keys_or_records_has_the_other_parts(browser, study, tmp_path):
+    alone = Study(study.model, "a {} on the grass", [{"locked": study.concepts[0]["locked"]}], 2, 2.0, [0])
+    path = tmp_path / "index.html"
+    path.write_text(pages.page(alone, [[]], ABOUT, None), encoding="utf-8")
+    browser.get_log("browser")
+    browser.open(path)
+    assert browser.get_log("browser") == []
+    assert browser.texts("section:not([hidden]) h2") == [
+        "Words that were learned apart", "Learn what, borrow where", "The gate: beta and tau", "Explore everything"]
+    assert "both words" not in browser.texts("main")[0]
+
+
+def test_the_template_without_data_says_what_it_is(browser):
+    browser.get((ROOT / "support" / "page.html").as_uri())
+    assert browser.texts("main, footer")[0] == "" and "empty template" in browser.texts("footer")[0]
