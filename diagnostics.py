@@ -8,10 +8,10 @@
 The output folder receives the figures (PNG), their numbers (CSV), the page (index.html), and in trained/ the
 concepts, which the next run uses again. A second concept adds figure 6; the page is then about both.
 
-Each figure makes one claim. Maps that are compared share one colour scale. A number under a map is the share of
-a word's attention that lies on its own object, which is outlined. The base model finds the object in the
-finished picture: where its attention to the ordinary words is above the middle of its range. So the judge is the
-same for every lock, but it is attention too. diagnostics.ipynb tells the story with the same functions.
+Each figure makes one claim. Maps that are compared share one colour scale. A number under a map is the share
+of a word's attention that lies on its own object, which is outlined. The base model finds the object in the
+finished picture: where its attention to the ordinary words is above the middle of its range. So the judge is
+the same for every lock, but it is attention too. diagnostics.ipynb tells the story with the same functions.
 """
 
 import csv
@@ -132,7 +132,8 @@ def finished(folder: Path, steps: int) -> bool:
 def train(args, folder: Path, pictures: Path, words: str, lock: str) -> None:
     """Run train.py into the folder; a training that was stopped goes on. Its bar and its errors are shown."""
     command = [sys.executable, ROOT / "train.py", "--images", pictures, "--super", words, "--keys", lock,
-               "--steps", str(args.training_steps), "--preview", "0", "--out", folder, "--weights", args.weights]
+               "--steps", str(args.training_steps), "--preview", "0", "--out", folder,
+               "--weights", args.weights]
     for option in ("tokenizer", "prediction", "device"):
         command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
     command += ["--resume"] if (folder / "checkpoint.pt").exists() else []
@@ -154,8 +155,8 @@ def announce(args, model, trainings: int) -> None:
     step = (time.perf_counter() - start) / 3
     seconds = step * (pictures * args.steps + trainings * args.training_steps * TRAINING_COST)
     minutes = max(1, round(seconds / 60))
-    print(f"{trainings} trainings of {args.training_steps} steps and about {pictures} pictures of {args.steps}: "
-          f"about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
+    print(f"{trainings} trainings of {args.training_steps} steps and some {pictures} pictures of {args.steps} "
+          f"steps: about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
 
 
 def read_concepts(model, files: dict) -> dict:
@@ -218,9 +219,9 @@ def start(argv: Sequence[str] | None = None) -> Run:
     one, pair = study(args.prompt, concepts[:1]), study(args.pair, concepts) if len(concepts) == 2 else None
     for word in args.words:
         one.rows(word)
-    shown = (pair or one).prompt
-    drawing = f'python sample.py "{shown}"' + "".join(f" --concept {concept_file(own['locked'])}" for own in files)
-    return Run(args, model, one, pair, bar, drawing)
+    drawing = [f'python sample.py "{(pair or one).prompt}"']
+    drawing += [f"--concept {concept_file(own['locked'])}" for own in files]
+    return Run(args, model, one, pair, bar, " ".join(drawing))
 
 
 # ---------------------------------------------------------------------------- the figures, with their numbers
@@ -275,7 +276,7 @@ def words_figure(study: Study, drawn: dict, words: list, title: str) -> tuple:
 
 
 def figure_locks(run: Run) -> tuple:
-    """2. Where does the word act under each lock? A locked one where the ordinary words act: on the object."""
+    """2. Where the word acts under each lock. A locked one where the ordinary words act: on the object."""
     drawn = {name: run.one.drawn(name, run.args.seed) for name in run.one.locks}
     return words_figure(run.one, drawn, [*run.one.tokens, *run.args.words], "Where words act under each lock")
 
@@ -287,8 +288,8 @@ def steps_figure(run: Run, columns: dict, title: str) -> tuple:
     seen = diffusion.decode(run.model.vae, locked.seen[steps].to(run.model.device))
     maps = [[maps[k] for maps in columns.values()] for k in steps]
     return maps_figure(seen, maps, [[locked.masks[0]] * len(columns)] * len(steps),
-                       [f"t = {ddim_timesteps(of)[k]}" for k in steps], ["what the U-Net saw", *columns], title,
-                       one_scale=True)
+                       [f"t = {ddim_timesteps(of)[k]}" for k in steps], ["what the U-Net saw", *columns],
+                       title, one_scale=True)
 
 
 def figure_keys(run: Run) -> tuple:
@@ -310,7 +311,7 @@ def figure_layers(run: Run) -> tuple:
 
 
 def figure_beta(run: Run) -> tuple:
-    """5. The knob: beta is where a gate is half open. Lower, more of the concept; higher, more of the prompt."""
+    """5. The knob: beta is where a gate is half open. Lower: more of the concept; higher: of the prompt."""
     one, t = run.one, run.one.named[0].tokens[-1]
     gates = [one.condition("locked", beta=beta).gates[1, t, 0].item() for beta in page.BETAS]
     rows = zip(*(one.moved(beta=beta) for beta in page.BETAS))
@@ -328,7 +329,7 @@ def figure_two(run: Run) -> tuple:
 
 
 def figures(run: Run) -> Iterator[tuple[str, tuple]]:
-    """The names of all figures that can be drawn, each with its figure, the header and the rows of its table."""
+    """The names of the figures that can be drawn; each one's figure, and the header and rows of its table."""
     yield "1_gates", figure_gates(run)
     yield "2_locks", figure_locks(run)
     if run.one.has("trained"):
@@ -359,14 +360,13 @@ def write_page(run: Run) -> Path:
     """Write the page of the study of two concepts, or of the one there is."""
     args, study = run.args, run.main
     objects = " and ".join(f'"{words}"' for words in study.names)
-    about = {
-        "fingerprint": run.model.fingerprint, "model": run.model.name,
-        "made": f"Model {run.model.name} ({run.model.fingerprint}), seeds {study.seeds[0]} to {study.seeds[-1]}, "
-                f"{args.steps} DDIM steps, guidance {args.guidance:g}; beta {DRAWING_BETA['local']}, with the "
-                f"global lock {DRAWING_BETA['global']}; tau {DRAWING_TAU}. The objects are found by the base "
-                f"model: where its own attention to {objects}, over the finished picture with noise added, is "
-                "above the middle of its range. It is the same judge for every lock, but it is attention too, "
-                "not a mask made by hand."}
+    made = (f"Model {run.model.name} ({run.model.fingerprint}), seeds {study.seeds[0]} to {study.seeds[-1]}, "
+            f"{args.steps} DDIM steps, guidance {args.guidance:g}; beta {DRAWING_BETA['local']}, with the "
+            f"global lock {DRAWING_BETA['global']}; tau {DRAWING_TAU}. The objects are found by the base model: "
+            f"where its own attention to {objects}, over the finished picture with noise added, is above the "
+            "middle of its range. It is the same judge for every lock, but it is attention too, not a mask "
+            "made by hand.")
+    about = {"fingerprint": run.model.fingerprint, "made": made}
     folders = [args.images, args.second][:len(study.concepts)]
     training = [[read_image(path, run.model.size[0])[0] / 2 + 0.5 for path in list_images(folder)[0][:5]]
                 if folder and folder.is_dir() else [] for folder in folders]

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import diffusion
 from diffusion import ddim_timesteps
+from support.plots import palette
 from support.study import DRAWING_BETA, DRAWING_TAU, LOCKS, Study, shrink
 
 PICTURE_SIDE, STEP_SIDE = 256, 128          # pixels: the longer side of what the page holds, at most
@@ -34,14 +35,14 @@ BETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
 
 def page(study: Study, training: list[list[Tensor]], about: dict, records: dict | None) -> str:
-    """The page as text. training: per concept its pictures (3, H, W) in [0, 1]. about: "made", how it was made,
-    "fingerprint" of the weights and "command". records: of the measurements, as tiny/records.json, or None."""
+    """The page as text. training: per concept its pictures (3, H, W) in [0, 1]. about: "made", how it was
+    made, and "fingerprint" of the weights. records: what was measured, as tiny/records.json, or None."""
     trained = study.has("trained")
     data = about | {
         "concepts": [{"token": token, "words": words, "training": uris(pictures)}
                      for token, words, pictures in zip(study.tokens, study.names, training)],
         "prompt": study.prompt, "ordinary": study.ordinary, "words": [vars(word) for word in study.words],
-        "seeds": list(study.seeds), "beta": DRAWING_BETA["local"], "tau": DRAWING_TAU,
+        "seeds": list(study.seeds), "palette": palette(), "beta": DRAWING_BETA["local"], "tau": DRAWING_TAU,
         "locks": {name: uris(study.pictures(name))
                   for name in ("locked keys", "trained keys", "ordinary words") if name in study.locks},
         "slides": SLIDES, "slid": [uris(study.moved(slide=x)) for x in SLIDES] if trained else None,
@@ -52,14 +53,15 @@ def page(study: Study, training: list[list[Tensor]], about: dict, records: dict 
 
 
 def live(study: Study, limit: int = LIVE_BYTES) -> dict:
-    """What the browser needs to compute the attention of the locked drawings of as many seeds as `limit` bytes
-    allow: per seed and layer A (places, heads, tokens + 1), u and v (places, heads, n), as whole numbers of 16
-    bits in units of `unit`.
+    """What the browser needs to compute the attention of the locked drawings of as many seeds as `limit`
+    bytes allow: per seed and layer A (places, heads, tokens + 1), u and v (places, heads, n), as whole
+    numbers of 16 bits in units of `unit`.
 
-    The padding's tokens are one: its A is their logsumexp at shut gates. The page adds the mean of their gates,
-    so what is left out is of second order in gates that are nearly shut.
+    The padding's tokens are one: its A is their logsumexp at shut gates. The page adds the mean of their
+    gates, so what is left out is of second order in gates that are nearly shut.
     """
     heads, last = study.model.unet.config.attention_heads, study.words[-1]
+    first = last.tokens[0]
     ratios, plain, sides = study.key_parts()
     every = [study.drawn("locked keys", seed) for seed in study.seeds]
     packed = []
@@ -69,15 +71,15 @@ def live(study: Study, limit: int = LIVE_BYTES) -> dict:
             q = q.flatten(0, 1).unflatten(1, (heads, -1)) * (q.shape[-1] // heads) ** -0.5
             a = against(q, plain[layer])
             if last.label == "padding":
-                a = torch.cat([a[..., :last.tokens[0]], a[..., last.tokens[0]:].logsumexp(-1, keepdim=True)], -1)
+                a = torch.cat([a[..., :first], a[..., first:].logsumexp(-1, keepdim=True)], -1)
             parts += [part.flatten() for part in (a, *(against(q, side[layer]) for side in sides))]
         packed.append(torch.cat(parts))
     shown = min(len(packed), max(1, limit // (2 * len(packed[0]))))
     numbers, size = torch.cat(packed[:shown]), every[0].queries[0].shape[:2]
     unit = numbers.abs().max().item() / 32767
-    return {"ratios": [[round(x, 4) for x in token] for token in ratios.tolist()], "heads": heads, "unit": unit,
-            "sides": len(sides), "sizes": [q.shape[:2] for q in every[0].queries], "step": study.steps // 2 + 1,
-            "masks": [objects(F.interpolate(drawn.masks[None], size, mode="area")[0]) for drawn in every[:shown]],
+    masks = [F.interpolate(drawn.masks[None], size, mode="area")[0] for drawn in every[:shown]]
+    return {"ratios": ratios.tolist(), "heads": heads, "unit": unit, "sides": len(sides),
+            "sizes": [q.shape[:2] for q in every[0].queries], "masks": [objects(mask) for mask in masks],
             "numbers": compressed((numbers / unit).round().short().numpy().tobytes())}
 
 
@@ -87,8 +89,8 @@ def against(q: Tensor, keys: Tensor) -> Tensor:
 
 
 def explorer(study: Study, limit: int = MAP_BYTES) -> dict:
-    """The first seed under every lock: maps of all words in as many steps as `limit` bytes allow, in all layers,
-    in steps of 1 / 255 of the largest value that a word has under any lock; and what the U-Net saw."""
+    """The first seed under every lock: maps of all words in as many steps as `limit` bytes allow, in all
+    layers, in steps of 1 / 255 of the largest value that a word has under any lock; what the U-Net saw."""
     views = {name: study.drawn(name, study.seeds[0]) for name in study.locks}
     first, of = next(iter(views.values())), study.steps
     step_bytes = len(views) * sum(level[0].numel() for level in first.maps)

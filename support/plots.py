@@ -17,6 +17,11 @@ from matplotlib import colormaps  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 
+def palette() -> list[int]:
+    """The colours of maps, from 0 to 255: red, green, blue and opacity as a number's bytes, low to high."""
+    return [int.from_bytes(bytes(colour), "little") for colour in colormaps["magma"](range(256), bytes=True)]
+
+
 def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: str, tops: list | None = None,
                 objects: list | None = None) -> Figure:
     """A grid of pictures (3, H, W) and maps (h, w), with labels.
@@ -46,7 +51,7 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
 
 
 def gates_figure(prompts: list[tuple[list, list[str], Tensor]], title: str) -> Figure:
-    """How far gates are open: per prompt its tokens [(place, text)], the concepts' names, and gates (T, n)."""
+    """How far gates are open: per prompt its tokens [(place, text)], the concepts' names, gates (T, n)."""
     figure = Figure(figsize=(8, 2.3 * len(prompts) + 0.4), layout="constrained")
     for axis, (places, names, gates) in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], prompts):
         n = len(names)

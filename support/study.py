@@ -22,7 +22,7 @@ from concept import prepare
 from diffusion import seeded_noise
 from perfusion import DRAWING_BETA, DRAWING_TAU
 
-MAP_SIDE, QUERY_SIDE = 24, 16       # cells: the longer side of the maps and of the queries that are kept, at most
+MAP_SIDE, QUERY_SIDE = 24, 16       # cells: the longer side of maps and queries that are kept, at most
 LOCKS = {  # name -> lock in training (None: no concept), lock in drawing, what it is
     "locked keys": ("locked", "local", "Learned values, and the key of the ordinary word."),
     "trained keys": ("trained", "local", "Learned values, and a key that was learned with them."),
@@ -171,8 +171,8 @@ class Study:
 
     def condition(self, version: str | None, lock: str = "local", beta: float | None = None,
                   tau: float = DRAWING_TAU, slide: float = 0) -> perfusion.Conditioning:
-        """Keys and values of ["", prompt] and the gates, with concepts of one lock in training; None: with the
-        ordinary words. slide: how far the keys are moved from this version's to the trained ones."""
+        """Keys and values of ["", prompt] and the gates, with concepts of one lock in training, None: with
+        the ordinary words. slide: how far the keys are moved from this version's to the trained ones."""
         mine = [versions[version] for versions in self.concepts if version]
         if slide:
             mine = [dataclasses.replace(a, o_keys=[torch.lerp(x, y, slide) for x, y in zip(
@@ -207,11 +207,12 @@ class Study:
     def _watch(self, version, lock, seed, map_version):
         given = self.condition(version, lock)
         map_keys = self.condition(map_version, lock).keys if map_version else None
-        latents, maps, seen, queries = watch(self.model, given.keys, given.values, self.words, seed, self.steps,
-                                             self.guidance, map_keys)
+        latents, maps, seen, queries = watch(self.model, given.keys, given.values, self.words, seed,
+                                             self.steps, self.guidance, map_keys)
         self.on_picture(1)
+        gates = None if given.gates is None else given.gates[1].cpu()
         picture, masks = diffusion.decode(self.model.vae, latents)[0], self.masks(latents)
-        return Drawn(picture, maps, seen, masks, None if given.gates is None else given.gates[1].cpu(), queries)
+        return Drawn(picture, maps, seen, masks, gates, queries)
 
     def masks(self, latents: Tensor) -> Tensor:
         """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
@@ -235,9 +236,9 @@ class Study:
         return maps[:, self.rows(text)].sum(1)
 
     def key_parts(self) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
-        """What the prompt's keys are made of, float32 on the CPU: sim / energy (T, n) of every token with every
-        concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and, where there
-        are such, trained: lists over layers of (n, width)."""
+        """What the prompt's keys are made of, float32 on the CPU: sim / energy (T, n) of every token with
+        every concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and,
+        where there are such, trained: lists over layers of (n, width)."""
         e, _, _ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
         e_perp, ratio = perfusion.split(e, *(torch.stack([getattr(concept, name) for concept in self.locked])
                                              for name in ("i_star", "d_star")))
