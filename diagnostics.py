@@ -2,11 +2,12 @@
 
     python diagnostics.py --images examples/teddy --super "teddy bear"
     python diagnostics.py --images examples/teddy --super "teddy bear" \\
-        --second examples/cat --second-super cat
+        --second examples/cat --second-super cat --page docs/index.html
     python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors
 
 The output folder receives the figures (PNG), their numbers (CSV), the page (index.html), and in trained/ the
-concepts, which the next run uses again. A second concept adds figure 6; the page is then about both.
+concepts, which the next run uses again. A second concept adds figure 6; the page is then about both. The second
+command makes what is committed: figures/1_gates.png and on, and docs/index.html.
 
 Each figure makes one claim. Maps that are compared share one colour scale. A number under a map is the share
 of a word's attention that lies on its own object, which is outlined. The base model finds the object in the
@@ -155,8 +156,8 @@ def announce(args, model, trainings: int) -> None:
     step = (time.perf_counter() - start) / 3
     seconds = step * (pictures * args.steps + trainings * args.training_steps * TRAINING_COST)
     minutes = max(1, round(seconds / 60))
-    print(f"{trainings} trainings of {args.training_steps} steps and some {pictures} pictures of {args.steps} "
-          f"steps: about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
+    print(f"{trainings} trainings of {args.training_steps} steps and {pictures} pictures of {args.steps}: "
+          f"about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
 
 
 def read_concepts(model, files: dict) -> dict:
@@ -362,9 +363,9 @@ def write_page(run: Run) -> Path:
     objects = " and ".join(f'"{words}"' for words in study.names)
     made = (f"Model {run.model.name} ({run.model.fingerprint}), seeds {study.seeds[0]} to {study.seeds[-1]}, "
             f"{args.steps} DDIM steps, guidance {args.guidance:g}; beta {DRAWING_BETA['local']}, with the "
-            f"global lock {DRAWING_BETA['global']}; tau {DRAWING_TAU}. The objects are found by the base model: "
-            f"where its own attention to {objects}, over the finished picture with noise added, is above the "
-            "middle of its range. It is the same judge for every lock, but it is attention too, not a mask "
+            f"global lock {DRAWING_BETA['global']}; tau {DRAWING_TAU}. The objects are found by the base model "
+            f"itself: where its attention to {objects}, over the finished picture with noise added, is above "
+            "the middle of its range. It is the same judge for every lock, but it is attention too, not a mask "
             "made by hand.")
     about = {"fingerprint": run.model.fingerprint, "made": made}
     folders = [args.images, args.second][:len(study.concepts)]
