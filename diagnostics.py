@@ -6,8 +6,8 @@
     python diagnostics.py --concept teddy.safetensors --trained teddy-trained.safetensors
 
 The output folder receives the figures (PNG), their numbers (CSV), the page (index.html), and in trained/ the
-concepts, which the next run uses again. A second concept adds figure 6; the page is then about both. The second
-command makes what is committed: figures/1_gates.png and on, and docs/index.html.
+concepts, which the next run uses again. A second concept adds figure 6; the page is then about both. The
+second command makes what is committed: figures/1_gates.png and on, and docs/index.html.
 
 Each figure makes one claim. Maps that are compared share one colour scale. A number under a map is the share
 of a word's attention that lies on its own object, which is outlined. The base model finds the object in the
@@ -17,7 +17,6 @@ the same for every lock, but it is attention too. diagnostics.ipynb tells the st
 
 import csv
 import hashlib
-import io
 import json
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image
+from support.study import DRAWING_BETA, DRAWING_TAU, Study, check_room
 from tqdm import tqdm
 
 import diffusion
@@ -40,8 +39,7 @@ from support import command_line, fast_cpu, page
 from support.command_line import between, unquoted
 from support.files import replacing
 from support.pictures import digest, list_images, read_image
-from support.plots import gates_figure, grid_figure
-from support.study import DRAWING_BETA, DRAWING_TAU, Study, check_room
+from support.plots import gates_figure, grid_figure, png
 
 ROOT = Path(__file__).parent
 SEEDS = 4
@@ -212,16 +210,16 @@ def start(argv: Sequence[str] | None = None) -> Run:
             train(args, *training)
         model = load_model(args)
     concepts = [read_concepts(model, own) for own in files]
-    bar = tqdm(unit="picture", desc="drawing")
 
     def study(template, concepts):
         return Study(model, template, concepts, args.steps, args.guidance,
-                     range(args.seed, args.seed + SEEDS), bar.update)
+                     range(args.seed, args.seed + SEEDS), lambda n: bar.update(n))
     one, pair = study(args.prompt, concepts[:1]), study(args.pair, concepts) if len(concepts) == 2 else None
     for word in args.words:
         one.rows(word)
     drawing = [f'python sample.py "{(pair or one).prompt}"']
     drawing += [f"--concept {concept_file(own['locked'])}" for own in files]
+    bar = tqdm(unit="picture", desc="drawing", delay=1)
     return Run(args, model, one, pair, bar, " ".join(drawing))
 
 
@@ -347,10 +345,8 @@ def figures(run: Run) -> Iterator[tuple[str, tuple]]:
 
 def save(folder: Path, name: str, figure: Figure, header: tuple, table: list) -> None:
     """Write a figure as PNG and its numbers as CSV beside it."""
-    drawn = io.BytesIO()
-    figure.savefig(drawn, dpi=100)
-    with replacing(folder / f"{name}.png") as path:       # 128 colours take a quarter of the bytes
-        Image.open(drawn).convert("RGB").quantize(128, kmeans=1).save(path, "PNG")
+    with replacing(folder / f"{name}.png") as path:
+        path.write_bytes(png(figure))
     with replacing(folder / f"{name}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *table])
 
@@ -363,10 +359,9 @@ def write_page(run: Run) -> Path:
     objects = " and ".join(f'"{words}"' for words in study.names)
     made = (f"Model {run.model.name} ({run.model.fingerprint}), seeds {study.seeds[0]} to {study.seeds[-1]}, "
             f"{args.steps} DDIM steps, guidance {args.guidance:g}; beta {DRAWING_BETA['local']}, with the "
-            f"global lock {DRAWING_BETA['global']}; tau {DRAWING_TAU}. The objects are found by the base model "
-            f"itself: where its attention to {objects}, over the finished picture with noise added, is above "
-            "the middle of its range. It is the same judge for every lock, but it is attention too, not a mask "
-            "made by hand.")
+            f"global lock {DRAWING_BETA['global']}; tau {DRAWING_TAU}. The base model finds the objects: "
+            f"where its attention to {objects}, over the finished picture with noise added, is above the "
+            "middle of its range. So the judge is the same for every lock, but it is attention too.")
     about = {"fingerprint": run.model.fingerprint, "made": made}
     folders = [args.images, args.second][:len(study.concepts)]
     training = [[read_image(path, run.model.size[0])[0] / 2 + 0.5 for path in list_images(folder)[0][:5]]

@@ -1,9 +1,11 @@
 """Plots: tensors in, a figure out."""
 
+import io
 import itertools
 import os
 import sys
 
+from PIL import Image
 from torch import Tensor, arange
 
 from diffusion import to_bytes
@@ -15,6 +17,14 @@ if os.environ.get("MPLBACKEND", "").endswith("inline") and "ipykernel" not in sy
 
 from matplotlib import colormaps  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as a PNG file of 128 colours, which take a quarter of the bytes."""
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, dpi=100)
+    Image.open(drawn).convert("RGB").quantize(128, kmeans=1).save(file, "PNG")
+    return file.getvalue()
 
 
 def palette() -> list[int]:
