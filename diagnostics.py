@@ -42,9 +42,9 @@ from support.pictures import digest, list_images, read_image
 from support.plots import gates_figure, grid_figure, png
 
 ROOT = Path(__file__).parent
-SEEDS = 4
+SEEDS = {True: 4, False: 2}         # by whether the model is small
 ROWS = 4                            # denoising steps in figures 3 and 4
-PICTURES = {1: 60, 2: 90}           # drawn for one concept and for two; rounded up
+PICTURES = {1: 15, 2: 22}           # drawn per seed, for one concept and for two; rounded up
 TRAINING_COST = 9                   # of a training step, in guided drawing steps; measured
 VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock in training
 RECORDS = ROOT / "tiny" / "records.json"
@@ -146,7 +146,7 @@ def train(args, folder: Path, pictures: Path, words: str, lock: str) -> None:
 
 def announce(args, model, trainings: int) -> None:
     """Say how long it will take, from the time of a step on this machine."""
-    pictures = PICTURES[1 + bool(args.second)]
+    pictures = SEEDS[model.small] * PICTURES[1 + bool(args.second)]
     ids, _ = model.tokenizer.encode(["", ""])
     e = model.text_encoder(model.text_encoder.embed(ids))
     start = time.perf_counter()
@@ -213,7 +213,7 @@ def start(argv: Sequence[str] | None = None) -> Run:
 
     def study(template, concepts):
         return Study(model, template, concepts, args.steps, args.guidance,
-                     range(args.seed, args.seed + SEEDS), lambda n: bar.update(n))
+                     range(args.seed, args.seed + SEEDS[model.small]), lambda n: bar.update(n))
     one, pair = study(args.prompt, concepts[:1]), study(args.pair, concepts) if len(concepts) == 2 else None
     for word in args.words:
         one.rows(word)

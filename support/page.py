@@ -29,7 +29,7 @@ from support.study import DRAWING_BETA, DRAWING_TAU, LOCKS, Study, shrink
 
 PICTURE_SIDE, STEP_SIDE = 256, 128          # pixels: the longer side of what the page holds, at most
 STEPS_SHOWN, MAP_BYTES = 8, 2_500_000       # in the explorer, at most: rather fewer steps than more bytes
-LIVE_BYTES = 2_500_000                      # of A, u and v, at most: rather fewer seeds than more bytes
+LIVE_BYTES = 3_000_000                      # of A, u and v, at most: rather fewer seeds than more bytes
 SLIDES = (0, 0.25, 0.5, 0.75, 1)            # lambda of the pictures: from locked to trained keys
 BETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
@@ -105,7 +105,7 @@ def explorer(study: Study, limit: int = MAP_BYTES) -> dict:
         "steps": [{"number": k + 1, "t": ddim_timesteps(of)[k]} for k in steps],
         "sizes": [level.shape[-2:] for level in levels], "scales": [scale.tolist() for scale in scales],
         "maps": compressed(b"".join(level.numpy().tobytes() for level in maps)),
-        "views": [{"name": name, "note": LOCKS[name][2], 
+        "views": [{"name": name, "note": LOCKS[name][2],
                    "seen": uris(diffusion.decode(vae, view.seen[steps].to(device)), STEP_SIDE, 60),
                    "objects": objects(shrink(view.masks.float()))} for name, view in views.items()]}
 

@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -44,9 +45,12 @@ class Word:
 
 @dataclass
 class Drawn:
-    """A picture (3, H, W) in [0, 1] and how it came about: maps and seen as `watch` returns them; masks
-    (n, h, w) of 0 and 1, where the n concepts are; gates (T, n), None where nothing is edited; queries of the
-    middle step as `thinned` leaves them."""
+    """A picture (3, H, W) in [0, 1] and how it came about.
+
+    maps: (steps, words, height, width), first the mean over layers, then one per layer: at a place the shares
+    of all words sum to 1. seen: what the U-Net saw (steps, c, h, w). masks: (n, h, w) of 0 and 1, where the n
+    concepts are. gates: (T, n), None where nothing is edited. queries: of the middle step, `thinned`.
+    """
     picture: Tensor
     maps: list[Tensor]
     seen: Tensor
@@ -74,39 +78,6 @@ def prompt_words(tokenizer, prompt: str, concepts: list) -> list[Word]:
     padding = list(range(end + 1, len(ids)))
     return words + [Word("end", [end], ["end"], mark=True),
                     Word("padding", padding, ["padding"], mark=True)][:1 + bool(padding)]
-
-
-@torch.no_grad()
-def watch(model, keys: list[Tensor], values: list[Tensor], words: list[Word], seed: int, steps: int,
-          guidance: float, map_keys: list[Tensor] | None = None) -> tuple:
-    """Draw a picture and keep the attention to every word in every layer and step.
-
-    keys, values: per layer (2, T, width) of ["", prompt]. map_keys: the keys whose attention is kept, where
-    they are not those that draw. Returns the latents (1, c, h, w); the maps (steps, words, height, width),
-    first the mean over layers, then one per layer: at a place the shares of all words sum to 1; what the
-    U-Net saw (steps, c, h, w); and the queries of the middle step, `thinned`.
-    """
-    size = tuple(side // model.vae.factor for side in model.size)
-    tokens_of = torch.zeros(keys[0].shape[1], len(words), device=keys[0].device)
-    for w, word in enumerate(words):
-        tokens_of[word.tokens, w] = 1
-    kept, seen, middle = [], [seeded_noise(seed, (model.unet.config.in_channels, *size))], []
-
-    def keep(z: Tensor) -> None:
-        layers, mine = [], [q[-1:] for q in queries]
-        for a in attention(mine, [k[-1:] for k in map_keys or keys], model.unet.config.attention_heads):
-            height = round((a.shape[2] * size[0] / size[1]) ** 0.5)
-            layers.append((a[0].mean(0) @ tokens_of).T.unflatten(1, (height, -1)))
-        mean = torch.stack([F.interpolate(x[None], size, mode="bilinear")[0] for x in layers]).mean(0)
-        kept.append([shrink(x).cpu() for x in (mean, *layers)])
-        if len(kept) == steps // 2 + 1:
-            middle.extend(thinned(q[0], x.shape[-2:]) for q, x in zip(mine, layers))
-        seen.append(z.cpu())
-
-    with record_queries(model.unet) as queries:
-        latents = diffusion.draw_latents(model.unet, model.schedule, keys, values, [seed], size, steps,
-                                         guidance, on_step=keep)
-    return latents, [torch.stack(level) for level in zip(*kept)], torch.cat(seen[:-1]), middle
 
 
 def shrink(maps: Tensor) -> Tensor:
@@ -157,17 +128,11 @@ class Study:
         self.prompt, self.ordinary = fill(template, self.tokens), fill(template, self.names)
         self.words = prompt_words(model.tokenizer, self.prompt, self.locked)
         self.named = [next(word for word in self.words if word.concept == j) for j in range(len(concepts))]
-        self.kept = {}
+        self.drawn, self.moved = functools.cache(self._drawn), functools.cache(self._moved)
 
     def has(self, version: str | None) -> bool:
         """Whether every concept was trained with this lock."""
         return version is None or all(version in versions for versions in self.concepts)
-
-    def once(self, name: tuple, make: Callable):
-        """What `make` returns, made when it is asked for first."""
-        if name not in self.kept:
-            self.kept[name] = make()
-        return self.kept[name]
 
     def condition(self, version: str | None, lock: str = "local", beta: float | None = None,
                   tau: float = DRAWING_TAU, slide: float = 0) -> perfusion.Conditioning:
@@ -184,36 +149,50 @@ class Study:
         """Pictures (seeds, 3, H, W) under one of LOCKS."""
         return torch.stack([self.drawn(name, seed).picture for seed in self.seeds])
 
-    def moved(self, slide: float = 0, beta: float = DRAWING_BETA["local"]) -> Tensor:
-        """Pictures (seeds, 3, H, W) of the locked concepts with keys that slid, or with another beta."""
+    def _moved(self, slide: float = 0, beta: float = DRAWING_BETA["local"]) -> Tensor:
+        """`moved`: pictures (seeds, 3, H, W) of the locked concepts with keys that slid, or another beta."""
         if (slide, beta) == (0, DRAWING_BETA["local"]):
             return self.pictures("locked keys")
-        return self.once((slide, beta), lambda: self._draw(self.condition("locked", beta=beta, slide=slide)))
-
-    def _draw(self, given):
-        """Pictures, one at a time, to spare memory."""
-        pictures = []
-        for seed in self.seeds:
+        given, pictures = self.condition("locked", beta=beta, slide=slide), []
+        for seed in self.seeds:         # one at a time, to spare memory
             pictures.append(diffusion.draw(self.model, given.keys, given.values, [seed], self.model.size,
                                            self.steps, self.guidance))
             self.on_picture(1)
         return torch.cat(pictures)
 
-    def drawn(self, name: str, seed: int, map_version: str | None = None) -> Drawn:
-        """One seed under one of LOCKS, with its attention: that of the keys that draw, or of those of another
-        version."""
-        return self.once((name, seed, map_version), lambda: self._watch(*LOCKS[name][:2], seed, map_version))
+    @torch.no_grad()
+    def _drawn(self, name: str, seed: int, map_version: str | None = None) -> Drawn:
+        """`drawn`: one seed under one of LOCKS, with its attention: that of the keys that draw, or of those
+        of another version."""
+        version, lock, _ = LOCKS[name]
+        model, given = self.model, self.condition(version, lock)
+        map_keys = self.condition(map_version, lock).keys if map_version else given.keys
+        size = tuple(side // model.vae.factor for side in model.size)
+        tokens_of = torch.zeros(given.keys[0].shape[1], len(self.words), device=given.keys[0].device)
+        for w, word in enumerate(self.words):
+            tokens_of[word.tokens, w] = 1
+        kept, seen, middle = [], [seeded_noise(seed, (model.unet.config.in_channels, *size))], []
 
-    def _watch(self, version, lock, seed, map_version):
-        given = self.condition(version, lock)
-        map_keys = self.condition(map_version, lock).keys if map_version else None
-        latents, maps, seen, queries = watch(self.model, given.keys, given.values, self.words, seed,
-                                             self.steps, self.guidance, map_keys)
+        def keep(z: Tensor) -> None:
+            layers, mine = [], [q[-1:] for q in queries]
+            for a in attention(mine, [k[-1:] for k in map_keys], model.unet.config.attention_heads):
+                height = round((a.shape[2] * size[0] / size[1]) ** 0.5)
+                layers.append((a[0].mean(0) @ tokens_of).T.unflatten(1, (height, -1)))
+            mean = torch.stack([F.interpolate(x[None], size, mode="bilinear")[0] for x in layers]).mean(0)
+            kept.append([shrink(x).cpu() for x in (mean, *layers)])
+            if len(kept) == self.steps // 2 + 1:
+                middle.extend(thinned(q[0], x.shape[-2:]) for q, x in zip(mine, layers))
+            seen.append(z.cpu())
+
+        with record_queries(model.unet) as queries:
+            latents = diffusion.draw_latents(model.unet, model.schedule, given.keys, given.values, [seed],
+                                             size, self.steps, self.guidance, on_step=keep)
         self.on_picture(1)
-        gates = None if given.gates is None else given.gates[1].cpu()
-        picture, masks = diffusion.decode(self.model.vae, latents)[0], self.masks(latents)
-        return Drawn(picture, maps, seen, masks, gates, queries)
+        return Drawn(diffusion.decode(model.vae, latents)[0], [torch.stack(level) for level in zip(*kept)],
+                     torch.cat(seen[:-1]), self.masks(latents),
+                     None if given.gates is None else given.gates[1].cpu(), middle)
 
+    @torch.no_grad()
     def masks(self, latents: Tensor) -> Tensor:
         """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
         ordinary = self.condition(None)
@@ -232,7 +211,7 @@ class Study:
         return rows
 
     def map_of(self, text: str, maps: Tensor) -> Tensor:
-        """Maps (steps, h, w) of a word, see `rows`, from one level (steps, words, h, w) of `watch`'s maps."""
+        """Maps (steps, h, w) of a word, see `rows`, from one level (steps, words, h, w) of drawn maps."""
         return maps[:, self.rows(text)].sum(1)
 
     def key_parts(self) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
