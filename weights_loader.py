@@ -37,7 +37,7 @@ TINY = Path(__file__).parent / "tiny" / "weights"
 HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
 SINGLE = (".safetensors", ".ckpt")
 GUESSES = {  # what people write -> what they may mean
-    rf".*(?:huggingface\.co|hf\.co)/({HUB_ID})/?": r"\1",
+    rf".*(?:huggingface\.co|hf\.co)/({HUB_ID})(?:/tree/.*)?/?": r"\1",
     r"\w+://.*": "the path of the file, once it is downloaded",
     r"(runwayml/)?(sd|stable[-_ ]?diffusion)[-_ ]?v?1[-_. ]?5": "sd15", "tiny": "tiny"}
 SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
@@ -238,17 +238,19 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
     ref = cache / "refs" / revision
     as_asked = {what: [names for names in alternatives if ".fp16" not in names[0]] or alternatives
                 for what, alternatives in need.items()}
+    wanted = cache / "snapshots" / (ref.read_text() if ref.is_file() else revision)
     with contextlib.suppress(ValueError):
-        return in_folder(cache / "snapshots" / (ref.read_text() if ref.is_file() else revision), as_asked)
+        return in_folder(wanted, as_asked)
     try:
         return in_folder(fetch(repo, revision, need), need)
     except ValueError:
         raise
     except Exception as error:  # the errors of several libraries
-        for folder in sorted(cache.glob("snapshots/*"), key=lambda folder: folder.stat().st_mtime, reverse=True):
+        for folder in [wanted, *cache.glob("snapshots/*")]:
             with contextlib.suppress(ValueError):
                 files = in_folder(folder, need)
-                warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
+                if folder != wanted:
+                    warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
                 return files
         raise ValueError(f"{repo}: neither a folder here, nor complete in the local cache, nor to be had "
                          f"from the hub ({type(error).__name__})") from error

@@ -64,9 +64,10 @@ def read(path: str | os.PathLike) -> object:
             return load_file(path)
         if form == "zip" and any(item.compress_type for item in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is a compressed archive")
+        mapped = form == "zip" and Path(path).suffix != ".safetensors"  # torch.load would believe the suffix
         inert = [(Inert, name) for name in HARMLESS]
-        with torch.serialization.safe_globals([torch.nn.ParameterDict, *inert]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=form == "zip")
+        with open(path, "rb") as file, torch.serialization.safe_globals([torch.nn.ParameterDict, *inert]):
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can fail in any way
         text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's advice before it is dangerous
         foreign = re.search(r"GLOBAL (\S+)", text)

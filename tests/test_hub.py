@@ -5,9 +5,11 @@ A stand-in for the hub on 127.0.0.1 serves a small model and writes down what it
 
 import hashlib
 import http.server
+import json
 import shutil
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,15 +30,20 @@ KINDS = {"bins": bins, "half": half, "shards": shards}
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        """/owner/name/resolve/revision/path as huggingface.co answers: the commit and a tag."""
+        """As huggingface.co: /owner/name/resolve/revision/path, and the list of files of a revision."""
         self.server.asked.append((self.command, self.path))
-        repo, _, rest = self.path.lstrip("/").partition("/resolve/")
+        listing = self.path.startswith("/api/models/")
+        repo, _, rest = self.path.removeprefix("/api/models").lstrip("/").partition(
+            "/revision/" if listing else "/resolve/")
         revision, _, name = rest.partition("/")
         owner, _, kind = repo.partition("/")
         known = (repo, revision) == (REPO, REVISION) or (owner, revision) == ("someone", "main")
-        file = self.server.folder / (kind if owner == "someone" else "model") / name
-        found = known and file.is_file()
-        data = file.read_bytes() if found else b""
+        folder = self.server.folder / (kind if owner == "someone" else "model")
+        found = known and (listing or (folder / name).is_file())
+        data = (folder / name).read_bytes() if found and name else b""
+        if found and listing:
+            files = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
+            data = json.dumps({"id": repo, "siblings": [{"rfilename": file} for file in files]}).encode()
         self.send_response(200 if found else 404)
         if not found:
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
@@ -69,8 +76,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def fetched(self, repo=REPO, revision=REVISION):
         """The files of the repository that were fetched since the last call; nothing else was asked for."""
         prefix = f"/{repo}/resolve/{revision}/"
-        client = "/api/agent-harnesses"  # which the client asks for, for its own user agent
-        asked = [(method, path) for method, path in self.asked if path != client]
+        asked = [(method, path) for method, path in self.asked if not path.startswith("/api/")]
         assert all(path.startswith(prefix) for _, path in asked), asked
         files = [path.removeprefix(prefix) for method, path in asked if method == "GET"]
         assert len(files) == len(set(files))
@@ -124,11 +130,43 @@ def test_exactly_the_needed_files_at_the_pinned_revision_once(hub, fingerprint, 
     weights = {name.replace(".safetensors", ".fp16.safetensors") for name in WEIGHTS} if variant else WEIGHTS
     assert hub.fetched() == NEEDED | weights
     assert load("sd15", variant) == f"{fingerprint} sd15" and not hub.asked  # not even for something newer
+    if variant:  # while the hub is there, half precision is not taken for full
+        load("sd15")
+        assert {f"/{REPO}/resolve/{REVISION}/{name}" for name in WEIGHTS} <= {path for _, path in hub.asked}
     hub.off()
     assert load("sd15", variant) == f"{fingerprint} sd15"
-    if variant:  # what is there is not taken for what was asked for
-        with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is"):
-            load("sd15")
+
+
+@pytest.mark.parametrize("kind, repo, ref, said", [
+    ("bins", "someone/bins", REVISION, []), ("shards", REPO, None, []),
+    ("bins", "gone/away", None, ["gone/away: out of reach, taken from the local cache, commit 451f4fe"]),
+    ("half", REPO, None, ["sd15: its files are in half precision (fp16)"])])
+def test_what_other_programs_left_in_the_cache_is_enough(hub, folder, fingerprint, tmp_path, kind, repo, ref, said):
+    """No notes of what the repository lacks, perhaps no name of the commit."""
+    cache = tmp_path / "cache" / f"models--{repo.replace('/', '--')}"
+    shutil.copytree(folder / kind, cache / "snapshots" / REVISION)
+    if ref:
+        (cache / "refs").mkdir()
+        (cache / "refs" / "main").write_text(ref)
+    if not repo.startswith("gone"):
+        hub.off()
+    with warnings.catch_warnings(record=True) as lines:
+        warnings.simplefilter("always")
+        assert load("sd15" if repo == REPO else repo).startswith(fingerprint)
+    assert len(lines) == len(said) and all(words in str(line.message) for line, words in zip(lines, said))
+
+
+def test_sd15_at_another_commit_serves_only_while_the_pinned_one_is_out_of_reach(hub, folder, fingerprint, tmp_path):
+    snapshots = tmp_path / "cache" / f"models--{REPO.replace('/', '--')}" / "snapshots"
+    shutil.copytree(folder / "model", snapshots / "another")
+    (snapshots / REVISION / "unet").mkdir(parents=True)         # of the pinned one a piece
+    shutil.copy(folder / "model" / "unet" / "config.json", snapshots / REVISION / "unet")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.warns(UserWarning, match=f"{REPO}: out of reach, taken from the local cache, commit another"):
+            assert load("sd15") == f"{fingerprint} sd15"
+    load("sd15")
+    assert hub.fetched() >= WEIGHTS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -154,7 +192,7 @@ def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
 def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
     hub.off()
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is unet/config.json in the"):
+    with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor complete in the local cache"):
         load("sd15")
     assert time.perf_counter() - start < 5  # the client's five retries would take 23
 
@@ -162,5 +200,5 @@ def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
 def test_what_the_hub_does_not_have_is_named(hub):
     with pytest.raises(ValueError, match=r"to be had from the hub \(RepositoryNotFoundError\)$"):
         load("no/such-model")
-    with pytest.raises(ValueError, match=f"{REPO}: there is no file unet/diffusion_pytorch_model.bf16.safe"):
+    with pytest.raises(ValueError, match=f"{REPO}/unet/diffusion_pytorch_model.bf16.safetensors: there is no"):
         load("sd15", "bf16")
