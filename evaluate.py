@@ -106,15 +106,14 @@ def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_ima
     """A CLIP, its tokenizer and its name, from a folder or the hub; without a text tower, the model's."""
     own = model.folder and Path(model.folder) / "clip"
     source = source or (str(own) if own and own.is_dir() else PUBLIC_CLIP)
-    need = {"config": [("config.json",)], "weights": [("model.safetensors",), ("pytorch_model.bin",)]}
+    need = {"config": [["config.json"]], "weights": [["model.safetensors"], ["pytorch_model.bin"]]}
     folder = weights_loader.locate(source, need)["config"][0].parent
     _, sizes = clip_image.read_config(folder)
     if sizes is None:
         text_encoder, tokenizer = copy.deepcopy(model.text_encoder).float(), model.tokenizer
     else:
         text_encoder = TextEncoder(TextConfig(**sizes))
-        files = weights_loader.locate(source, {"vocabulary": weights_loader.VOCABULARY})
-        tokenizer = Tokenizer.load(files["vocabulary"][0].parent, sizes["max_length"])
+        tokenizer = Tokenizer.load(weights_loader.find_vocabulary(source), sizes["max_length"])
     name = f"{model.name}'s own" if own and folder == own else source
     return clip_image.load(folder, text_encoder).to(model.device), tokenizer, name
 

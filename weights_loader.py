@@ -10,6 +10,7 @@ a warning of one line.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import itertools
 import json
@@ -17,7 +18,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,8 +46,8 @@ WEIGHTS = {  # names in the published layout, the preferred first; a variant sta
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin")}
-VOCABULARY = [("tokenizer/merges.txt", "tokenizer/vocab.json"), ("tokenizer/tokenizer.json",),
-              ("merges.txt", "vocab.json"), ("tokenizer.json",)]
+VOCABULARY = {"vocabulary": [["tokenizer/merges.txt", "tokenizer/vocab.json"], ["tokenizer/tokenizer.json"],
+                             ["merges.txt", "vocab.json"], ["tokenizer.json"]]}
 CHUNK = 2**28  # bytes, see fill
 FINGERPRINT = re.compile(r".*(attn2\.to_[kv]|token_embedding)\.weight")  # what Perfusion edits, and the words
 
@@ -114,7 +115,7 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
             networks[part], names[part] = connect(part, config, tensors)
     except ValueError as error:
         guess = meant(str(weights))
-        raise ValueError(f"{error}; did you mean {guess}?" if guess else str(error)) from error
+        raise ValueError(f"{error}; did you mean {guess}?" if guess else error) from error
     u, v, t = (networks[part].config for part in NETWORKS)
     if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
         raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
@@ -139,7 +140,7 @@ def open_folder(weights: str | Path, variant: str | None,
 
     Returns {part: (config, tensors as from mapped)}, prediction type, folder of the vocabulary, folder.
     """
-    files = locate(weights, needs(variant) | ({} if tokenizer else {"vocabulary": VOCABULARY}))
+    files = locate(weights, needs(variant) | ({} if tokenizer else VOCABULARY))
     parts = {}
     for part in NETWORKS:
         config = read_json(*files[f"{part}/config"], lambda public: weight_names.read_config(part, public))
@@ -155,77 +156,71 @@ def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple[dict, st
     if yaml.is_file():
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", read_text(yaml), re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
-    parts, need = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}, {"vocabulary": VOCABULARY}
-    if not tokenizer:
-        try:
-            files = locate(path.parent, need)
-        except ValueError:
-            files = locate("sd15", need)
-    return parts, predicted, tokenizer or files["vocabulary"][0].parent, path.parent
+    parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
+    return parts, predicted, tokenizer or find_vocabulary(path.parent, "sd15"), path.parent
 
 
-def needs(variant: str | None) -> dict[str, list[tuple[str, ...]]]:
-    """What there must be of a model: {what: alternatives, each of one or more files, the preferred first}.
+def find_vocabulary(place: str | Path, *others: str | Path) -> Path:
+    """The folder of the vocabulary in the first of these places that has one."""
+    try:
+        return locate(place, VOCABULARY)["vocabulary"][0].parent
+    except ValueError:
+        if not others:
+            raise
+        return find_vocabulary(*others)
+
+
+def needs(variant: str | None) -> dict[str, list[list[str]]]:
+    """What there must be of a model: {what: alternatives, the preferred first, each of patterns of names}.
 
     fp32 comes before fp16, .safetensors before .bin, a file in one piece before one in shards.
     """
-    need = {"scheduler": [("scheduler/scheduler_config.json",)]}
+    need, shard = {"scheduler": [["scheduler/scheduler_config.json"]]}, "[0-9]" * 5
     for part, names in WEIGHTS.items():
-        need[f"{part}/config"], need[part] = [(f"{part}/config.json",)], []
+        need[f"{part}/config"], need[part] = [[f"{part}/config.json"]], []
         for infix in [f".{variant}"] if variant else ["", ".fp16"]:
             for name in names:
                 stem, suffix = name.split(".")
-                need[part] += [(f"{part}/{stem}{infix}.{suffix}",), (f"{part}/{name}.index{infix}.json",)]
+                for end in (infix, f"-{shard}-of-{shard}{infix}", f"{infix}-{shard}-of-{shard}"):
+                    need[part].append([f"{part}/{stem}{end}.{suffix}"])
     return need
 
 
-def choose(place: str | Path, need: dict, is_there: Callable[[str], bool]) -> dict[str, tuple[str, ...]]:
-    """{what: the first of its alternatives that is there}; ValueError where something has none."""
+def choose(place: str | Path, listed: set[str], need: dict) -> dict[str, list[str]]:
+    """{what: names of the first alternative of which all is listed}; ValueError where there is none."""
     chosen = {}
     for what, alternatives in need.items():
-        fitting = [names for names in alternatives if all(is_there(name) for name in names)]
-        if not fitting:
+        for patterns in alternatives:
+            found = [sorted(fnmatch.filter(listed, pattern)) for pattern in patterns]
+            if all(names and len(names) == int(names[0].partition("-of-")[2][:5] or 1) for names in found):
+                chosen[what] = [name for names in found for name in names]
+                break
+        else:
             raise ValueError(f"{place}/{alternatives[0][0]}: there is no such file")
-        chosen[what] = fitting[0]
     return chosen
 
 
-def shards(path: Path) -> list[Path]:
-    """The files that an index names, or any other file itself."""
-    if ".index." not in path.name:
-        return [path]
-    names = read_json(path, lambda index: sorted(path.with_name(name) for name in set(index["weight_map"].values())))
-    return names or [path]
-
-
 def in_folder(folder: Path, need: dict) -> dict[str, list[Path]]:
-    """{what: its files} in a folder, shards in the place of their index; ValueError where one is missing."""
-    chosen = choose(folder, need, lambda name: (folder / name).is_file())
-    files = {what: [path for name in names for path in shards(folder / name)] for what, names in chosen.items()}
-    for path in itertools.chain(*files.values()):
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such file")
-    return files
+    """{what: its files} in a folder; ValueError where something is missing."""
+    listed = {path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth)
+              if path.is_file()}
+    return {what: [folder / name for name in names] for what, names in choose(folder, listed, need).items()}
 
 
 def fetch(repo: str, revision: str, need: dict) -> Path:
-    """The folder of a hub repository in the local cache, after what was missing there has been fetched."""
+    """The folder of a hub repository in the local cache, after what is needed has been fetched."""
     import huggingface_hub as hub  # takes half a second: only where it is needed
     listed = {file.rfilename for file in hub.HfApi().model_info(repo, revision=revision, timeout=10).siblings}
-    for name in itertools.chain(*choose(repo, need, listed.__contains__).values()):
+    for name in itertools.chain(*choose(repo, listed, need).values()):
         path = Path(hub.hf_hub_download(repo, name, revision=revision))
-        folder = path.parents[name.count("/")]
-        for shard in shards(path):
-            if not shard.is_file():
-                hub.hf_hub_download(repo, shard.relative_to(folder).as_posix(), revision=revision)
-    return folder
+    return path.parents[name.count("/")]
 
 
 def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
     """{what: its files}, see `needs`; ValueError where something is missing.
 
-    weights: "tiny", "sd15", a folder, or a hub id: what the local cache lacks is fetched, and if that cannot be
-    done, another commit in the cache serves. There fp16 is not taken for fp32 before the hub has been asked.
+    weights: "tiny", "sd15", a folder, or a hub id: what the local cache lacks is fetched, and where that
+    fails, another commit in the cache serves. fp16 is not taken for fp32 before the hub has been asked.
     """
     folder = TINY if weights == "tiny" else Path(weights)
     if folder.is_dir():
@@ -259,7 +254,8 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
 def meant(weights: str) -> str | Path | None:
     """What someone may have meant by the name of something that cannot be loaded."""
     for pattern, guess in GUESSES.items():
-        if found := re.fullmatch(pattern, weights, re.IGNORECASE):
+        found = re.fullmatch(pattern, weights, re.IGNORECASE)
+        if found and weights != guess:
             return found.expand(guess)
     path, whole = Path(weights), "unet/config.json"
     if (path / "unet").is_dir():
