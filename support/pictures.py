@@ -201,7 +201,7 @@ def write_preview(training, out: Path, family) -> None:
                                         training.data.latents.shape[-2:], family.sampling_steps,
                                         family.guidance))
             maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
-                                   [v[1:] for v in V], found[concept.token][0])[0].cpu())
+                                   [v[1:] for v in V], found[concept.token][0])[0].float().cpu())
     model.vae.to(model.device)
     images = decode(model.vae, torch.cat(latents))
     model.vae.cpu()
