@@ -13,17 +13,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
-import perfusion
-from attention_maps import noised_map, word_masks
-from diffusion import decode, draw_latents
-from support.files import replacing
-from support.plots import Figure
+from attention_maps import word_masks
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 MAX_PIXELS = 100_000_000    # of a picture: 0.4 GB while it is read
-PREVIEW_TIMESTEP = 400      # of the attention in a preview
-LOSS_WINDOW = 20            # steps over which a preview averages the loss
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
 
@@ -178,59 +172,3 @@ def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
         raise ValueError(f"--masks {folder} has no mask for {image.name}: it needs {image.stem}.png")
     rgb, alpha, _ = read_image(found[0], side)
     return (rgb.mean(0, keepdim=True) / 2 + 0.5, False) if alpha is None else (alpha, True)
-
-
-# --------------------------------------------------------------------------------------------------- previews
-
-@torch.no_grad()
-def write_preview(training, out: Path, family) -> None:
-    """Write preview_0123.png and the concept of that step, steps/NAME_0123.safetensors.
-
-    training: a `train.Training`; family: the `train.Defaults` whose prompts are drawn.
-    """
-    model, concept, n = training.model, training.result(), len(training.losses)
-    (out / "steps").mkdir(exist_ok=True)
-    concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
-    prompts = [prompt.format(concept.token) for prompt in family.prompts]
-    keys, values, positions, _ = perfusion.condition(model, ["", *prompts], [concept])
-    latents, maps = [], []
-    with training.autocast():
-        for i, found in enumerate(positions[1:], 1):
-            K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
-            latents.append(draw_latents(model.unet, model.schedule, K, V, [training.settings.seed],
-                                        training.data.latents.shape[-2:], family.sampling_steps,
-                                        family.guidance))
-            maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
-                                   [v[1:] for v in V], found[concept.token][0])[0].cpu())
-    model.vae.to(model.device)
-    images = decode(model.vae, torch.cat(latents))
-    model.vae.cpu()
-    with replacing(out / f"preview_{n:04d}.png") as path:
-        figure = draw_preview(images, torch.stack(maps), prompts, training.data, training.losses)
-        figure.savefig(path, format="png", dpi=100)
-
-
-def draw_preview(images: Tensor, maps: Tensor, titles: list[str], data: Data, losses: list[float]) -> Figure:
-    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture, the loss."""
-    n = len(images)
-    figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
-    places = figure.add_gridspec(3, n)
-
-    def show(place, picture, title, largest=None):
-        panel = figure.add_subplot(place)
-        panel.imshow(picture, cmap="magma", vmin=0, vmax=largest)      # these change no picture in colours
-        panel.set_title(title, fontsize=8)
-        panel.axis("off")
-    for i in range(n):
-        show(places[0, i], images[i].permute(1, 2, 0), titles[i])
-        show(places[1, i], maps[i], "" if i else "attention of the word", maps.max())
-    show(places[2, 0], (data.images[0] / 2 + 0.5).permute(1, 2, 0), "training picture")
-    show(places[2, 1], data.masks[0, 0, 0].cpu(), "its mask on the loss", 1)
-    curve = figure.add_subplot(places[2, 2:])
-    curve.plot(losses, color="0.8", linewidth=0.8)
-    if len(losses) >= LOSS_WINDOW:
-        smooth = np.convolve(losses, np.ones(LOSS_WINDOW) / LOSS_WINDOW, "valid")
-        curve.plot(range(LOSS_WINDOW - 1, len(losses)), smooth, color="black")
-    curve.set_title(f"loss, mean of {LOSS_WINDOW} steps", fontsize=8)
-    curve.tick_params(labelsize=7)
-    return figure

@@ -15,7 +15,7 @@ from models import tiny_model
 from perfusion import edit, gate, split
 from unet import SD_V1, UNet
 
-d, widths, B, T = 16, (8, 16, 8), 2, 5
+d, B, T = 16, 2, 5
 EXACT = dict(rtol=0, atol=1e-10)        # float64: about 1e4 roundings of numbers near 1
 
 
@@ -54,18 +54,29 @@ def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
 
 # ---------------------------------------------------------------------------------------------- the equations
 
-def test_the_ungated_edit_is_romes_matrix_and_maps_i_star_to_o_star():
-    C, _ = metric()
-    e, i_star = normal(B, T, d), normal(d, seed=7)
-    for width in widths:
-        W, o_star = normal(width, d, seed=width), normal(width, seed=9)
-        d_star = torch.linalg.solve(C, i_star)
-        edited = W + torch.outer(o_star - W @ i_star, d_star) / (i_star @ d_star)
-        e[0, 1] = i_star
-        e_perp, ratio = split(e, i_star[None], d_star[None])
-        h, = edit(lambda x: [x @ W.T], e_perp, ratio, [o_star[None]])
-        torch.testing.assert_close(h, e @ edited.T, **EXACT)
-        torch.testing.assert_close(h[0, 1], o_star, **EXACT)
+def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_outputs_over_C_less():
+    """Why C^-1: against random maps with the same property, and against the minimum that Lagrange gives."""
+    C, C_inverse = metric()
+    W, i_star, o_star = normal(8, d, seed=8), normal(d, seed=7), normal(8, seed=9)
+    d_star = C_inverse @ i_star
+    e_perp, ratio = split(torch.eye(d, dtype=torch.float64)[None], i_star[None], d_star[None])
+    h, = edit(lambda x: [x @ W.T], e_perp, ratio, [o_star[None]])         # W' of every unit vector
+    edited = h[0].T
+    torch.testing.assert_close(edited, W + torch.outer(o_star - W @ i_star, d_star) / (i_star @ d_star), **EXACT)
+    torch.testing.assert_close(edited @ i_star, o_star, **EXACT)
+    assert torch.linalg.matrix_rank(edited - W) == 1
+
+    def change(other):
+        return torch.trace((other - W) @ C @ (other - W).T)               # E |(W' - W) e|^2
+    for seed in range(100):
+        away = normal(8, d, seed=100 + seed)
+        away -= torch.outer(away @ i_star, i_star) / (i_star @ i_star)     # keeps the constraint
+        assert change(edited + 0.01 * away) > change(edited)
+    # The gradient of the change and that of the constraint, in one linear system: (2 C, i*; i*^T, 0).
+    system = torch.zeros(d + 1, d + 1, dtype=torch.float64)
+    system[:d, :d], system[:d, d], system[d, :d] = 2 * C, i_star, i_star
+    right = torch.cat([2 * C @ W.T, o_star[None]])
+    torch.testing.assert_close(torch.linalg.solve(system, right)[:d].T, edited, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
