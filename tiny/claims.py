@@ -1,13 +1,15 @@
 """Measure the claims of the paper on the embedded model: one command, from training to tables.
 
-    python tiny/claims.py               # everything: some hours on two cores
-    python tiny/claims.py --only pair "beta 0.7" --skip "400 steps"     # rows whose title holds one of these
+    python tiny/claims.py               # everything: two hours of one core
+    python tiny/claims.py --workers 14 --device cuda --only pair "beta 0.7" --skip "400 steps"
 
-Trains every concept in several ways (`train.py`), draws the same prompts from the same seeds with all of
-them, and measures with the judge (judge.py), the small CLIP and the renderer's true masks. Everything trained
-or measured stays in --workdir: after an interruption the same command goes on from there. The results so far
-are claims.md and pareto.png there, and the pictures of every row. Intervals are 95 %, Student's t over
-concepts, as the pictures of one concept are not independent; differences are paired by concept.
+--only and --skip choose rows by parts of their titles. First every concept is trained in several ways
+(`train.py`, on the CPU), then all draw the same prompts from the same seeds on --device. They are measured
+with the judge (judge.py), the small CLIP and the renderer's true masks. What is trained or measured is a file
+in --workdir at once: after an interruption the same command goes on from there. The results are claims.md,
+pareto.png and records.json there, of the rows that are whole, and the pictures of every row.
+Intervals are 95 %, Student's t over concepts, as the pictures of one concept are not independent; differences
+are paired by concept.
 """
 import argparse
 import functools
@@ -18,6 +20,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +35,12 @@ from tqdm import tqdm
 import covariance
 import diffusion
 import judge as judges
-import make_examples
 import perfusion
 import weights_loader
 import world
 from attention_maps import noised_map, share_inside
 from concept import Concept, prepare
+from make_examples import NEW_PAIRS, NEW_SCENES, PAIRS, individual_and_specs, write_pictures
 from perfusion import DRAWING_TAU
 from support import clip_image, command_line, fast_cpu
 from support.command_line import between
@@ -48,22 +51,17 @@ from support.plots import Figure
 ROOT = Path(__file__).resolve().parents[1]
 BETA, GLOBAL_BETA = perfusion.DRAWING_BETA.values()
 TRAININGS = {  # name: (arguments of train.py, number of pictures)
-    "locked keys": (("--lock", "locked"), 5),
-    "trained keys": (("--lock", "trained"), 5),
-    "textual inversion": (("--lock", "none"), 5),
-    "locked keys, 400 steps": (("--lock", "locked", "--steps", "400"), 5),
-    "trained keys, 400 steps": (("--lock", "trained", "--steps", "400"), 5),
+    "locked keys": (("--keys", "locked"), 5),
+    "trained keys": (("--keys", "trained"), 5),
+    "textual inversion": (("--keys", "none"), 5),
+    "locked keys, 400 steps": (("--keys", "locked", "--steps", "400"), 5),
+    "trained keys, 400 steps": (("--keys", "trained", "--steps", "400"), 5),
     "no masks": (("--masks", "none"), 5),
     "one image": ((), 1),
     "training beta 0.5": (("--beta", "0.5"), 5),
 }
-CONCEPTS = 8
-CASES = {  # who is drawn together; c0, c1, ... are individuals that no training showed, the others examples
-    "alone": [(f"c{k}",) for k in range(CONCEPTS)],
-    "different kinds": [(f"c{k}", f"c{(k + 1) % CONCEPTS}") for k in range(CONCEPTS)],
-    "examples": [("teddy", "cat"), ("cat", "teddy"), ("robot", "dog"), ("dog", "robot")],
-}
-SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
+CONCEPTS = 24
+SWEEP, LONG_SWEEP = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1), (0.5, 0.7, 0.9)
 RENDERS, TIMESTEPS = 8, (200, 400, 600, 800)  # noised renders of a concept whose attention is measured
 PAIR_SCENE = "on the grass"
 MEASURES = {  # key of a record: (its title, factor)
@@ -84,7 +82,7 @@ class Row:
 
     training: a name of TRAININGS, None for ordinary words: the super-category, or with `details` all that
     words can say about the individual. lock: "local", "global", or "ungated": ROME's linear weight in the
-    gate's place. who: "alone", or another of CASES.
+    gate's place. who: "alone", or another of `cases`.
     """
     title: str
     training: str | None
@@ -95,9 +93,9 @@ class Row:
     details: bool = False
 
 
-def sweep(training: str) -> list[Row]:
-    """One training over all beta."""
-    return [Row(f"{training}, beta {beta}", training, beta=beta) for beta in SWEEP]
+def sweep(training: str, betas: tuple = SWEEP) -> list[Row]:
+    """One training over beta."""
+    return [Row(f"{training}, beta {beta}", training, beta=beta) for beta in betas]
 
 
 LOCKED, TRAINED, UNGATED = "locked keys, beta 0.7", "trained keys, beta 0.7", "locked keys, ungated"
@@ -105,6 +103,7 @@ GLOBAL = f"global lock, beta {GLOBAL_BETA}"
 ROWS = (
     Row("pair: locked keys", "locked keys", who="different kinds"),
     Row("pair of examples: locked keys", "locked keys", who="examples"),
+    Row("pair of new examples: locked keys", "locked keys", who="new examples"),
     Row("pair: trained keys", "trained keys", who="different kinds"),
     Row("pair: super-categories", None, who="different kinds"),
     Row("pair: textual inversion", "textual inversion", who="different kinds"),
@@ -112,38 +111,42 @@ ROWS = (
     Row("captions with all details", None, details=True),
     Row("textual inversion", "textual inversion"), Row(UNGATED, "locked keys", "ungated"),
     Row(GLOBAL, "locked keys", "global", GLOBAL_BETA),
-    Row("no masks", "no masks"), Row("pair: no masks", "no masks", who="different kinds"),
-    Row("one image", "one image"), Row("training beta 0.5", "training beta 0.5"),
-    Row("tau 0.1", "locked keys", tau=0.1),
-    *sweep("locked keys, 400 steps"), *sweep("trained keys, 400 steps"),
+    Row("no masks", "no masks"), Row("one image", "one image"),
+    Row("training beta 0.5", "training beta 0.5"), Row("tau 0.1", "locked keys", tau=0.1),
+    *sweep("locked keys, 400 steps", LONG_SWEEP), *sweep("trained keys, 400 steps", LONG_SWEEP),
 )
-FOLLOWING = ("kept", "text", "image", "first")
-COMPARISONS = (  # claim of the paper, measures, row A, row B
-    ("a trained key's attention leaks beyond the object", ("share",), LOCKED, TRAINED),
-    ("the same against textual inversion", ("share",), LOCKED, "textual inversion"),
-    ("locked keys keep more of the prompt at the same beta", FOLLOWING, LOCKED, TRAINED),
-    ("after 400 steps too", FOLLOWING, "locked keys, 400 steps, beta 0.7",
+COMPARISONS = (  # claim of the paper, measures in which A is then higher, other measures, row A, row B
+    ("a trained key's attention leaks beyond the object", "share", "", LOCKED, TRAINED),
+    ("the same against textual inversion", "share", "", LOCKED, "textual inversion"),
+    ("locked keys keep more of the prompt at the same beta", "kept text", "first pattern image", LOCKED, TRAINED),
+    ("after 400 steps too", "kept text share", "first pattern image", "locked keys, 400 steps, beta 0.7",
      "trained keys, 400 steps, beta 0.7"),
-    ("beta trades the concept for the prompt", ("first", "kept", "image", "text"), "locked keys, beta 0.5",
-     "locked keys, beta 1.0"),
-    ("global lock gives more freedom than local", ("pose", "kept", "text", "first"), GLOBAL, LOCKED),
-    ("masks reduce overfitting", FOLLOWING, LOCKED, "no masks"),
-    ("a higher training beta helps", FOLLOWING, LOCKED, "training beta 0.5"),
-    ("tau above training's helps", FOLLOWING, LOCKED, "tau 0.1"),
-    ("one image works, with slight overfitting", ("first", "kept", "image", "text"), "one image", LOCKED),
-    ("textual inversion follows the prompt worst", FOLLOWING, LOCKED, "textual inversion"),
-    ("the ungated edit (a LoRA of rank one) does the same", ("first", "kept", "share", "image"), UNGATED,
-     LOCKED),
+    ("a low beta shows more of the concept", "first image", "", "locked keys, beta 0.5", "locked keys, beta 1.0"),
+    ("a high beta keeps more of the prompt", "kept text", "", "locked keys, beta 1.0", "locked keys, beta 0.5"),
+    ("global lock gives more freedom than local", "pose kept text", "first", GLOBAL, LOCKED),
+    ("masks reduce overfitting", "kept text", "first image", LOCKED, "no masks"),
+    ("a higher training beta helps", "kept text", "first image", LOCKED, "training beta 0.5"),
+    ("tau above training's helps", "kept text", "first image", LOCKED, "tau 0.1"),
+    ("one image works, with slight overfitting", "first kept text", "image", LOCKED, "one image"),
+    ("textual inversion follows the prompt worst", "kept text", "first pattern image", LOCKED, "textual inversion"),
+    ("the ungated edit (a LoRA of rank one) is another", "first kept share", "image", LOCKED, UNGATED),
 )
-PARETO = (("identity", "kept"), ("first", "kept"), ("identity", "text"), ("image", "text"))  # x, y
+PARETO = (("first", "kept"), ("identity", "kept"), ("image", "text"))  # x, y
+# What the page and the README show, of every picture: records.json.
+PUBLISHED = ("kinds", "one", "both", "first", "pattern", "kept", "share")
+PUBLISHED_ROWS = ("pair: locked keys", "pair: trained keys", "pair: textual inversion", LOCKED, TRAINED,
+                  "textual inversion", "super-category")
 
 
-def person(name: str) -> tuple:
-    """The individual behind a concept's name, and the specs of its training pictures."""
-    if name in make_examples.EXAMPLES:
-        individual, scenes = make_examples.EXAMPLES[name]
-        return individual, make_examples.example_specs(individual, scenes, name)
-    return make_examples.unseen_concept(int(name[1:]))[1:]
+def cases(who: str, concepts: int) -> list[tuple]:
+    """Who is drawn together. c0, c1, ... are individuals that no training showed, the others examples."""
+    names = [f"c{k}" for k in range(concepts)]
+    if who == "alone":
+        return [(name,) for name in names]
+    if who == "different kinds":
+        return list(zip(names, names[1:] + names[:1]))
+    pairs = PAIRS if who == "examples" else [(f"e{2 * k}", f"e{2 * k + 1}") for k in range(len(NEW_PAIRS))]
+    return [order for pair in pairs for order in (pair, pair[::-1])]
 
 
 def prompts(name: str) -> list:
@@ -151,8 +154,8 @@ def prompts(name: str) -> list:
 
     The scenes are new to the concept, but no combination is new to the base model.
     """
-    k, kind = int(name[1:]), person(name)[0].kind
-    scenes = [scene for scene in make_examples.NEW_SCENES if (kind, scene) not in world.HELD_OUT_SCENE]
+    k, kind = int(name[1:]), individual_and_specs(name)[0].kind
+    scenes = [scene for scene in NEW_SCENES if (kind, scene) not in world.HELD_OUT_SCENE]
     worn = [one for one in world.ACCESSORIES if (kind, one) not in world.HELD_OUT_ACCESSORY]
     others = [one for one in world.KINDS if one != kind and {one, kind} not in world.HELD_OUT_PAIR]
     asked = [{"accessory": worn[(k + k // 4) % len(worn)]},
@@ -188,23 +191,27 @@ class Study:
     args: argparse.Namespace
 
     @classmethod
-    def open(cls, args: argparse.Namespace) -> "Study":
+    def open(cls, args: argparse.Namespace, device: str = "cpu") -> "Study":
         """Every base model has a folder of its own in --workdir."""
-        model = weights_loader.load(args.weights)
+        torch.backends.cudnn.allow_tf32 = False     # so that devices differ by rounding only
+        model = weights_loader.load(args.weights, device)
         fast_cpu.enable(model)
         folder = args.workdir / model.fingerprint
-        for name in ("records", "pictures"):
+        for name in ("records", "pictures", "lineups"):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        clip = clip_image.load(model.folder / "clip", model.text_encoder)
+        clip = clip_image.load(model.folder / "clip", model.text_encoder).to(device)
         return cls(model, judges.Judge.load(), clip, folder, args)
 
-    def file(self, training: str, name: str) -> Path:
-        """The concept file of one training."""
+    def concept_file(self, training: str, name: str) -> Path:
         return self.folder / training.replace(" ", "_") / name / f"{name}.safetensors"
+
+    def record_file(self, row: Row, names: tuple) -> Path:
+        title = f"{row.title} {' '.join(names)}".replace(" ", "_").replace(":", "")
+        return self.folder / "records" / f"{title}_{self.args.seeds}_{self.args.sampling_steps}.json"
 
     def load(self, training: str | None, names: tuple) -> list:
         """The concepts of one training, ready to use; none for None."""
-        files = [self.file(training, name) for name in names] if training else []
+        files = [self.concept_file(training, name) for name in names] if training else []
         return prepare([Concept.load(file) for file in files], self.model)
 
 
@@ -214,26 +221,31 @@ STUDY = None  # of a working process
 @functools.cache
 def lineup(name: str) -> torch.Tensor:
     """`judges.lineup` of a concept, computed once."""
-    return judges.lineup(STUDY.judge, person(name)[0], name)
+    file = STUDY.folder / "lineups" / f"{name}.pt"
+    if not file.exists():
+        known = judges.lineup(STUDY.judge, individual_and_specs(name)[0], name)
+        with replacing(file) as partial:
+            torch.save(known, partial)
+    return torch.load(file)
 
 
 def start_work(args: argparse.Namespace):
     """Make this process one of the working ones, with one thread."""
     global STUDY
     torch.set_num_threads(1)
-    STUDY = Study.open(args)
+    STUDY = Study.open(args, args.device)
 
 
 def train_one(job: tuple):
     """One concept by one training, in a process of its own. ValueError with its last words if it fails."""
     training, name = job
-    individual, specs = person(name)
+    individual, specs = individual_and_specs(name)
     arguments, count = TRAININGS[training]
     images, size = STUDY.folder / "images" / str(count) / name, STUDY.model.size[0]
-    make_examples.write_pictures(specs[:count], images, size=size)
+    write_pictures(specs[:count], images, size=size)
     command = [sys.executable, ROOT / "train.py", "--images", images, "--super", individual.kind,
-               "--token", name, "--out", STUDY.file(training, name).parent, "--weights", STUDY.args.weights,
-               "--preview", "0", "--checkpoint", "0", "--seed", name[1:] if name[1:].isdecimal() else "0",
+               "--token", name, "--out", STUDY.concept_file(training, name).parent, "--weights", STUDY.args.weights,
+               "--device", "cpu", "--preview", "0", "--checkpoint", "0", "--seed", name[1:] if name[1:].isdecimal() else "0",
                *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
@@ -256,7 +268,7 @@ def encoded(row: Row, concepts: list, texts: list) -> tuple:
     (concept,), unet = concepts, model.unet
     e, _, positions = perfusion.encode(model.text_encoder, model.tokenizer, texts, concepts)
     e_perp, ratio = perfusion.split(e, concept.i_star[None], concept.d_star[None])
-    keys, values = (perfusion.edit(linear, e_perp, ratio, [o[None] for o in targets])
+    keys, values = (perfusion.edit(linear, e_perp, ratio, [o[None].to(ratio) for o in targets])
                     for linear, targets in ((unet.keys, concept.o_keys), (unet.values, concept.o_values)))
     return keys, values, positions
 
@@ -277,15 +289,15 @@ def draw(row: Row, concepts: list, texts: list, name: str) -> torch.Tensor:
 
 def share_on_renders(row: Row, concepts: list, name: str) -> list:
     """Share of the word's attention inside the true mask, on renders of the concept in new scenes."""
-    (individual, _), model, rng = person(name), STUDY.model, random.Random(f"renders {name}")
-    specs = [world.place(rng, [individual], make_examples.NEW_SCENES[n % 3]) for n in range(RENDERS)]
+    (individual, _), model, rng = individual_and_specs(name), STUDY.model, random.Random(f"renders {name}")
+    specs = [world.place(rng, [individual], NEW_SCENES[n % 3]) for n in range(RENDERS)]
     images, truth = judges.renders_and_truth(specs, model.size[0])
     word = called(row, concepts, individual)
     texts = [f"a photo of a {word} {world.scene_words(spec.scene)}" for spec in specs]
     keys, values, positions = encoded(row, concepts, texts)
     # all prompts begin alike
     words = positions[0][word][0] if concepts else model.tokenizer.find(texts[0], individual.kind)[0]
-    latents = model.vae.encode(images * 2 - 1)
+    latents = model.vae.encode(images.to(model.device) * 2 - 1)
     return torch.stack([share_inside(noised_map(model, latents, t, keys, values, words), truth)
                         for t in TIMESTEPS]).mean(0).tolist()
 
@@ -301,7 +313,7 @@ def variety(silhouettes: torch.Tensor) -> float:
 def measure(row: Row, names: tuple) -> dict:
     """A concept alone: measure -> one number per picture, or per render, or one for all."""
     (name,), judge, seeds = names, STUDY.judge, STUDY.args.seeds
-    (individual, specs), concepts, known = person(name), STUDY.load(row.training, names), lineup(name)
+    (individual, specs), concepts, known = individual_and_specs(name), STUDY.load(row.training, names), lineup(name)
     texts, wishes = zip(*prompts(name))
     word = called(row, concepts, individual)
     images = draw(row, concepts, [text.format(word) for text in texts], name)
@@ -312,8 +324,8 @@ def measure(row: Row, names: tuple) -> dict:
     likeness = [max([(one.embedding @ known[0]).item() for one in things], default=0) for things in mine]
     checks = [kept(things, place, individual.kind, wish)
               for things, place, wish in zip(found, judge.places(images), wishes)]
-    pictures = STUDY.clip.image_embedding(images)
-    training = STUDY.clip.image_embedding(judges.renders(specs, STUDY.model.size[0]))
+    pictures, training = (STUDY.clip.image_embedding(x.to(STUDY.model.device))
+                          for x in (images, judges.renders(specs, STUDY.model.size[0])))
     ids = STUDY.model.tokenizer.encode([text.format(individual.kind) for text in texts])[0]
     asked = STUDY.clip.text_embedding(ids).repeat_interleave(seeds, 0)
     return {wish: [check[wish] for check in checks if wish in check]
@@ -328,7 +340,7 @@ def measure(row: Row, names: tuple) -> dict:
 
 def measure_pair(row: Row, names: tuple) -> dict:
     """Two concepts in one picture: both kinds, both individuals; sim/energy of the second's own word."""
-    people, concepts = [person(name)[0] for name in names], STUDY.load(row.training, names)
+    people, concepts = [individual_and_specs(name)[0] for name in names], STUDY.load(row.training, names)
     words = [concept.token for concept in concepts] or [one.kind for one in people]
     text = f"a photo of a {words[0]} next to a {words[1]} {PAIR_SCENE}"
     record, kinds = {name: [] for name in PAIR_MEASURES}, [one.kind for one in people]
@@ -348,15 +360,12 @@ def measure_pair(row: Row, names: tuple) -> dict:
 
 
 @torch.no_grad()
-def record(row: Row, names: tuple) -> dict:
-    """What `measure` or `measure_pair` finds, from --workdir if it is there."""
-    title = f"{row.title} {' '.join(names)}".replace(" ", "_").replace(":", "")
-    file = STUDY.folder / "records" / f"{title}_{STUDY.args.seeds}_{STUDY.args.sampling_steps}.json"
-    if not file.exists():
-        found = (measure if len(names) == 1 else measure_pair)(row, names)
-        with replacing(file) as partial:
-            partial.write_text(json.dumps(found), encoding="utf-8")
-    return json.loads(file.read_text(encoding="utf-8"))
+def record(job: tuple):
+    """Measure one case of a row, and keep what is found in --workdir."""
+    row, names = job
+    found = (measure if len(names) == 1 else measure_pair)(row, names)
+    with replacing(STUDY.record_file(row, names)) as partial:
+        partial.write_text(json.dumps(found), encoding="utf-8")
 
 
 # ---------------------------------------------------------------------------------------------------- results
@@ -381,6 +390,16 @@ def written(values: list, factor: float = 1) -> str:
     return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
+def verdict(differences: list, factor: float) -> str:
+    """What the interval of A - B says of the claim that A is higher."""
+    mean, half = (factor * x for x in mean_of_numbers(differences))
+    if math.isnan(half):
+        return "-"
+    if abs(mean) > half:
+        return "yes" if mean > 0 else "no"
+    return f"at most {abs(mean) + half:.{0 if factor == 100 else 3}f}"
+
+
 def at_equal(curve_a: list, curve_b: list) -> tuple:
     """Two curves of (x, y) points -> y of both in the middle of the x they share; nan if they share none."""
     a, b = sorted(curve_a), sorted(curve_b)
@@ -397,30 +416,33 @@ def curves(results: dict, training: str, x: str, y: str) -> list:
     return list(zip(*points))
 
 
-def both_and_difference(a: list, b: list, factor: float) -> list:
-    """Two rows' values of the same concepts and their paired difference, as cells."""
-    return [written(values, factor) for values in (a, b, [p - q for p, q in zip(a, b)])]
+def comparison(claim: str, title: str, factor: float, a: tuple, b: tuple, claimed: bool = True) -> list:
+    """The cells of one comparison. a and b: the name of a row and its values, of the same concepts."""
+    difference = [p - q for p, q in zip(a[1], b[1])]
+    cells = [written(values, factor) for values in (a[1], b[1], difference)]
+    return [claim, title if claimed else f"({title})", a[0], b[0], *cells,
+            verdict(difference, factor) if claimed else ""]
 
 
 def comparison_lines(results: dict) -> list:
-    """The claims whose rows are measured, as cells: claim, measure, A, B, both values, paired difference."""
+    """The claims whose rows are measured, as cells."""
     lines = []
-    for claim, measures, a, b in COMPARISONS:
-        for name in measures if {a, b} <= results.keys() else ():
-            title, factor = MEASURES[name]
-            values = (per_concept(results[row], name) for row in (a, b))
-            lines.append([claim, title, a, b, *both_and_difference(*values, factor)])
+    for claim, claimed, others, a, b in COMPARISONS:
+        if not {a, b} <= results.keys():
+            continue
+        for name in f"{claimed} {others}".split():
+            values = [(row, per_concept(results[row], name)) for row in (a, b)]
+            lines.append(comparison(claim, *MEASURES[name], *values, name in claimed.split()))
     for length in ("", ", 400 steps"):
+        names = [f"locked keys{length}", f"trained keys{length}"]
         for x, y in PARETO:
-            names = [f"{training} keys{length}" for training in ("locked", "trained")]
-            both = [curves(results, name, x, y) for name in names]
-            if min(len(curve) for one in both for curve in one or [[]]) < 2:
+            locked, trained = (curves(results, name, x, y) for name in names)
+            if min(len(curve) for curve in (locked or [[]]) + (trained or [[]])) < 2:
                 continue
-            left, right = zip(*[at_equal(*pair) for pair in zip(*both)])
-            (title, factor), shared = MEASURES[y], sum(not math.isnan(one) for one in left)
-            lines.append([f"locked keys shift the Pareto curve ({shared} of {len(left)} curves overlap)",
-                          f"{title} at equal {MEASURES[x][0]}", *names,
-                          *both_and_difference(left, right, factor)])
+            a, b = zip(*map(at_equal, locked, trained))
+            shared, (title, factor) = sum(not math.isnan(one) for one in a), MEASURES[y]
+            lines.append(comparison(f"locked keys shift the Pareto curve ({shared} of {len(a)} curves overlap)",
+                                    f"{title} at equal {MEASURES[x][0]}", factor, (names[0], a), (names[1], b)))
     return lines
 
 
@@ -438,43 +460,65 @@ def markdown(head: list, lines: list) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines))
 
 
-def write_results(folder: Path, results: dict, args: argparse.Namespace):
-    """claims.md and pareto.png, of the rows {title: records} that are measured."""
+def write_results(study: Study, rows: list[Row]):
+    """claims.md, pareto.png and records.json, of rows that are measured."""
+    args, results = study.args, {}
+    for row in rows:
+        found = {}
+        for names in cases(row.who, args.concepts):
+            case = json.loads(study.record_file(row, names).read_text(encoding="utf-8"))
+            both = found.setdefault(frozenset(names), {})   # a pair in both orders is one
+            for name, values in case.items():
+                both[name] = both.get(name, []) + values
+        results[row.title] = list(found.values())
     alone = {title: records for title, records in results.items() if "first" in records[0]}
     pairs = {title: records for title, records in results.items() if title not in alone}
     table = [[title, *[written(per_concept(found, name), factor) for name, (_, factor) in MEASURES.items()]]
              for title, found in alone.items()]
-    parts = [f"{CONCEPTS} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}; "
+    parts = [f"{args.concepts} concepts, {args.seeds} seeds, 2 prompts each; DDIM {args.sampling_steps}; "
              f"beta {BETA}, tau {DRAWING_TAU} unless named. "
              "Mean and half width of the 95 % interval over concepts.",
              markdown(["row", *[title for title, _ in MEASURES.values()]], table),
-             "A - B is paired by concept.",
-             markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B"],
+             "A - B is paired by concept. The claim says that A is higher: yes, no, or how small a difference "
+             "can be at most. A measure in brackets is no claim.",
+             markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B", "verdict"],
                       comparison_lines(alone)),
              f'Two concepts in one picture ("... next to ... {PAIR_SCENE}"), trained apart:',
              markdown(["row", *PAIR_MEASURES.values(), "sim/energy of the second word"], pair_lines(pairs))]
-    with replacing(folder / "claims.md") as partial:
+    with replacing(study.folder / "claims.md") as partial:
         partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    with replacing(folder / "pareto.png") as partial:
+    with replacing(study.folder / "pareto.png") as partial:
         pareto_figure(alone).savefig(partial, dpi=130, format="png")
+    published = {}
+    for title in PUBLISHED_ROWS:
+        for name in PUBLISHED:
+            if title in results and name in results[title][0]:
+                published.setdefault(title, {})[name] = [[round(float(x), 3) for x in record[name]]
+                                                         for record in results[title]]
+    content = {"fingerprint": study.model.fingerprint, "command": "python tiny/claims.py "
+               f"--concepts {args.concepts} --seeds {args.seeds} --sampling-steps {args.sampling_steps}",
+               "rows": published}
+    with replacing(args.records or study.folder / "records.json") as partial:
+        partial.write_text(json.dumps(content).replace(".0,", ",").replace(".0]", "]"), encoding="utf-8")
 
 
 def pareto_figure(results: dict) -> Figure:
-    """Mean curves over beta, with 95 % intervals over concepts: identity against kept, image against text."""
+    """Mean curves over beta, with 95 % intervals over concepts: locked keys and trained keys."""
     figure = Figure(figsize=(10, 4.5), layout="constrained")
-    for axes, (x, y) in zip(figure.subplots(1, 2), (("identity", "kept"), ("text", "image"))):
-        for training, color in zip(list(TRAININGS)[:5], ("C0", "C1", "C2", "C9", "C3")):
-            rows = (*sweep(training), Row(training, training))
-            titles = [row.title for row in rows if row.title in results]
-            if not titles:
+    for axes, (x, y) in zip(figure.subplots(1, 2), (("first", "kept"), ("image", "text"))):
+        for training, color, above in (("locked keys", "C0", 1), ("trained keys", "C1", -1)):
+            rows = [row for row in sweep(training) if row.title in results]
+            if not rows:
                 continue
-            (across, width), (up, height) = (zip(*[mean_of_numbers(per_concept(results[title], name))
-                                                   for title in titles]) for name in (x, y))
+            (across, width), (up, height) = (
+                zip(*[[MEASURES[name][1] * number for number in mean_of_numbers(per_concept(results[row.title], name))]
+                      for row in rows]) for name in (x, y))
             axes.errorbar(across, up, height, width, color=color, label=training, marker="o", elinewidth=0.5)
-            for title, *place in zip(titles, across, up):
-                axes.annotate(title.rpartition("beta ")[2] if "beta" in title else "", place, fontsize=7)
-        axes.set(xlabel=MEASURES[x][0], ylabel=MEASURES[y][0].replace(", %", ""))
-    axes.legend(fontsize=8)
+            for row, *place in zip(rows, across, up):
+                axes.annotate(row.beta, place, (0, 9 * above), textcoords="offset points", color=color,
+                              fontsize=9, ha="center", va="center")
+        axes.set(xlabel=MEASURES[x][0], ylabel=MEASURES[y][0])
+    axes.legend(title="at the points: beta")
     return figure
 
 
@@ -485,16 +529,22 @@ def chosen_rows(only: list, skip: list) -> list[Row]:
 
 
 def run(args: argparse.Namespace):
-    study, results = Study.open(args), {}
+    """Train and measure what is not there yet; write the results whenever a row is whole."""
+    study, rows = Study.open(args), chosen_rows(args.only, args.skip)
     covariance.cached(study.model)  # once, before several trainings need it at the same time
+    jobs = [(row, names) for row in rows for names in cases(row.who, args.concepts)]
+    needed = dict.fromkeys((row.training, name) for row, names in jobs for name in names if row.training)
+    trainings = [job for job in needed if not study.concept_file(*job).exists()]
+    missing = [job for job in jobs if not study.record_file(*job).exists()]
+    waiting = Counter(row for row, _ in missing)
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_work, (args,)) as pool:
-        for row in tqdm(chosen_rows(args.only, args.skip), unit="row"):
-            names = dict.fromkeys(name for case in CASES[row.who] for name in case)
-            jobs = [(row.training, name) for name in names
-                    if row.training and not study.file(row.training, name).exists()]
-            list(pool.map(train_one, jobs))     # raises what went wrong
-            results[row.title] = list(pool.map(functools.partial(record, row), CASES[row.who]))
-            write_results(study.folder, results, args)
+        for _ in tqdm(pool.map(train_one, trainings), "training", len(trainings)):
+            pass
+        for _, (row, _) in tqdm(zip(pool.map(record, missing), missing), "measuring", len(missing)):
+            waiting[row] -= 1
+            if not waiting[row]:
+                write_results(study, [row for row in rows if not waiting[row]])
+    write_results(study, rows)
     print((study.folder / "claims.md").read_text(encoding="utf-8") + f"{study.folder}/claims.md")
 
 
@@ -507,6 +557,9 @@ def main(argv=None):
     add("--sampling-steps", type=between(1, 999), default=20, help="DDIM steps, 1 to 999")
     add("--weights", default="tiny", help="base model")
     add("--workdir", type=Path, default=Path("runs/claims"), help="what is trained and measured is kept here")
+    add("--concepts", type=between(2, 1000), default=CONCEPTS, help="individuals, 2 to 1000")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="where pictures are drawn")
+    add("--records", type=Path, metavar="FILE", help="records.json: values of every picture, for the page")
     add("--workers", type=between(1, 100), default=2, help="processes of one thread each")
     args = parser.parse_args(argv)
     if not chosen_rows(args.only, args.skip):
