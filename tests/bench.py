@@ -75,7 +75,8 @@ def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1)
     return networks
 
 
-def inputs(args: argparse.Namespace, dtype: torch.dtype, n: int = 1, width: int = 768) -> tuple[Tensor, Tensor]:
+def inputs(args: argparse.Namespace, dtype: torch.dtype, n: int = 1,
+           width: int = 768) -> tuple[Tensor, Tensor]:
     """Latents of noise (n, 4, side, side) and text encodings (2n, 77, width)."""
     generator = torch.Generator().manual_seed(1)
     z = torch.randn(n, 4, args.latent, args.latent, generator=generator)

@@ -15,12 +15,11 @@ weights. Where diffusers is missing its lines say so. Parts:
     speed     seconds and memory of a guided step and of a training step, against diffusers in the same run
 
 In float32, torch lets cuDNN round the inputs of convolutions to 11 bits (TF32) unless it is told not to. What
-is compared with the CPU is compared without that ("exact") and as it comes ("as is").
+is compared with the CPU is compared without that ("exact"), and what it changes is said ("as is").
 """
 
 import argparse
 import contextlib
-import csv
 import gc
 import math
 import os
@@ -53,26 +52,27 @@ from concept import Concept, prepare
 from support import pictures, training_files, weight_names
 from support.command_line import DTYPES, pick_device
 
-PARTS = ("scripts", "hook", "picture", "training", "resume", "speed")
 BAR = 1.0                   # of the time: ours / diffusers
+LEVELS = 1                  # of 255: exact pictures are equal up to the next level
 ROUNDING = 10               # device and CPU may differ by this many times what two orders of summation differ
+HOOK = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}    # rounding of two implementations of the U-Net
 STEPS = 400                 # of a finished concept
 SHAPES = ((1, 1, False), (4, 1, False), (16, 1, False), (16, 4, False), (16, 1, True))
-SMALL_SHAPES = ((1, 1, False), (4, 2, True))    # batch, --accumulate, --checkpointing
-PROMPTS = "a photo of a {}\na {} on the beach\n"
+SMALL_SHAPES = ((1, 1, False), (4, 2, True))        # batch, --accumulate, --checkpointing
+PROMPT = "a <teddy> on the beach"
 
 
 class Table:
     """Prints its lines as they come, in Markdown, and keeps them in a file, so that nothing is lost."""
 
     def __init__(self, path: Path | None):
-        self.path, self.lines, self.failed = path, [], 0
+        self.path, self.text, self.failed = path, "", 0
 
     def say(self, line: str):
         print(line, flush=True)
-        self.lines.append(line)
+        self.text += line + "\n"
         if self.path:
-            self.path.write_text("\n".join([*self.lines, ""]), encoding="utf-8")
+            self.path.write_text(self.text, encoding="utf-8")
 
     def add(self, what: str, result: str, ok: bool | None = True):
         """ok: None for a number that no bar judges."""
@@ -81,137 +81,111 @@ class Table:
 
     @contextlib.contextmanager
     def guard(self, what: str) -> Iterator[None]:
-        """A line that fails with its reason; the other lines go on. Too little memory is not a mistake."""
+        """A line that fails with its reason; the others go on. Too little memory is not a mistake."""
         try:
             yield
-        except (Exception, SystemExit) as error:    # whatever a line meets
-            reason = (str(error).splitlines() or [""])[0][:200]
-            if "out of memory" in reason:
-                self.add(what, "does not fit into the memory of this device", None)
-            else:
-                self.add(what, f"{type(error).__name__}: {reason}".replace("|", "/"), False)
+        except Exception as error:      # whatever a line meets
+            reason = (str(error).splitlines() or [""])[0][:200].replace("|", "/")
+            ok = None if "out of memory" in reason else False
+            self.add(what, f"{type(error).__name__}: {reason}", ok)
         gc.collect()
 
+
+# ------------------------------------------------------------------------------------------------ the scripts
+
+def check_scripts(table: Table, args: argparse.Namespace, folder: Path):
+    """Each script in this process, which spares its start, into a folder of its own."""
+    common = "--weights", args.weights, "--device", args.device, "--steps", 4
+    prompts, file = folder / "prompts.txt", {}
+    prompts.write_text("a photo of a {}\na {} on the beach\n", encoding="utf-8")
+
+    def line(what: str, *words):
+        with table.guard(what):
+            start = time.time()
+            code, _, errors = models.run_script(*words)
+            if code:
+                raise RuntimeError(errors.strip().splitlines()[-1])
+            table.add(what, f"{finite_files(words[-1])}, {time.time() - start:.0f} s")
+
+    for precision, keys, name in (("fp32", "locked", "teddy"), ("bf16", "locked", "teddy"),
+                                  ("fp16", "locked", "teddy"), ("bf16", "trained", "teddy"),
+                                  ("bf16", "none", "teddy"), ("bf16", "locked", "cat")):
+        out = folder / f"{precision}-{keys}-{name}"
+        file[precision, keys, name] = out / f"{name}.safetensors"
+        line(f"train.py {precision}, keys {keys}, {name}", "train.py", *common, "--batch", 4, "--images",
+             ROOT / "examples" / name, "--super", name, "--precision", precision, "--keys", keys,
+             "--preview", 4 * (keys == "none"), "--out", out)
+    for precision in DTYPES:
+        low = ["--low-vram"] * (precision == "fp16")
+        line(" ".join(["sample.py", precision, *low]), "sample.py", PROMPT, *common, "--precision", precision,
+             *low, "--concept", file[precision, "locked", "teddy"], "--out", folder / f"drawn-{precision}")
+    locked, trained, none = (file["bf16", keys, "teddy"] for keys in ("locked", "trained", "none"))
+    line("diagnostics.py", "diagnostics.py", *common, "--concept", locked, "--trained", trained,
+         "--inversion", none, "--second", file["bf16", "locked", "cat"], "--out", folder / "figures")
+    line("evaluate.py", "evaluate.py", *common, "--concept", locked, none, "--beta", "0.6,0.7",
+         "--seeds", 2, "--prompts", prompts, "--out", folder / "evaluation")
+    line("export.py", "export.py", "--weights", args.weights, "--concept", locked, "--out", folder / "lora")
+
+
+def finite_files(folder: Path) -> str:
+    """How many; ValueError unless concepts are finite and pictures have more than one colour."""
+    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".png")]
+    for path in files:
+        if path.suffix == ".png":
+            sound = np.asarray(Image.open(path).convert("L")).std() > 1
+        else:
+            sound = all(x.isfinite().all() for x in load_file(path).values())
+        if not sound:
+            raise ValueError(f"{path.name} is not as it should be")
+    return f"{len(files)} files, finite"
+
+
+def conditioned(args: argparse.Namespace, device: str, folder: Path, dtype=torch.float32) -> tuple:
+    """The model, a concept whose values are far from its super-category's, keys and values of PROMPT."""
+    model = weights_loader.load(args.weights, device, dtype)
+    file = models.write_concept(args.weights, folder / "teddy.safetensors")
+    concepts = prepare([Concept.load(file)], model)
+    return model, concepts, *perfusion.condition(model, ["", PROMPT], concepts)[:2]
+
+
+def check_hook(table: Table, args: argparse.Namespace, folder: Path):
+    """One guided prediction with a concept."""
+    if not bench.has_diffusers():
+        return table.add("diffusers_hook", "not run: diffusers is not installed", None)
+    from diffusers import UNet2DConditionModel
+    for precision, dtype in DTYPES.items():
+        with table.guard(f"diffusers_hook {precision}"), torch.no_grad(), without_tf32(True):
+            model, concepts, keys, values = conditioned(args, args.device, folder, dtype)
+            path, shape = model.folder / "unet", (model.unet.config.in_channels, 16, 16)
+            theirs = UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype).to(args.device)
+            z = diffusion.seeded_noise(0, shape).repeat(2, 1, 1, 1).to(args.device, dtype)
+            with diffusers_hook.personal(theirs, model, concepts) as encode:
+                e = encode(PROMPT)
+                text = torch.cat([e["negative_prompt_embeds"], e["prompt_embeds"]])
+                output = theirs(z, 501, encoder_hidden_states=text).sample
+            found = bench.difference(output, model.unet(z, 501, keys, values))
+            table.add(f"diffusers_hook {precision}", f"differs from our U-Net by {found:.1e}, bar "
+                      f"{HOOK[precision]}", found <= HOOK[precision])
+
+
+# -------------------------------------------------------------------------------- the same numbers as the CPU
 
 def without_tf32(exact: bool):
     """A context in which convolutions in float32 are exact, or as torch has them."""
     return torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact)
 
 
-# -------------------------------------------------------------------------------------------------- the scripts
-
-def run(name: str, *words) -> None:
-    """Run a script here, to spare the start of a process; RuntimeError with its last line if it fails."""
-    code, _, errors = models.run_script(name, *words)
-    if code:
-        raise RuntimeError(f"{name}: {(errors.strip().splitlines() or ['?'])[-1]}")
-
-
-def finite_files(folder: Path) -> str:
-    """Raise ValueError unless a folder's concepts, numbers and pictures are as they should be."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".csv", ".png")]
-    for path in files:
-        if path.suffix == ".safetensors":
-            sound = all(x.isfinite().all() for x in load_file(path).values())
-        elif path.suffix == ".csv":
-            words = {word.lower() for row in csv.reader(open(path, encoding="utf-8")) for word in row}
-            sound = not words & {"inf", "-inf"} and ("nan" not in words or path.stem == "results")
-        else:
-            sound = np.asarray(Image.open(path).convert("L")).std() > 1     # not one colour
-        if not sound:
-            raise ValueError(f"{path.name} is not as it should be")
-    if not files:
-        raise ValueError("nothing was written")
-    return f"{len(files)} files, all finite"
-
-
-def check_scripts(table: Table, args: argparse.Namespace, folder: Path):
-    on = "--weights", args.weights, "--device", args.device
-    few = "--steps", 4
-    prompts, concepts = folder / "prompts.txt", {}
-    prompts.write_text(PROMPTS, encoding="utf-8")
-
-    def line(what: str, name: str, *words) -> Path:
-        """A script into a folder of its own."""
-        out = folder / what.translate({ord(c): "_" for c in " ,.()"})
-        with table.guard(what):
-            start = time.time()
-            run(name, *words, "--out", out)
-            table.add(what, f"{finite_files(out)}, {time.time() - start:.0f} s")
-        return out
-
-    trainings = [("teddy", precision, "locked") for precision in DTYPES]
-    trainings += [("teddy", "bf16", "trained"), ("teddy", "bf16", "none"), ("cat", "bf16", "locked")]
-    for name, precision, keys in trainings:
-        out = line(f"train.py {precision}, {keys} keys, {name}", "train.py", *on, *few, "--batch", 4, "--images",
-                   ROOT / "examples" / name, "--super", {"teddy": "teddy bear"}.get(name, name),
-                   "--precision", precision, "--keys", keys, "--preview", 4 * ((name, keys) == ("teddy", "locked")))
-        concepts[name, precision, keys] = out / f"{name}.safetensors"
-    for precision in DTYPES:
-        low = ["--low-vram"] * (precision == "fp16")
-        line(f"sample.py {precision}{' with --low-vram' if low else ''}", "sample.py", "a <teddy> on the beach",
-             *on, *few, "--precision", precision, "--concept", concepts["teddy", precision, "locked"], *low)
-    line("diagnostics.py, its precision", "diagnostics.py", *on, *few,
-         "--concept", concepts["teddy", "bf16", "locked"], "--trained", concepts["teddy", "bf16", "trained"],
-         "--inversion", concepts["teddy", "bf16", "none"], "--second", concepts["cat", "bf16", "locked"])
-    line("evaluate.py, its precision", "evaluate.py", *on, *few, "--beta", "0.6,0.7", "--seeds", 2, "--prompts",
-         prompts, "--concept", concepts["teddy", "bf16", "locked"], concepts["teddy", "bf16", "none"])
-    line("export.py of what was trained here", "export.py", "--weights", args.weights, "--concept",
-         concepts["teddy", "fp32", "locked"])
-
-
-def check_hook(table: Table, args: argparse.Namespace, folder: Path):
-    """One guided prediction with a concept; the bars are the rounding of two implementations."""
-    if not bench.has_diffusers():
-        return table.add("diffusers_hook", "not run: diffusers is not installed", None)
-    from diffusers import UNet2DConditionModel
-    for (precision, dtype), bar in zip(DTYPES.items(), (1e-3, 0.1, 0.02)):
-        with table.guard(f"diffusers_hook {precision}"), torch.no_grad(), without_tf32(True):
-            model = weights_loader.load(args.weights, args.device, dtype)
-            theirs = UNet2DConditionModel.from_pretrained(model.folder / "unet", torch_dtype=dtype).to(args.device)
-            concepts = prepare([far_concept(model, args, folder)], model)
-            z = torch.cat([first_noise(model)] * 2)
-            keys, values, _, _ = perfusion.condition(model, ["", "a <teddy> on the beach"], concepts)
-            expected = model.unet(z.to(dtype), 501, keys, values)
-            with diffusers_hook.personal(theirs, model, concepts) as encode:
-                e = encode("a <teddy> on the beach")
-                text = torch.cat([e["negative_prompt_embeds"], e["prompt_embeds"]])
-                output = theirs(z.to(dtype), 501, encoder_hidden_states=text).sample
-            distance = bench.difference(output, expected)
-            table.add(f"diffusers_hook {precision}", f"differs from our U-Net by {distance:.1e}, bar {bar:g}",
-                      distance <= bar)
-
-
-def far_concept(model, args: argparse.Namespace, folder: Path) -> Concept:
-    """A concept whose values are far from its super-category's."""
-    return Concept.load(models.write_concept(args.weights, folder / "teddy.safetensors"))
-
-
-def first_noise(model) -> torch.Tensor:
-    """The noise (1, c, h, w) of seed 0, on the model's device."""
-    side = [n // model.vae.factor for n in model.size]
-    return diffusion.seeded_noise(0, (model.unet.config.in_channels, *side)).to(model.device)
-
-
-# ---------------------------------------------------------------------------------- the same numbers as the CPU
-
 def check_picture(table: Table, args: argparse.Namespace, folder: Path):
-    """Levels of 255. Exact: equal up to the next level. As is: a difference that nobody sees."""
     def draw(device):
-        model = weights_loader.load(args.weights, device)
-        concepts = prepare([far_concept(model, args, folder)], model)
-        for prompt, used in (("a photo of a teddy bear on the beach", []), ("a <teddy> on the beach", concepts)):
-            keys, values, _, _ = perfusion.condition(model, ["", prompt], used)
-            yield diffusion.draw(model, keys, values, [0], model.size, 20, model.guidance)
-    expected = list(draw("cpu"))
-    for name, exact, most, mean in (("exact", True, 1, 0.1), ("as is", False, 16, 1)):
+        model, _, keys, values = conditioned(args, device, folder)
+        return diffusion.draw(model, keys, values, [0], model.size, 20, model.guidance)
+    expected = draw("cpu")
+    for name, exact in (("exact", True), ("as is", False)):
         with table.guard(f"picture, fp32 {name}"), without_tf32(exact):
-            for kind, image, other in zip(("base model", "a concept"), draw(args.device), expected, strict=True):
-                levels = (image - other).abs() * 255
-                table.add(f"picture of the {kind.removeprefix('a ')}, fp32 {name}",
-                          f"differs from the CPU's by at most {levels.max():.4f} and on average by "
-                          f"{levels.mean():.4f} of 255 levels, bars {most} and {mean}",
-                          bool(levels.max() <= most and levels.mean() <= mean))
+            levels = (draw(args.device) - expected).abs() * 255
+            most, mean = levels.max().item(), levels.mean().item()
+            table.add(f"picture, fp32 {name}", f"differs from the CPU's by at most {most:.4f} and on average "
+                      f"by {mean:.4f} of 255 levels", most <= LEVELS if exact else None)
 
 
 def make_training(args: argparse.Namespace, device: str, precision: str = "fp32",
@@ -236,36 +210,34 @@ def learn(training: train.Training, steps: int) -> list[torch.Tensor]:
 
 
 def check_training(table: Table, args: argparse.Namespace, folder: Path):
-    """A difference is a share of how far the CPU's training moved; what rounding does, the CPU itself shows."""
+    """Differences as shares of how far the CPU's training moved; what rounding does, the CPU itself shows."""
     what = f"concept after {args.steps} steps, fp32"
     with table.guard(what):
-        start, expected = learn(make_training(args, "cpu"), 0), learn(make_training(args, "cpu"), args.steps)
-        moved = [(b - a).norm() for a, b in zip(start, expected)]
+        start, expected, parts = (learn(make_training(args, "cpu", accumulate=accumulate), steps)
+                                  for accumulate, steps in ((1, 0), (1, args.steps), (2, args.steps)))
 
         def shares(other):
-            return [float((a - b).norm() / m) for a, b, m in zip(other, expected, moved)]
-        rounding = shares(learn(make_training(args, "cpu", accumulate=2), args.steps))
+            return [float((a - b).norm() / (b - c).norm()) for a, b, c in zip(other, expected, start)]
+        rounding = shares(parts)
         for name, exact in (("exact", True), ("as is", False)):
             with without_tf32(exact):
                 found = shares(learn(make_training(args, args.device), args.steps))
-            table.add(f"{what} {name}", "embedding and values differ from the CPU's by {:.1e} and {:.1e} of their "
-                      "way; the CPU's own in two parts by {:.1e} and {:.1e}".format(*found, *rounding),
-                      all(a <= ROUNDING * b for a, b in zip(found, rounding)) if exact else None)
+            near = all(a <= ROUNDING * b for a, b in zip(found, rounding))
+            text = ("embedding and values differ from the CPU's by {:.1e} and {:.1e} of their way; the CPU's "
+                    "own in two parts by {:.1e} and {:.1e}").format(*found, *rounding)
+            table.add(f"{what} {name}", text, near if exact else None)
 
 
 def check_resume(table: Table, args: argparse.Namespace, folder: Path):
     def differences(precision):
         """Between two whole trainings, and between a whole one and a resumed one."""
-        half = args.steps // 2
-        whole, again = (learn(make_training(args, args.device, precision), 2 * half) for _ in range(2))
-        first = make_training(args, args.device, precision)
-        learn(first, half)
+        whole, again, first, second = (make_training(args, args.device, precision) for _ in range(4))
+        learn(first, args.steps)
         training_files.write(folder, first.result(), first.losses, first.state_dict())
-        second = make_training(args, args.device, precision)
-        state = training_files.read_checkpoint(folder / "checkpoint.pt", second.identity())
-        second.load_state_dict(state)
-        resumed = learn(second, half)
-        return [max(models.largest_difference(a, b) for a, b in zip(whole, other)) for other in (again, resumed)]
+        second.load_state_dict(training_files.read_checkpoint(folder / "checkpoint.pt", second.identity()))
+        resumed = learn(second, args.steps)
+        whole, again = learn(whole, 2 * args.steps), learn(again, 2 * args.steps)
+        return [max(map(models.largest_difference, whole, other)) for other in (again, resumed)]
 
     for precision in DTYPES:
         with table.guard(f"resumed training, {precision}"):
@@ -281,29 +253,24 @@ def check_resume(table: Table, args: argparse.Namespace, folder: Path):
 
 # ------------------------------------------------------------------------------------------- time and memory
 
-def bytes_of(network) -> int:
-    return sum(p.nbytes for p in network.parameters())
-
-
-def peak(device: str, job: Callable, weights: int) -> str:
-    """GB of a job and its own weights, whatever else lies on the device; '?' where torch does not count it."""
+def peak(device: str, job: Callable, *networks) -> str:
+    """GB of a job and its networks, whatever else lies on the device; '?' where torch does not count it."""
     if device != "cuda":
         return "?"
-    gc.collect()
     torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
+    others = torch.cuda.memory_allocated() - sum(p.nbytes for n in networks for p in n.parameters())
     job()
     torch.cuda.synchronize()
-    return f"{(torch.cuda.max_memory_allocated() - before + weights) / 1e9:.1f}"
+    return f"{(torch.cuda.max_memory_allocated() - others) / 1e9:.1f}"
 
 
 def in_parts(job: Callable, parts: int, network, checkpointing: bool) -> Callable:
     """A job as often as there are parts, with or without checkpointing."""
     def whole():
-        network.checkpointing = checkpointing                       # ours
-        if hasattr(network, "enable_gradient_checkpointing"):       # diffusers'
-            (network.enable_gradient_checkpointing if checkpointing else network.disable_gradient_checkpointing)()
+        network.checkpointing = checkpointing           # ours
+        if "diffusers" in type(network).__module__:
+            getattr(network, f"{'enable' if checkpointing else 'disable'}_gradient_checkpointing")()
         for _ in range(parts):
             job()
     return whole
@@ -313,96 +280,101 @@ def compare(table: Table, what: str, networks: dict, jobs: dict[str, Callable], 
             args: argparse.Namespace):
     """A line: our seconds and memory, diffusers', and the ratio of the medians.
 
-    "contiguous": ours, but the weights of convolutions lie as in the file, not channels last as we load them.
+    "plain" is our network. "contiguous": also ours, but the weights of convolutions lie as in the file, not
+    channels last as we load them.
     """
-    peaks = {name: peak(args.device, job, bytes_of(networks[name])) for name, job in jobs.items()}
-    times = bench.measure(jobs, args.device, repeats)
-    times = {name: statistics.median(each) for name, each in times.items()}
-    found = [f"{name.replace('plain', 'ours')} {times[name]:.4f} s {peaks[name]} GB" for name in jobs]
+    peaks = {name: peak(args.device, job, networks[name]) for name, job in jobs.items()}
+    seconds = bench.measure(jobs, args.device, repeats)
+    times = {name: statistics.median(each) for name, each in seconds.items()}
+    found = ", ".join(f"{name} {times[name]:.4f} s {peaks[name]} GB" for name in jobs)
     if "diffusers" not in jobs:
-        return table.add(what, f"{', '.join(found)}; diffusers is not installed", None)
+        return table.add(what, f"{found}; diffusers is not installed", None)
     ratio = times["plain"] / times["diffusers"]
-    table.add(what, f"{', '.join(found)}; ratio **{ratio:.3f}**, bar {BAR}", None if args.small else ratio <= BAR)
+    table.add(what, f"{found}; ratio **{ratio:.3f}**, bar {BAR}", None if args.small else ratio <= BAR)
 
 
 def check_speed(table: Table, args: argparse.Namespace, folder: Path):
     """bench.py's networks and jobs, and train.py's whole step."""
-    config = (models.TINY if args.small else weight_names.SD_V1)["unet"]
+    config = args.configs["unet"]
     for precision in ("bf16", "fp16", "fp32"):
         with table.guard(f"speed, {precision}"):
             networks = bench.build(DTYPES[precision], args.device, config)
             networks.pop("fast", None)
-            with table.guard(f"guided step, {precision}"), torch.no_grad():
-                z, e = bench.inputs(args, DTYPES[precision], 1, config.cross_attention_dim)
-                jobs = {name: bench.guided_step(network, z, e) for name, network in networks.items()}
-                compare(table, f"guided step, {precision}", networks, jobs, 4 * args.repeats, args)
-            for batch, accumulate, checkpointing in args.shapes:
-                what = f"U-Net forward and backward, {precision}, {written(batch, accumulate, checkpointing)}"
-                with table.guard(what):
-                    z, e = bench.inputs(args, DTYPES[precision], batch // accumulate, config.cross_attention_dim)
-                    jobs = {name: in_parts(bench.training_step(network, z, e), accumulate, network, checkpointing)
-                            for name, network in networks.items()}
-                    compare(table, what, networks, jobs, args.repeats, args)
-            del networks, jobs
-    with table.guard("a whole training step"):
+
+            def line(what, batch, make, repeats):
+                with table.guard(f"{what}, {precision}"):
+                    data = bench.inputs(args, DTYPES[precision], batch, config.cross_attention_dim)
+                    jobs = {name: make(network, *data) for name, network in networks.items()}
+                    compare(table, f"{what}, {precision}", networks, jobs, repeats, args)
+            with torch.no_grad():
+                line("guided step", 1, bench.guided_step, 4 * args.repeats)
+            for batch, parts, checkpointing in args.shapes:
+                def make(network, z, e):
+                    return in_parts(bench.training_step(network, z, e), parts, network, checkpointing)
+                what = f"U-Net forward and backward, {written(batch, parts, checkpointing)}"
+                line(what, batch // parts, make, args.repeats)
+            del networks
+    with table.guard("train.py's whole step"):
         model = random_model(args)
         for precision in ("bf16", "fp16", "fp32"):
             for shape in args.shapes:
-                whole_step(table, model, precision, shape, args)
+                with table.guard(f"train.py's whole step, {written(*shape)}, {precision}"):
+                    whole_step(table, model, precision, shape, args)
 
 
 def written(batch: int, accumulate: int, checkpointing: bool) -> str:
-    return f"batch {batch}" + f" --accumulate {accumulate}" * (accumulate > 1) + " --checkpointing" * checkpointing
+    parts = f" --accumulate {accumulate}" * (accumulate > 1)
+    return f"batch {batch}{parts}{' --checkpointing' * checkpointing}"
 
 
 def random_model(args: argparse.Namespace) -> weights_loader.Model:
     """U-Net and text encoder with random weights, made on the device and laid out as the loader does."""
-    configs, networks = models.TINY if args.small else weight_names.SD_V1, {}
     with torch.device(args.device):
-        for part in ("unet", "text_encoder"):
-            networks[part] = weights_loader.NETWORKS[part](configs[part]).eval().requires_grad_(False)
-    networks["unet"].to(memory_format=torch.channels_last)
-    tokenizer = models.toy_tokenizer(configs["text_encoder"].max_length, models.WORDS)
-    return weights_loader.Model(**networks, vae=None, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(),
-                                fingerprint="", name="random", folder=None)
+        unet, text_encoder = (weights_loader.NETWORKS[part](args.configs[part]).eval().requires_grad_(False)
+                              for part in ("unet", "text_encoder"))
+    tokenizer = models.toy_tokenizer(text_encoder.config.max_length, models.WORDS)
+    return weights_loader.Model(unet.to(memory_format=torch.channels_last), text_encoder, None, tokenizer,
+                                diffusion.Schedule.sd_v1(), fingerprint="", name="random", folder=None)
 
 
-def whole_step(table: Table, model: weights_loader.Model, precision: str, shape: tuple, args: argparse.Namespace):
+def whole_step(table: Table, model: weights_loader.Model, precision: str, shape: tuple,
+               args: argparse.Namespace):
     """A line: train.py's step on random latents, text encoder and optimizer and all."""
     batch, accumulate, model.unet.checkpointing = shape
-    what = f"train.py's whole step, {precision}, {written(*shape)}"
-    with table.guard(what):
-        latents = torch.randn(5, 2, 4, args.latent, args.latent, device=args.device)
-        data = pictures.Data(latents[:, :1], latents, torch.ones_like(latents[:, :, :1]))
-        settings = train.Settings("teddy bear", "<teddy>", STEPS, batch, precision=precision,
-                                  accumulate=accumulate)
-        identity = torch.eye(model.text_encoder.config.width, dtype=torch.float64)  # any metric takes this long
-        training = train.Training(model, data, settings, identity)
-        memory = peak(args.device, training.step, bytes_of(model.unet) + bytes_of(model.text_encoder))
-        seconds = statistics.median(bench.measure({"step": training.step}, args.device, args.repeats)["step"])
-        if not math.isfinite(training.losses[-1]):
-            raise ValueError("the loss is not a number")
-        text = f"{seconds:.4f} s {memory} GB"
-        if shape in args.shapes[-3:]:
-            text += f"; extrapolated, {STEPS} steps take {STEPS * seconds / 60:.1f} minutes"
-        table.add(what, text, None)
+    latents = torch.randn(5, 2, 4, args.latent, args.latent, device=args.device)
+    data = pictures.Data(latents[:, 0], latents, torch.ones_like(latents[:, :, :1]))
+    settings = train.Settings("teddy bear", "<teddy>", STEPS, batch, precision=precision,
+                              accumulate=accumulate)
+    metric = torch.eye(model.text_encoder.config.width, dtype=torch.float64)    # any one takes this long
+    training = train.Training(model, data, settings, metric)
+    memory = peak(args.device, training.step, model.unet, model.text_encoder)
+    times = bench.measure({"step": training.step}, args.device, args.repeats)
+    seconds = statistics.median(times["step"])
+    result = f"{seconds:.4f} s {memory} GB; {STEPS} steps, extrapolated: {STEPS * seconds / 60:.1f} minutes"
+    table.add(f"train.py's whole step, {written(*shape)}, {precision}", result,
+              math.isfinite(training.losses[-1]))
 
 
 # ------------------------------------------------------------------------------------------------- the script
 
-def settings(argv: list[str] | None) -> argparse.Namespace:
+CHECKS = {"scripts": check_scripts, "hook": check_hook, "picture": check_picture, "training": check_training,
+          "resume": check_resume, "speed": check_speed}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="(default: the best one present)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
-    parser.add_argument("--small", action="store_true", help="a tiny model, and no bar for its speed")
-    parser.add_argument("--repeats", type=int, default=3,
-                        help="timed runs of a training step, of a guided step four times as many (default: 3)")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="keep the table here")
+    add = parser.add_argument
+    add("--device", choices=("cuda", "mps", "cpu"), help="(default: the best one present)")
+    add("--parts", nargs="+", choices=CHECKS, default=CHECKS, help="(default: all)")
+    add("--small", action="store_true", help="tiny sizes, and no bar for their speed")
+    add("--repeats", type=int, default=3, help="timed runs of a training step; a guided step has four "
+        "times as many (default: 3)")
+    add("--out", type=Path, metavar="FILE", help="keep the table here")
     args = parser.parse_args(argv)
     args.device = pick_device(args.device)
-    args.shapes, args.steps, args.latent = (SMALL_SHAPES, 4, 8) if args.small else (SHAPES, 6, 64)
-    args.repeats = 1 if args.small else args.repeats
+    args.configs, args.shapes, args.steps, args.latent = (
+        (models.TINY, SMALL_SHAPES, 2, 8) if args.small else (weight_names.SD_V1, SHAPES, 4, 64))
     return args
 
 
@@ -415,22 +387,20 @@ def small_weights(folder: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = settings(argv)
+    args = arguments(argv)
     warnings.filterwarnings("ignore", ".*not as in Stable Diffusion v1")     # of a small run
     table, start = Table(args.out), time.time()
     card = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    table.say(f"{card}, torch {torch.__version__}, {'tiny sizes' if args.small else 'full size'}\n")
+    table.say(f"{card}, torch {torch.__version__}{', tiny sizes' * args.small}\n")
     table.say("| what | result | |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         args.weights = small_weights(Path(folder) / "weights") if args.small else "tiny"
-        for part in PARTS:
-            if part in args.parts:
-                own = Path(folder) / part
-                own.mkdir()
-                with table.guard(part):
-                    globals()[f"check_{part}"](table, args, own)
+        for part in [part for part in CHECKS if part in args.parts]:
+            (Path(folder) / part).mkdir()
+            with table.guard(part):
+                CHECKS[part](table, args, Path(folder) / part)
     table.say(f"\n{time.time() - start:.0f} s in all; {table.failed} lines failed")
-    return 1 if table.failed else 0
+    return int(table.failed > 0)
 
 
 if __name__ == "__main__":
