@@ -286,6 +286,7 @@ def write(path, changes={}, header={}, drop=()):
 
 
 DAMAGED = {
+    "a LoRA": lambda path: save_file({"lora_unet_x.lora_down.weight": torch.ones(1)}, path),
     "no JSON": lambda path: save_file({"x": torch.ones(1)}, path, {"concept": "{" * 9}),
     "a JSON list": lambda path: save_file({"x": torch.ones(1)}, path, {"concept": "[]"}),
     "a large file": lambda path: save_file({"x": torch.ones(3_000_000)}, path),
@@ -301,7 +302,8 @@ def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(tmp_path, name)
     DAMAGED[name](path)
     with pytest.raises(ValueError) as error:
         Concept.load(path)
-    assert "c.safetensors" in str(error.value) and "\n" not in str(error.value)
+    assert f"c.safetensors is {'a LoRA' if name == 'a LoRA' else ''}" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_number_that_the_file_cannot_hold_is_not_written(model, tmp_path):
