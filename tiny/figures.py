@@ -3,10 +3,14 @@
     python tiny/figures.py base         # figures/base.png: the model without a concept
     python tiny/figures.py hero         # figures/hero.png: two concepts, each alone and both together
     python tiny/figures.py pairs        # figures/pairs.png: the example pairs, in both orders
+    python tiny/figures.py lock         # figures/lock.png: two concepts, keys locked and keys trained
     python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
 
-Hero and pairs show concepts of the examples, as train.py leaves them in out/.
+Hero, pairs and lock show concepts of the examples, as train.py leaves them in out/; lock those of
+`--keys trained --token NAME --out out/NAME-trained` too, and the numbers of records.json, which claims.py
+writes.
 """
+import json
 import sys
 from pathlib import Path
 
@@ -18,37 +22,42 @@ import diffusion
 import weights_loader
 from concept import Concept, prepare
 from judge import BASE_PROMPTS, draw
+from make_examples import PAIRS
 from support import command_line, fast_cpu
 from support.command_line import between
 from support.files import replacing
 from support.pictures import list_images, read_image
 from support.plots import Figure
 
-PAIRS = (("teddy", "cat"), ("robot", "dog"))  # of examples
+RECORDS = Path(__file__).resolve().parent / "records.json"
 HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
                 "a photo of a {} holding a balloon on the grass", "a photo of a {} next to a mug in a room")
+GAP = 6  # pixels
 FROZEN, LOCKED, LEARNED, PLAIN, LINE = "#dbe4f0", "#cfe8cf", "#ffd9a8", "#ffffff", "#444444"
 
 
-def show(axes, images: torch.Tensor, columns: int, title: str):
-    """A grid of pictures (n, 3, H, W) with a title above it."""
-    axes.imshow(diffusion.to_bytes(diffusion.grid(images, columns)))
-    axes.set(xticks=[], yticks=[])
+def show(axes, images: torch.Tensor, columns: int, title: str, seeds: range = range(0)):
+    """A grid of pictures (n, 3, H, W) with a title above it, and seeds below its columns."""
+    width = images.shape[-1]
+    axes.imshow(diffusion.to_bytes(diffusion.grid(images, columns, GAP)))
+    axes.set(xticks=[k * (width + GAP) + width / 2 for k in range(len(seeds))], yticks=[], frame_on=False)
+    axes.set_xticklabels([f"seed {seed}" for seed in seeds], fontsize=7)
+    axes.tick_params(length=0, pad=1)
     axes.set_title(title, fontsize=8, loc="left", pad=2)
 
 
-def load(model, names: tuple) -> list:
+def load(model, names: tuple, end: str = "") -> list:
     """The concepts of examples, as train.py left them, ready to use."""
-    files = [f"out/{name}/{name}.safetensors" for name in names]
-    return prepare([Concept.load(file) for file in files], model)
+    return prepare([Concept.load(f"out/{name}{end}/{name}.safetensors") for name in names], model)
 
 
 def base(model, steps: int) -> Figure:
     """24 prompts, 4 seeds each."""
-    figure = Figure(figsize=(9, 9.6), layout="constrained")
+    figure = Figure(figsize=(9, 8.6), layout="constrained")
     pictures = draw(model, [prompt for prompt in BASE_PROMPTS for _ in range(4)], [*range(4)] * 24, steps)
     for axes, prompt, row in zip(figure.subplots(8, 3).flat, BASE_PROMPTS, pictures.split(4)):
         show(axes, row, 4, prompt + " (held out)" * (prompt in BASE_PROMPTS[-3:]))
+    figure.supxlabel("seeds 0 to 3, from left to right", fontsize=8)
     return figure
 
 
@@ -63,24 +72,48 @@ def hero(model, steps: int) -> Figure:
         given = torch.stack([read_image(one, model.size[0])[0] for one in given]) / 2 + 0.5
         show(left, given, len(given), f"{concept.token}: the training pictures")
         prompts = [prompt.format(concept.token) for prompt in HERO_PROMPTS]
-        show(right, draw(model, prompts, [0] * 4, steps, concepts), 4, f"{concept.token} in new scenes")
+        show(right, draw(model, prompts, [0] * 4, steps, concepts), 4, f"{concept.token} in new scenes, seed 0")
     for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
         together(axes, model, [a, b], 4, steps)
     return figure
 
 
-def together(axes, model, concepts: list, seeds: int, steps: int):
-    """Two concepts in one picture, from several seeds."""
+def together(axes, model, concepts: list, seeds: int, steps: int, title: str = "{}"):
+    """Two concepts in one picture, from several seeds. title: {} stands for the prompt."""
     prompt = f"a photo of a {concepts[0].token} next to a {concepts[1].token} on the grass"
-    show(axes, draw(model, [prompt] * seeds, range(seeds), steps, concepts), seeds, prompt)
+    pictures = draw(model, [prompt] * seeds, range(seeds), steps, concepts)
+    show(axes, pictures, seeds, title.format(prompt), range(seeds))
 
 
 def pairs(model, steps: int) -> Figure:
     """Two concepts in one picture: each of PAIRS in both orders."""
     orders = [order for names in PAIRS for order in (names, names[::-1])]
-    figure = Figure(figsize=(9, 1.35 * len(orders)), layout="constrained")
+    figure = Figure(figsize=(9, 1.45 * len(orders)), layout="constrained")
     for axes, names in zip(figure.subplots(len(orders)), orders):
         together(axes, model, load(model, names), 8, steps)
+    return figure
+
+
+def lock(model, steps: int) -> Figure:
+    """Two concepts in one picture with locked and with trained keys, and how often it goes well."""
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(5, 2))
+    for axes, keys, end in zip(left.subplots(2), ("locked", "trained"), ("", "-trained")):
+        together(axes, model, load(model, PAIRS[0], end), 6, steps, f"keys {keys}: {{}}")
+    rows = json.loads(RECORDS.read_text(encoding="utf-8"))["rows"]
+    axes = right.subplots()
+    names = ("locked keys", "trained keys", "textual inversion")
+    for k, name in enumerate(names):
+        for n, (measure, color) in enumerate((("kinds", "#9db8d8"), ("both", "#2a5d9c"))):
+            hits = sum(rows[f"pair: {name}"][measure], [])
+            share = 100 * sum(hits) / len(hits)
+            axes.barh(k + 0.38 * n, share, 0.36, color=color)
+            axes.text(share + 2, k + 0.38 * n, f"{share:.0f} %", va="center", fontsize=8)
+    axes.set(xlim=(0, 125), xticks=[], ylim=(2.75, -0.6), yticks=[k + 0.19 for k in range(3)])
+    axes.set_yticklabels([name.replace(" ", "\n") for name in names], fontsize=8)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.set_title(f"of {len(hits)} pictures of {len(rows['pair: locked keys']['kinds'])} other pairs:\n"
+                   "light, both kinds; dark, both individuals", fontsize=8, loc="left")
     return figure
 
 
@@ -147,7 +180,7 @@ def method(model, steps: int) -> Figure:
 
 
 def main(argv=None):
-    figures = {one.__name__: one for one in (base, hero, pairs, method)}
+    figures = {one.__name__: one for one in (base, hero, pairs, lock, method)}
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)
