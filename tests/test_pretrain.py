@@ -17,7 +17,6 @@ def smoke(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         plan = replace(pretrain.SMOKE, vae_steps=1, pictures=9, steps=1, clip_steps=1)
         patch.setattr(pretrain, "SMOKE", plan)
-        patch.setattr(pretrain, "BASE_PROMPTS", pretrain.BASE_PROMPTS[:1])
         patch.setattr(pretrain, "retrieval", partial(pretrain.retrieval, groups=1, n=8))
         pretrain.main(["--smoke", "--workdir", f"{folder}/work", "--out", f"{folder}/weights"])
     return folder

@@ -169,16 +169,6 @@ def prompts(name: str) -> list:
              one) for text, one in zip(texts, asked)]
 
 
-def kept(found: list, place: tuple, kind: str, wish: dict) -> dict:
-    """What of a wish the judge finds: scene and prop, a thing of this kind as asked for, a second thing."""
-    mine = judges.of_kind(found, kind)
-    checks = {"scene": lambda: place[0] == wish["scene"], "prop": lambda: place[1] == wish["prop"],
-              "accessory": lambda: wish["accessory"] in [it.accessory for it in mine],
-              "gesture": lambda: any(it.arms_up for it in mine),
-              "second": lambda: bool(judges.of_kind(found, wish["second"]))}
-    return {name: checks[name]() for name in wish}
-
-
 # ----------------------------------------------------------------------------------- training and measuring
 
 @dataclass
@@ -322,7 +312,7 @@ def measure(row: Row, names: tuple) -> dict:
     hits = [bool(judges.recognise(things, individual.kind, known)) for things in found]
     mine = [judges.of_kind(things, individual.kind) for things in found]
     likeness = [max([(one.embedding @ known[0]).item() for one in things], default=0) for things in mine]
-    checks = [kept(things, place, individual.kind, wish)
+    checks = [judges.shown(things, place, individual.kind, wish)
               for things, place, wish in zip(found, judge.places(images), wishes)]
     pictures, training = (STUDY.clip.image_embedding(x.to(STUDY.model.device))
                           for x in (images, judges.renders(specs, STUDY.model.size[0])))

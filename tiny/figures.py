@@ -1,10 +1,9 @@
-"""The README's pictures: what the embedded model draws, what it learns, and a drawing of the method.
+"""The README's pictures: what the embedded model draws, and what it learns.
 
     python tiny/figures.py base         # figures/base.png: the model without a concept
     python tiny/figures.py hero         # figures/hero.png: two concepts, each alone and both together
     python tiny/figures.py pairs        # figures/pairs.png: the example pairs, in both orders
     python tiny/figures.py lock         # figures/lock.png: two concepts, keys locked and keys trained
-    python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
 
 Hero, pairs and lock show concepts of the examples, as train.py leaves them in out/; lock those of
 `--keys trained --token NAME --out out/NAME-trained` too, and the numbers of records.json, which claims.py
@@ -16,12 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import torch
-from matplotlib.patches import Circle, FancyBboxPatch
 
 import diffusion
 import weights_loader
 from concept import Concept, prepare
-from judge import BASE_PROMPTS, draw
+from judge import draw
 from make_examples import PAIRS
 from support import command_line, fast_cpu
 from support.command_line import between
@@ -30,10 +28,21 @@ from support.pictures import list_images, read_image
 from support.plots import Figure
 
 RECORDS = Path(__file__).resolve().parent / "records.json"
+BASE_PROMPTS = (  # the last three are held out of training
+    "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
+    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
+    "a turquoise cat with arms up in a room", "a yellow dog on the grass near a house",
+    "a green robot at night near a lamp", "a blue mug in the snow near a snowman",
+    "in a room, an orange ball", "a teddy bear wearing a hat at night",
+    "a cat wearing sunglasses on the beach", "a dog wearing a scarf in a room",
+    "a robot holding a balloon on the grass", "a yellow bellied purple teddy bear in a room",
+    "a white cat with a red heart on a blue background",
+    "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
+    "a red dog beside a blue mug on the beach", "a teddy bear in the snow",
+    "a cat wearing a hat on the grass", "a cat next to a robot in a room")
 HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
                 "a photo of a {} holding a balloon on the grass", "a photo of a {} next to a mug in a room")
 GAP = 6  # pixels
-FROZEN, LOCKED, LEARNED, PLAIN, LINE = "#dbe4f0", "#cfe8cf", "#ffd9a8", "#ffffff", "#444444"
 
 
 def show(axes, images: torch.Tensor, columns: int, title: str, seeds: range = range(0)):
@@ -117,70 +126,8 @@ def lock(model, steps: int) -> Figure:
     return figure
 
 
-def method(model, steps: int) -> Figure:
-    """One cross-attention layer with its edit."""
-    figure = Figure(figsize=(9.6, 4.3), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlim=(0.1, 12.1), ylim=(0.1, 5.4), aspect="equal")
-    axes.axis("off")
-
-    def box(x: float, y: float, width: float, height: float, color: str, text: str):
-        style = "round,pad=0,rounding_size=0.1"
-        axes.add_patch(FancyBboxPatch((x, y), width, height, style, fc=color, ec=LINE))
-        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
-
-    def node(x: float, y: float, text: str):
-        axes.add_patch(Circle((x, y), 0.2, fc="white", ec=LINE, zorder=3))
-        axes.text(x, y - 0.02, text, ha="center", va="center", fontsize=12, zorder=4)
-
-    def arrow(*points: tuple):
-        x, y = zip(*points)
-        axes.plot(x[:-1], y[:-1], color=LINE, lw=1.2, solid_capstyle="butt")
-        axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": LINE, "lw": 1.2,
-                                                              "shrinkA": 0, "shrinkB": 0})
-    words = ("a", "photo", "of", "a", "<teddy>", "on", "the", "beach")
-    for n, word in enumerate(words):
-        box(0.15, 4.25 - 0.4 * n, 1.15, 0.34, LEARNED if word == "<teddy>" else PLAIN, word)
-    axes.text(0.72, 4.85, "a prompt", ha="center", fontsize=9)
-    box(1.75, 2.45, 1.05, 1.1, FROZEN, "text\nencoder")
-    arrow((1.3, 3), (1.75, 3))
-    box(3.3, 2.35, 1.6, 1.3, PLAIN, "split along $i^*$\nin the metric\n$C^{-1}$")
-    arrow((2.8, 3), (3.3, 3))
-    axes.text(3.05, 3.1, "$e$", ha="center", fontsize=11)
-    for y, edge, name in ((4.9, 3.65, "K"), (1.1, 2.35, "V")):
-        arrow((4.1, edge), (4.1, y), (5.5, y))
-        axes.text(4.75, y + 0.1, r"$e_\perp$", ha="center", fontsize=11)
-        box(5.5, y - 0.35, 1.1, 0.7, FROZEN, f"$W_{name}$")
-        arrow((6.6, y), (9.2, y))
-    axes.text(5.42, 3.1, "sim/energy", ha="center", fontsize=8)
-    arrow((4.9, 3), (5.95, 3))
-    box(5.95, 2.55, 2.3, 0.9, PLAIN, "gate\n" + r"$\sigma\,((\mathrm{sim/energy}-\beta)\,/\,\tau)$")
-    axes.plot((8.25, 9.4), (3, 3), color=LINE, lw=1.2)
-    box(6.3, 3.72, 2.3, 0.6, LOCKED, r"$o^*_K=W_K\,i_\mathrm{super}$")
-    box(6.3, 1.68, 2.3, 0.6, LEARNED, r"$o^*_V$")
-    for target, sign, y in ((4.02, 1, 4.9), (1.98, -1, 1.1)):
-        arrow((9.4, 3), (9.4, target - sign * 0.2))
-        arrow((8.6, target), (9.2, target))
-        arrow((9.4, target + sign * 0.2), (9.4, y - sign * 0.2))
-        node(9.4, target, r"$\times$")
-        node(9.4, y, "+")
-        arrow((9.6, y), (10.1, y))
-    box(10.1, 4.55, 1.9, 0.7, PLAIN, "keys $K$\nwhere words act")
-    box(10.1, 0.75, 1.9, 0.7, PLAIN, "values $V$\nwhat they put there")
-    box(10.1, 2.55, 1.9, 0.9, FROZEN, "softmax$(QK^T)\\,V$\nin the U-Net")
-    arrow((11.05, 4.55), (11.05, 3.45))
-    arrow((11.05, 1.45), (11.05, 2.55))
-    for x, color, text in ((0.15, LEARNED, "learned: the word's embedding and one $o^*_V$ per layer"),
-                           (5.2, LOCKED, "locked: the key of \"teddy bear\", never trained"),
-                           (10.1, FROZEN, "frozen")):
-        box(x, 0.15, 0.35, 0.25, color, "")
-        axes.text(x + 0.45, 0.275, text, va="center", fontsize=8)
-    axes.set_title("One cross-attention layer with one concept", fontsize=10)
-    return figure
-
-
 def main(argv=None):
-    figures = {one.__name__: one for one in (base, hero, pairs, lock, method)}
+    figures = {one.__name__: one for one in (base, hero, pairs, lock)}
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)

@@ -21,7 +21,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.data import DataLoader
@@ -29,13 +28,12 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import clip_text
 import covariance
-import diffusion
 import weights_loader
 import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
-from judge import BASE_PROMPTS, TEMPERATURE, draw, to_images
+from judge import TEMPERATURE, to_images
 from support import clip_image, command_line
 from support.files import replacing
 from unet import UNet, UNetConfig
@@ -59,7 +57,7 @@ ATTENTION_FLOOR = 0.8   # share of an object's attention that its noun should ha
 DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
-CHECKPOINT_EVERY = 250  # steps: its sheet of pictures costs half a minute
+CHECKPOINT_EVERY = 250  # steps
 FIRST = {"vae": 10**8, "text2image": 0, "clip": 2 * 10**8, "held out": 10**9}  # numbers of their pictures
 
 
@@ -77,11 +75,10 @@ class Plan:
     clip_batch: int = 64
     clip_lr: float = 2e-3
     covariance_captions: int = 10_000
-    sheet_steps: int = 20
 
 
 SMOKE = Plan(vae_steps=2, vae_batch=8, pictures=32, steps=2, batch=6, clip_steps=2, clip_batch=8,
-             covariance_captions=200, sheet_steps=1)
+             covariance_captions=200)
 
 
 class Optimizer:
@@ -339,10 +336,6 @@ def train_text2image(run: Path, plan: Plan, device: str, vae: VAE, tokenizer: To
             mean_loss, mean_focus = torch.stack(losses).mean(0).tolist()
             training.save({"seen": training.step * plan.batch, "loss": round(mean_loss, 5), "attention_loss": round(mean_focus, 4)})
             losses = []
-            prompts = [prompt for prompt in BASE_PROMPTS[::2] for _ in range(4)]
-            sheet = draw(model, prompts, [k % 4 for k in range(len(prompts))], plan.sheet_steps)
-            path = run / f"sheet_{training.step:06d}.png"
-            Image.fromarray(diffusion.to_bytes(diffusion.grid(sheet, 8))).save(path)
     return model
 
 
@@ -397,7 +390,7 @@ def export(model: weights_loader.Model, out: Path, captions: int):
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
-    add("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and sheets")
+    add("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints and logs")
     add("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
     add("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
     add("--batch", type=int, default=Plan.batch, help="views per step")
