@@ -1,5 +1,4 @@
 """Pretraining from nothing, every stage for a moment; the result loads and draws like any other model."""
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,11 +13,11 @@ import weights_loader
 def smoke(tmp_path_factory):
     """The folders of a finished smoke run."""
     folder = tmp_path_factory.mktemp("pretrain")
+    plan = pretrain.Plan(vae_steps=1, vae_batch=8, pictures=9, steps=1, batch=6, clip_steps=1, clip_batch=8,
+                         covariance_captions=200)
     with pytest.MonkeyPatch.context() as patch:
-        plan = replace(pretrain.SMOKE, vae_steps=1, pictures=9, steps=1, clip_steps=1)
-        patch.setattr(pretrain, "SMOKE", plan)
         patch.setattr(pretrain, "retrieval", partial(pretrain.retrieval, groups=1, n=8))
-        pretrain.main(["--smoke", "--workdir", f"{folder}/work", "--out", f"{folder}/weights"])
+        pretrain.run(plan, folder / "work", folder / "weights", "cpu")
     return folder
 
 

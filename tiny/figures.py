@@ -81,7 +81,8 @@ def hero(model, steps: int) -> Figure:
         given = torch.stack([read_image(one, model.size[0])[0] for one in given]) / 2 + 0.5
         show(left, given, len(given), f"{concept.token}: the training pictures")
         prompts = [prompt.format(concept.token) for prompt in HERO_PROMPTS]
-        show(right, draw(model, prompts, [0] * 4, steps, concepts), 4, f"{concept.token} in new scenes, seed 0")
+        pictures = draw(model, prompts, [0] * 4, steps, concepts)
+        show(right, pictures, 4, f"{concept.token} in new scenes, seed 0")
     for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
         together(axes, model, [a, b], 4, steps)
     return figure
@@ -131,11 +132,10 @@ def main(argv=None):
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)
-    add("--weights", default="tiny", help="base model")
     add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
     add("--out", type=Path, default=Path("figures"), help="folder of the PNG")
     args = parser.parse_args(argv)
-    model = weights_loader.load(args.weights)
+    model = weights_loader.load()
     fast_cpu.enable(model)
     figure = figures[args.figure](model, args.steps)
     args.out.mkdir(parents=True, exist_ok=True)

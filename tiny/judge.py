@@ -322,7 +322,7 @@ def train(steps: int, groups: int, path: Path, seed: int = 0) -> Judge:
         optimizer.step()
         rate.step()
         if step % 25 == 0 or step == steps - 1:
-            print(f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
+            print(f"step {step}:", *(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
     state = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
     with replacing(path) as partial:
         save_file(state, partial)
@@ -386,11 +386,11 @@ def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
                 count(head, getattr(seen, head) == label)
     for kind, other in zip(world.KINDS, (*world.KINDS[1:], world.KINDS[0])):
         groups = [[world.random_individual(rng, name) for _ in range(GALLERY)] for name in (kind, other)]
-        known = [gallery(judge, group, rng) for group in groups]
+        known = {group[0].kind: gallery(judge, group, rng) for group in groups}
         for title, n in ((f"alone: first among {GALLERY}", 1), (f"in pairs: both first among {GALLERY}", 2)):
-            people = list(zip(*groups[:n]))
-            for row, found in enumerate(judge.find(renders([view(rng, *who) for who in people]))):
-                count(title, all(recognise(found, one.kind, rows, row) for one, rows in zip(people[row], known)))
+            seen = judge.find(renders([view(rng, *who) for who in zip(*groups[:n])]))
+            for row, found in enumerate(seen):
+                count(title, all(recognise(found, name, known[name], row) for name in (kind, other)[:n]))
     return {name: interval(right) for name, right in report.items()}
 
 
@@ -446,7 +446,8 @@ def wishes(spec: world.Spec, prompt: str) -> list:
         if f"{color} {one.kind}" in prompt:
             wish["color"] = color
         # Words do not say whose a pattern is that both have, nor who raises arms if one gesture is named.
-        if pattern and patterns.count(pattern) == 1 and (pattern in prompt or world.ADJECTIVES[pattern] in prompt):
+        named = pattern and (pattern in prompt or world.ADJECTIVES[pattern] in prompt)
+        if named and patterns.count(pattern) == 1:
             wish["pattern"] = pattern
         if thing.accessory:
             wish["accessory"] = thing.accessory
@@ -465,8 +466,9 @@ def follow(found: list, places: list, pairs: list) -> dict:
     kept = {}
     for seen, place, (spec, prompt) in zip(found, places, pairs):
         asked = wishes(spec, prompt)
-        checks = [{"subject" if len(asked) == 1 else "both things": all(of_kind(seen, kind) for kind, _ in asked)}]
-        checks += [shown(seen, place, kind, wish) for kind, wish in asked]
+        checks = [shown(seen, place, kind, wish) for kind, wish in asked]
+        title = "subject" if len(asked) == 1 else "both things"
+        checks.append({title: all(of_kind(seen, kind) for kind, _ in asked)})
         for check in checks:
             for name, right in check.items():
                 kept.setdefault(name, []).append(right)
@@ -475,7 +477,7 @@ def follow(found: list, places: list, pairs: list) -> dict:
 
 def measure_base(judge: Judge, args: argparse.Namespace):
     """Print how well the base model follows prompts."""
-    model = weights_loader.load(args.weights)
+    model = weights_loader.load()
     fast_cpu.enable(model)
     for title, n, held_out in (("combinations seen in training", args.pictures, False),
                                ("held-out combinations", args.held_out, True)):
@@ -490,19 +492,17 @@ def main(argv=None):
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("command", choices=("train", "accuracy", "base"))
-    add("--judge", type=Path, default=FILE, help="file of the judge")
-    add("--weights", default="tiny", help="base model")
     add("--pictures", type=between(1, 10**6), default=500, help="of seen combinations, or renders")
     add("--held-out", type=between(1, 10**6), default=200, help="pictures of held-out combinations")
     add("--steps", type=between(1, 999), default=50, help="DDIM steps")
     args = parser.parse_args(argv)
     if args.command == "train":
-        train(TRAIN_STEPS, 24, args.judge)
+        train(TRAIN_STEPS, 24, FILE)
     elif args.command == "accuracy":
-        for name, text in measure_accuracy(Judge.load(args.judge), args.pictures).items():
+        for name, text in measure_accuracy(Judge.load(), args.pictures).items():
             print(f"{name}: {text}", flush=True)
     else:
-        measure_base(Judge.load(args.judge), args)
+        measure_base(Judge.load(), args)
 
 
 if __name__ == "__main__":

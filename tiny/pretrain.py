@@ -1,7 +1,6 @@
 """Train the embedded model from nothing: tokenizer, VAE, text encoder with U-Net, small CLIP.
 
     python tiny/pretrain.py --device cuda       # what made tiny/weights: 13 minutes of an H200, 14 GB of it
-    python tiny/pretrain.py --smoke --workdir DIR --out DIR     # every stage for a moment
 
 Without a GPU it takes days.
 Stages, in order: tokenizer, vae, latents, text2image, clip. All is drawn by `world.py` while it trains.
@@ -14,7 +13,6 @@ import math
 import os
 import random
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,10 +73,6 @@ class Plan:
     clip_batch: int = 64
     clip_lr: float = 2e-3
     covariance_captions: int = 10_000
-
-
-SMOKE = Plan(vae_steps=2, vae_batch=8, pictures=32, steps=2, batch=6, clip_steps=2, clip_batch=8,
-             covariance_captions=200)
 
 
 class Optimizer:
@@ -151,15 +145,14 @@ class Training:
         self.name, self.networks = name, [network.to(device) for network in networks]
         self.optimizer = Optimizer(networks)
         self.averages = [copy.deepcopy(network).eval().requires_grad_(False) for network in networks]
-        self.step, self.seconds = 0, 0.0
+        self.step = 0
         self.file, self.log = run / f"{name}.pt", run / f"{name}.jsonl"
         if self.file.exists():
             state = torch.load(self.file, map_location=device)
             for module, weights in zip(networks + self.averages, state["networks"] + state["averages"]):
                 module.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-        self.started = time.time() - self.seconds
+            self.step = state["step"]
         torch.manual_seed(1000 * self.step)
 
     @torch.no_grad()
@@ -177,13 +170,12 @@ class Training:
 
     def save(self, row: dict):
         """Write the checkpoint and one line of the log."""
-        self.seconds = time.time() - self.started
         state = {"networks": [network.state_dict() for network in self.networks],
                  "averages": [average.state_dict() for average in self.averages],
-                 "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
+                 "optimizer": self.optimizer.state_dict(), "step": self.step}
         with replacing(self.file) as path:
             torch.save(state, path)
-        row = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | row
+        row = {"step": self.step} | row
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(self.name, " ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -230,7 +222,7 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def pictures(tokenizer: Tokenizer, stage: str, steps: range, batch: int, device: str) -> DataLoader:
-    """A batch of Pictures for each of these steps of a stage. With a GPU, the processor's other cores draw them."""
+    """A batch of Pictures for each of these steps of a stage. With a GPU, the other cores draw them."""
     numbers = range(FIRST[stage] + steps.start * batch, FIRST[stage] + steps.stop * batch)
     return DataLoader(Pictures(tokenizer), batch, sampler=numbers,
                       num_workers=0 if device == "cpu" else max(1, os.cpu_count() - 1))
@@ -256,7 +248,8 @@ def train_vae(run: Path, plan: Plan, device: str, tokenizer: Tokenizer) -> VAE:
             with torch.no_grad():
                 decoded = average.decode(average.moments(held_out)[0]).clamp(-1, 1)
             psnr = -10 * ((decoded - held_out) / 2).square().mean((1, 2, 3)).log10()
-            training.save({"seen": training.step * n, "loss": round(loss.item(), 4), "psnr": round(psnr.mean().item(), 2)})
+            training.save({"seen": training.step * n, "loss": round(loss.item(), 4),
+                           "psnr": round(psnr.mean().item(), 2)})
     with torch.no_grad():
         std = average.moments(held_out)[0].std().item()
     average.config = replace(VAE_CONFIG, scaling_factor=round(1 / std, 5))
@@ -334,7 +327,8 @@ def train_text2image(run: Path, plan: Plan, device: str, vae: VAE, tokenizer: To
         losses.append(torch.stack([loss.detach(), focus.detach()]))
         if training.checkpoint_due(plan.steps):
             mean_loss, mean_focus = torch.stack(losses).mean(0).tolist()
-            training.save({"seen": training.step * plan.batch, "loss": round(mean_loss, 5), "attention_loss": round(mean_focus, 4)})
+            training.save({"seen": training.step * plan.batch, "loss": round(mean_loss, 5),
+                           "attention_loss": round(mean_focus, 4)})
             losses = []
     return model
 
@@ -387,6 +381,19 @@ def export(model: weights_loader.Model, out: Path, captions: int):
     print(f"covariance of {captions} captions: {covariance.store(C, model, f'built-in {captions}')}")
 
 
+def run(plan: Plan, folder: Path, out: Path, device: str):
+    """All stages. folder: checkpoints and logs."""
+    torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(folder)
+    vae = train_vae(folder, plan, device, tokenizer)
+    data = encode_pictures(folder, plan, device, vae, tokenizer)
+    model = train_text2image(folder, plan, device, vae, tokenizer, data)
+    export(model, out, plan.covariance_captions)
+    clip = train_clip(folder, plan, device, model.text_encoder, tokenizer)
+    clip_image.save(clip.cpu(), out / "clip")
+
+
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
@@ -395,19 +402,9 @@ def main(argv=None):
     add("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
     add("--batch", type=int, default=Plan.batch, help="views per step")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the networks are")
-    add("--smoke", action="store_true", help="every stage for a few steps")
     args = parser.parse_args(argv)
-    plan = SMOKE if args.smoke else Plan(steps=args.steps, batch=args.batch)
-    device, run = command_line.pick_device(args.device), args.workdir
-    torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
-    run.mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(run)
-    vae = train_vae(run, plan, device, tokenizer)
-    data = encode_pictures(run, plan, device, vae, tokenizer)
-    model = train_text2image(run, plan, device, vae, tokenizer, data)
-    export(model, args.out, plan.covariance_captions)
-    clip = train_clip(run, plan, device, model.text_encoder, tokenizer)
-    clip_image.save(clip.cpu(), args.out / "clip")
+    device = command_line.pick_device(args.device)
+    run(Plan(steps=args.steps, batch=args.batch), args.workdir, args.out, device)
 
 
 if __name__ == "__main__":
