@@ -316,8 +316,8 @@ def measure(row: Row, name: str) -> dict:
     record = defaultdict(list)
     for n, (things, place) in enumerate(zip(study.judge.find(images), study.judge.places(images))):
         shown = judges.shown(things, place, kind, wishes[n // seeds])
-        for name, right in shown.items():
-            record[name].append(right)
+        for wish, right in shown.items():
+            record[wish].append(right)
         record["first"].append(bool(judges.recognise(things, kind, known)))
         record["kept"].append(sum(shown.values()) / len(shown))
         patterns = [thing.pattern for thing in judges.of_kind(things, kind)]
