@@ -12,7 +12,6 @@ Intervals are 95 %, Student's t over concepts, as the pictures of one concept ar
 are paired by concept.
 """
 import argparse
-import functools
 import json
 import math
 import multiprocessing
@@ -207,8 +206,8 @@ class Study:
 
     def load(self, training: str | None, names: tuple) -> list:
         """The concepts of one training, ready to use; none for None."""
-        files = [self.concept_file(training, name) for name in names] if training else []
-        return prepare([Concept.load(file) for file in files], self.model)
+        concepts = [Concept.load(self.concept_file(training, name)) for name in names if training]
+        return prepare(concepts, self.model)
 
 
 STUDY = None  # of a working process
@@ -221,9 +220,8 @@ def start_work(args: argparse.Namespace):
     STUDY = Study.open(args, args.device)
 
 
-@functools.cache
 def lineup(name: str) -> torch.Tensor:
-    """`judges.lineup` of a concept, computed once, also by several processes."""
+    """`judges.lineup` of a concept, from --workdir if it is there."""
     file = STUDY.folder / "lineups" / f"{name}.pt"
     if not file.exists():
         known = judges.lineup(STUDY.judge, individual_and_specs(name)[0], name)
@@ -250,10 +248,8 @@ def train_one(job: tuple):
 
 def called(row: Row, concepts: list, individual: world.Individual) -> str:
     """What an individual alone is called in the prompts of this row."""
-    if concepts:
-        return concepts[0].token
-    described = [*world.adjectives(individual), individual.colors["main"]] if row.details else []
-    return " ".join([*described, individual.kind])
+    details = [*world.adjectives(individual), individual.colors["main"]] if row.details else []
+    return concepts[0].token if concepts else " ".join([*details, individual.kind])
 
 
 def encoded(row: Row, concepts: list, texts: list) -> tuple:
@@ -534,8 +530,7 @@ def run(args: argparse.Namespace):
     missing = [job for job in jobs if not study.record_file(*job).exists()]
     waiting = Counter(row for row, _ in missing)
     with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn"), start_work, (args,)) as pool:
-        for _ in tqdm(pool.map(train_one, trainings), "training", len(trainings)):
-            pass
+        list(tqdm(pool.map(train_one, trainings), "training", len(trainings)))   # raises what went wrong
         for _, (row, _) in tqdm(zip(pool.map(record, missing), missing), "measuring", len(missing)):
             waiting[row] -= 1
             if not waiting[row]:

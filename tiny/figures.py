@@ -27,7 +27,6 @@ from support.files import replacing
 from support.pictures import list_images, read_image
 from support.plots import Figure
 
-RECORDS = Path(__file__).resolve().parent / "records.json"
 BASE_PROMPTS = (  # the last three are held out of training
     "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
     "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
@@ -110,20 +109,21 @@ def lock(model, steps: int) -> Figure:
     left, right = figure.subfigures(1, 2, width_ratios=(5, 2))
     for axes, keys, end in zip(left.subplots(2), ("locked", "trained"), ("", "-trained")):
         together(axes, model, load(model, PAIRS[0], end), 6, steps, f"keys {keys}: {{}}")
-    rows = json.loads(RECORDS.read_text(encoding="utf-8"))["rows"]
+    rows = json.loads(Path("tiny/records.json").read_text(encoding="utf-8"))["rows"]
     axes = right.subplots()
     names = ("locked keys", "trained keys", "textual inversion")
+    shown = (("kinds", "both kinds", "#9db8d8"), ("both", "both individuals", "#2a5d9c"))
     for k, name in enumerate(names):
-        for n, (measure, color) in enumerate((("kinds", "#9db8d8"), ("both", "#2a5d9c"))):
+        for n, (measure, title, color) in enumerate(shown):
             hits = sum(rows[f"pair: {name}"][measure], [])
             share = 100 * sum(hits) / len(hits)
             axes.barh(k + 0.38 * n, share, 0.36, color=color)
-            axes.text(share + 2, k + 0.38 * n, f"{share:.0f} %", va="center", fontsize=8)
-    axes.set(xlim=(0, 125), xticks=[], ylim=(2.75, -0.6), yticks=[k + 0.19 for k in range(3)])
-    axes.set_yticklabels([name.replace(" ", "\n") for name in names], fontsize=8)
+            axes.text(share + 3, k + 0.38 * n, f"{share:.0f} % {title}", va="center", fontsize=7)
+    axes.set(xlim=(0, 200), xticks=[], ylim=(2.75, -0.6), yticks=[k + 0.19 for k in range(3)])
+    axes.set_yticklabels([name.replace(" ", "\n") for name in names], fontsize=7)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.set_title(f"of {len(hits)} pictures of {len(rows['pair: locked keys']['kinds'])} other pairs:\n"
-                   "light, both kinds; dark, both individuals", fontsize=8, loc="left")
+    axes.set_title(f"{len(hits)} pictures of {len(rows['pair: locked keys']['kinds'])} other pairs", fontsize=8,
+                   loc="left")
     return figure
 
 
@@ -133,13 +133,11 @@ def main(argv=None):
     add = parser.add_argument
     add("figure", choices=figures)
     add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
-    add("--out", type=Path, default=Path("figures"), help="folder of the PNG")
     args = parser.parse_args(argv)
     model = weights_loader.load()
     fast_cpu.enable(model)
     figure = figures[args.figure](model, args.steps)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / f"{args.figure}.png") as partial:
+    with replacing(f"figures/{args.figure}.png") as partial:
         figure.savefig(partial, dpi=150, format="png")
 
 

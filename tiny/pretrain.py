@@ -41,8 +41,8 @@ MAX_LENGTH = 48  # tokens; more than the world's longest caption has
 VOCABULARY = 600
 VAE_CONFIG = VAEConfig(latent_channels=16, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
                        norm_num_groups=8, scaling_factor=1.0)
-UNET_CONFIG = UNetConfig(in_channels=16, out_channels=16, block_out_channels=(40, 80, 128), layers_per_block=1,
-                         cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
+UNET_CONFIG = UNetConfig(in_channels=16, out_channels=16, block_out_channels=(40, 80, 128),
+                         layers_per_block=1, cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
                          cross_attention=(True, True, False), sample_size=16)
 TEXT_CONFIG = clip_text.TextConfig(width=128, layers=4, heads=4, intermediate=512, max_length=MAX_LENGTH)
 CLIP_CONFIG = clip_image.ImageConfig(image_size=64, patch_size=8, width=128, layers=4, heads=4,
