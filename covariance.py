@@ -7,8 +7,10 @@ weights (or in the user's cache folder, where the weights' folder cannot be writ
     python covariance.py --weights sd15 --captions captions.txt            # one caption per line
 """
 
+import json
 import os
 import random
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,63 +29,26 @@ from support.files import read_lines, replacing
 CAPTIONS = 10_000       # thirteen times SD v1's 768 dimensions
 FILE = "covariance.safetensors"
 BATCH = 64              # captions encoded at once: for speed only
-MAX_CONDITION = 1e10    # largest over smallest eigenvalue: six digits are left in float64; SD v1 has 2e3 to 4e3
+MAX_CONDITION = 1e10    # largest over smallest eigenvalue: six digits are left in float64; SD v1: about 3e3
 
-# Half of the nouns are drawn from the tokenizer's vocabulary instead, so that C sees more words than these.
-NOUNS = """
-airplane apple artist baby backpack ball balloon banana barn basket beach bear bed bee bench bicycle
-bird boat book boots bottle bowl boy bread bridge bus butterfly cabin cake camera candle car castle
-cat chair child church city clock clouds coat coffee cow crowd cup deer desk dog doll door dragon
-dress drink duck elephant engine face family farm field fire fish flag flower forest fox fruit
-garden girl glass glasses goat guitar hat helmet hill horse house island jacket jar kitchen kite
-knife lake lamp laptop lion man map market monkey moon motorcycle mountain mug mushroom ocean orange
-owl painting panda park phone piano pizza plant plate pumpkin queen rabbit rain river road robot
-room rose scarf sculpture sea sheep ship shirt shoes skirt sky snake snow sofa soldier soup spoon
-star statue street suitcase sun sunglasses sunset table teapot teddy temple tiger tower toy tractor
-train tree truck turtle umbrella vase village violin wall watch water wedding whale wheel window
-wolf woman zebra""".split()
-ADJECTIVES = """
-ancient beautiful big black blue bright broken brown cheap clean colorful cute dark dirty elegant
-empty fluffy funny furry golden gray green happy huge little modern new old orange pink plastic
-pretty purple red rusty sad shiny silver small soft striped tall tiny vintage white wild wooden
-yellow young""".split()
-PLACES = """on the beach, in the snow, in a room, on a table, at night, in the city, in the forest, on the
-grass, under water, on the moon, in front of a house, in the kitchen, at sunset, in the rain, on a
-street, in the mountains, near a lake, by a window, in a garden, on the sofa, at the market, in the
-desert, on top of a hill, in a museum, against a white background""".replace("\n", " ").split(", ")
-STYLES = """photo, photograph, painting, oil painting, watercolor, drawing, sketch, sculpture, close-up,
-poster, cartoon, rendering, black and white photo, macro shot, illustration""".replace("\n", " ").split(", ")
-ACTIONS = """sitting, standing, running, sleeping, wearing a hat, wearing sunglasses, holding a balloon,
-eating, swimming, flying, jumping, playing the guitar, looking at the camera""".replace("\n", " ").split(", ")
-COMPANY = ("and", "next to", "beside", "with")
-# Words and scenes stand first, second and alone, so that the metric prefers no place in a prompt.
-PATTERNS = (
-    "a {style} of a {adjective} {noun}", "a {style} of a {noun} {place}", "the {noun} {place}",
-    "a {adjective} {noun} {action} {place}", "a {noun} {company} a {adjective} {noun}", "{style} {noun}",
-    "a {noun} {company} a {noun} {place}", "{noun} {noun}, {adjective}, {noun}", "{noun} for {noun}",
-    "a {style} of a {noun} {company} a {noun}", "{noun} {company} {noun}", "{place}, a {adjective} {noun}",
-    "{place} a {noun} {action}", "{place}, a {noun} {company} a {noun}",
-    "two {adjective} {noun}s {place}", "a {style} of the {noun} {action}", "{noun}",
-    "a {adjective} {style} of a {noun} {action} {place}, {adjective} {noun}")
+# Words and scenes stand first, second and alone in the patterns, so that C prefers no place in a prompt.
+WORDS = json.loads((Path(__file__).parent / "support" / "caption_words.json").read_text(encoding="utf-8"))
 
 
 def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
-    """n varied captions in the manner of alternative texts of web pictures; the same for the same seed."""
+    """n varied captions in the manner of alternative texts of web pictures; the same for the same seed.
+
+    Half of the nouns come from the tokenizer's vocabulary, so that C sees more words than the list holds.
+    """
     rng = random.Random(seed)
     vocabulary = [word for word in tokenizer.tokens(range(tokenizer.vocab_size))
                   if word.isascii() and word.isalpha() and len(word) > 2]
-    choices = {"adjective": ADJECTIVES, "place": PLACES, "style": STYLES, "action": ACTIONS,
-               "company": COMPANY}
 
     def word(kind):
-        if kind == "noun":
-            return rng.choice(vocabulary if vocabulary and rng.random() < 0.5 else NOUNS)
-        return rng.choice(choices[kind])
-
-    def fill(pattern):
-        head, *rest = pattern.split("{")
-        return head + "".join(word(part.split("}")[0]) + part.split("}")[1] for part in rest)
-    return [fill(rng.choice(PATTERNS)) for _ in range(n)]
+        if kind == "noun" and vocabulary and rng.random() < 0.5:
+            return rng.choice(vocabulary)
+        return rng.choice(WORDS[kind])
+    return [re.sub(r"{(\w+)}", lambda found: word(found[1]), rng.choice(WORDS["pattern"])) for _ in range(n)]
 
 
 @torch.no_grad()
@@ -102,7 +67,7 @@ def covariance(text_encoder, tokenizer, captions: list[str]) -> Tensor:
 
 
 def inverse(C: Tensor) -> Tensor:
-    """C^-1 (d, d) in float64, without a regulariser; ValueError if C has not seen enough captions for that."""
+    """C^-1 (d, d) in float64, without a regulariser; ValueError if C has seen too few captions for that."""
     eigenvalues, vectors = torch.linalg.eigh(C.double())
     seen = int((eigenvalues > eigenvalues[-1] / MAX_CONDITION).sum())
     if seen < len(C):

@@ -1,4 +1,4 @@
-"""The pictures of a training: files as squares of numbers, their latents and masks, and previews."""
+"""The pictures of a training: files as squares of numbers, their latents and their masks."""
 
 import hashlib
 import io
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 
 from attention_maps import word_masks
@@ -58,10 +58,7 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
     report: called with every line that the user should see.
     """
     side = side or model.size[0]
-    images, alphas, changes = zip(*[read_image(file, side) for file in files])
-    for change in sorted(set().union(*changes)):
-        report(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")
-    images = torch.stack(images)
+    images, alphas = read_images(files, side, report)
     pairs = torch.stack([images, images.flip(-1)], dim=1).to(model.device)
     latents = torch.stack([torch.cat([model.vae.encode(x[None]) for x in pair]) for pair in pairs])
     model.vae.cpu()
@@ -90,6 +87,14 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
     return Data(images, latents, torch.stack([soft, soft.flip(-1)], dim=1))
 
 
+def read_images(files: list[Path], side: int, report: Callable = print) -> tuple[Tensor, list[Tensor | None]]:
+    """Images (N, 3, side, side) and opacities, as from `read_image`; a line for everything that was changed."""
+    images, opacities, changes = zip(*[read_image(file, side) for file in files])
+    for change in sorted(set().union(*changes)):
+        report(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")
+    return torch.stack(images), list(opacities)
+
+
 def list_images(path: Path) -> tuple[list[Path], list[str]]:
     """The image files of a folder (or one image file), sorted by name, and the names that were skipped."""
     if not path.exists():
@@ -106,8 +111,8 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
     return images, [file.name for file in files if file not in images]
 
 
-def open_image(path: Path) -> tuple[Image.Image, str]:
-    """An image file as RGBA in sRGB, turned as its EXIF says, and its colour profile if that was another one.
+def open_image(path: Path) -> tuple[Image.Image, set[str]]:
+    """An image file as RGBA in sRGB, turned as its EXIF says; and in words what was changed.
 
     ValueError if the file is damaged or larger than MAX_PIXELS.
     """
@@ -122,7 +127,11 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):      # 16 bits: Pillow would clip them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return _to_srgb(image, file.info.get("icc_profile"))
+            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            rgba, profile = _to_srgb(image, file.info.get("icc_profile"))
+            return rgba, {change for change, found in (
+                ("turned as their EXIF says, and so must their masks be", turned),
+                (f"colours converted from the profile {profile}", profile)) if found}
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
@@ -150,9 +159,9 @@ def read_image(path: Path, side: int) -> tuple[Tensor, Tensor | None, set[str]]:
     [0, 1] of a cut-out, in which at least a share CUT_OUT is transparent, else None; and in words what was
     changed. ValueError as `open_image`.
     """
-    image, profile = open_image(path)
-    changes = {f"colours converted from the profile {profile}"} if profile else set()
+    image, changes = open_image(path)
     changes |= {"cropped to the central square"} if image.width != image.height else set()
+    changes |= {f"enlarged to {side} x {side} pixels"} if min(image.size) < side else set()
     # Premultiplied, so that the colour hidden under transparent pixels does not bleed into the edges.
     image = ImageOps.fit(image.convert("RGBa"), (side, side), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
@@ -165,10 +174,15 @@ def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
     """The mask (1, side, side) in [0, 1] of an image, the file of the same name: white is the thing.
 
     If the mask is itself a cut-out, what is opaque is the thing; the second result says whether it was.
+    ValueError if there is none, or one of other proportions: it would show another place.
     """
     found = [file for file in sorted(folder.glob("*")) if file.stem == image.stem
              and file.suffix.lower() in IMAGE_TYPES]
     if not found:
         raise ValueError(f"--masks {folder} has no mask for {image.name}: it needs {image.stem}.png")
+    (w, h), (across, down) = (open_image(path)[0].size for path in (found[0], image))
+    if abs(w * down - h * across) > max(w, h, across, down):        # of one of the two, a pixel is rounded
+        raise ValueError(f"the mask {found[0]} of {w} x {h} pixels does not fit {image.name}, which has "
+                         f"{across} x {down} when it is turned as its EXIF says")
     rgb, alpha, _ = read_image(found[0], side)
     return (rgb.mean(0, keepdim=True) / 2 + 0.5, False) if alpha is None else (alpha, True)

@@ -1,6 +1,7 @@
 """Files of tensors, of whatever tool: read without running any code in them."""
 
 import os
+import re
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,15 @@ HEADER_LIMIT = 4_000_000  # bytes; of Stable Diffusion's own safetensors file: 1
 HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stand in for them
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
+
+KINDS = (  # a pattern among the names in a file, and what the file is; the first that is found
+    (r'"__metadata__":\s*{"concept":', "a concept file"),
+    (r"lora[._](down|up|A|B|unet|te)\b|lora_unet_", "a LoRA, for other tools"),
+    (r"emb_params|string_to_param|<[\w-]+>", "an embedding file, for --init-embedding of train.py"),
+    (r"identity.*optimizer", "a checkpoint of train.py, for its --resume"),
+    (r"model\.diffusion_model\.|cond_stage_model\.", "a whole base model, for --weights"),
+    (r"down_blocks\.|text_model\.", "a network of a base model, whose folder is for --weights"),
+    (r'"C":\s*{"dtype"', "the covariance of a base model"))
 
 
 class Inert:
@@ -48,3 +58,22 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file can fail in any way
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise ValueError(f"{path} cannot be read as a file of weights: {reason}") from error
+
+
+def what_is(path: str | os.PathLike) -> str:
+    """What a file is, in words, by the names in its header: "a LoRA, for other tools". Never an error."""
+    names = b""
+    try:
+        if zipfile.is_zipfile(path):        # of torch.save
+            with zipfile.ZipFile(path) as archive:
+                pickle = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                with archive.open(pickle) as file:
+                    names = file.read(HEADER_LIMIT)
+        else:
+            with open(path, "rb") as file:
+                header = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
+                names = header if header.startswith(b"{") else b""
+    except Exception:       # a damaged file can fail in any way
+        pass
+    found = [kind for pattern, kind in KINDS if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
+    return (found or ["a file of another kind"])[0]

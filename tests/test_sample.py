@@ -1,10 +1,13 @@
 """sample.py draws what it is asked for, repeatably, and loses no picture."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
 import diffusion
+from concept import Concept
 from models import run_script, tiny_model
 
 
@@ -40,13 +43,27 @@ def test_numbered_pictures_and_a_grid_of_the_size_asked_for(drawn):
 
 def test_text_fields_and_the_first_line_hold_what_draws_the_picture_again(weights, concept_files, tmp_path):
     concept = concept_files["cat"]
-    stdout, _ = draw(weights, tmp_path, "a <cat>", "--concept", concept, "--seed", 3)
-    expected = {"prompt": "a <cat>", "steps": "2", "sampler": "ddim", "guidance": "4.0", "size": "16x24",
-                "weights": str(weights), "prediction": "epsilon", "precision": "fp32",
+    stdout, _ = draw(weights, tmp_path, "a <cat>", "--concept", concept, "--seed", 3, "--negative", "-dark, 熊")
+    expected = {"prompt": "a <cat>", "negative": "-dark, 熊", "steps": 2, "sampler": "ddim", "guidance": 4.0,
+                "size": "16x24", "weights": str(weights), "prediction": "epsilon", "precision": "fp32",
                 "concepts": str(concept), "beta": "0.7", "tau": "0.15", "lock": "local"}
-    assert Image.open(tmp_path / "0000.png").text == expected | {"negative": "", "seed": "3"}
+    fields = Image.open(tmp_path / "0000.png").text
+    assert fields.pop("parameters").split("\n") == [       # as the web UI writes it; ComfyUI reads "prompt" as JSON
+        "a <cat>", "Negative prompt: -dark, 熊",
+        "Steps: 2, Sampler: DDIM, CFG scale: 4.0, Seed: 3, Size: 24x16, Model: weights"]
+    assert json.loads(fields.pop("perfusion")) == expected | {"seed": 3} and not fields
     assert stdout.splitlines() == ["; ".join(f"{key}: {value}" for key, value in expected.items()),
                                    str(tmp_path / "0000.png")]
+
+
+def test_a_concept_is_drawn_as_it_was_trained_and_that_is_said(weights, concept_files, tmp_path):
+    concept, file = Concept.load(concept_files["teddy"]), tmp_path / "v.safetensors"
+    concept.metadata["prediction"] = "v_prediction"
+    concept.save(file)
+    _, said = draw(weights, tmp_path / "a", "a <teddy>", "--concept", file)
+    assert said.count("is used with v_prediction, its files say epsilon") == 1
+    draw(weights, tmp_path / "b", "a <teddy>", "--concept", concept_files["teddy"], "--prediction", "v_prediction")
+    assert torch.equal(pixels(tmp_path / "a" / "0000.png"), pixels(tmp_path / "b" / "0000.png"))
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_how_many_are_drawn(weights, drawn, tmp_path):
