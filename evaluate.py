@@ -13,12 +13,12 @@ import argparse
 import copy
 import csv
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -31,8 +31,8 @@ from concept import Concept, prepare
 from support import clip_image, command_line, fast_cpu, pictures
 from support.command_line import between, numbers, unquoted
 from support.files import read_lines, replacing
-from support.intervals import mean_and_interval
-from support.plots import Figure
+from support.intervals import mean_and_interval, written
+from support.plots import pareto
 
 # DreamBench's prompts (Ruiz et al. 2023, arXiv 2208.12242): the first ten serve objects and live subjects.
 PLACES = ("a {} in the jungle", "a {} in the snow", "a {} on the beach", "a {} on a cobblestone street",
@@ -89,17 +89,22 @@ def read_prompts(name: str) -> tuple[str, ...]:
     return prompts
 
 
-def training_pictures(concept: Concept) -> str:
-    """Where the training pictures of a concept lie, as its file says; ValueError if they are not there."""
-    folder, n = (concept.metadata.get(key, "") for key in ("folder", "images"))
-    if not folder or not Path(folder).exists():
+def training_files(concept: Concept, given: str | None) -> tuple[str, list[Path]]:
+    """A folder and its pictures: the one given, else the one that a concept was trained on.
+
+    ValueError if that is gone or holds other pictures now; a warning if the one given holds others.
+    """
+    folder = given or str(concept.metadata.get("folder", ""))
+    if not given and not (folder and Path(folder).exists()):
         raise ValueError(f"the training pictures of {concept.token} are not at {folder or 'a known place'}: "
                          "name their folder with --images")
-    found = len(pictures.list_images(Path(folder))[0])
-    if str(n) not in ("", str(found)):
-        raise ValueError(f"{concept.token} was trained on {n} pictures, {folder} holds {found}: name those "
-                         "to compare with by --images")
-    return folder
+    files, _ = pictures.list_images(Path(folder))
+    if concept.metadata.get("pictures") not in (None, pictures.digest(files)):
+        sentence = f"{folder} does not hold the pictures that {concept.token} was trained on"
+        if not given:
+            raise ValueError(f"{sentence}: name those to compare with by --images")
+        warnings.warn(sentence, stacklevel=2)
+    return folder, files
 
 
 def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_image.CLIP, Tokenizer, str]:
@@ -189,11 +194,6 @@ class Study:
 
 # ------------------------------------------------------------------------------------------------ reporting
 
-def written(value: float, interval: float) -> str:
-    """'0.5123 ± 0.0310', without an interval if there is none."""
-    return f"{value:.4f}" + ("" if math.isnan(interval) else f" ± {interval:.4f}")
-
-
 def table(results: list[dict]) -> str:
     """The rows as text, one line each, and what their numbers are."""
     columns = f"{'beta':>5} {'image similarity':>18} {'text similarity':>18}  harmonic"
@@ -228,27 +228,17 @@ def write_csv(results: list[dict], path: Path) -> None:
         writer.writerows(results)
 
 
-def pareto_figure(results: list[dict], path: Path) -> None:
+def write_figure(results: list[dict], path: Path) -> None:
     """Image similarity over text similarity: a curve over beta for each concept, a cross without any."""
-    figure = Figure(figsize=(7, 5.5), layout="constrained")
-    axes = figure.subplots()
-    names = list(dict.fromkeys(row["concept"] for row in results))
-    colors = matplotlib.colormaps["viridis"]([k / max(len(names) - 1, 1) * 0.85 for k in range(len(names))])
-    for name, color in zip(names, colors):
-        mine = [row for row in results if row["concept"] == name]
-        x, x_error, y, y_error = ([row[key] for row in mine] for key in (
-            "text_similarity", "text_interval", "image_similarity", "image_interval"))
-        swept = mine[0]["beta"] != ""
-        axes.errorbar(x, y, y_error, x_error, color=color, label=name, linewidth=1.5, elinewidth=0.6,
-                      marker="o" if swept else "X", markersize=5 if swept else 9)
-        for row in mine if swept else []:
-            axes.annotate(f"{row['beta']:g}", (row["text_similarity"], row["image_similarity"]), fontsize=7,
-                          xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel="text similarity", ylabel="image similarity", title="Concepts over beta (at the points)")
-    axes.legend(fontsize=8)
-    figure.supxlabel(caption(results), fontsize=8)
+    curves = {row["concept"]: ([], []) for row in results}
+    for row in results:
+        points, marks = curves[row["concept"]]
+        points.append((row["text_similarity"], row["image_similarity"],
+                       row["text_interval"], row["image_interval"]))
+        marks += [f"{row['beta']:g}"] if row["beta"] != "" else []
     with replacing(path) as partial:
-        figure.savefig(partial, format="png", dpi=150)
+        pareto(curves, "text similarity", "image similarity", "Concepts over beta (at the points)",
+               caption(results)).savefig(partial, format="png", dpi=150)
 
 
 # ----------------------------------------------------------------------------------------------- the script
@@ -286,13 +276,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = command_line.pick_device(args.device)
     prompts = read_prompts(args.prompts)
     concepts = [Concept.load(path) for path in args.concept]
-    folders = args.images or [training_pictures(concept) for concept in concepts]
-    folders = folders * (len(concepts) // len(folders))
-    files = {folder: pictures.list_images(Path(folder))[0] for folder in folders}
+    given = args.images or [None]
+    given = given * (len(concepts) // len(given))
+    sources = [training_files(concept, folder) for concept, folder in zip(concepts, given)]
+    prediction = command_line.prediction(args.prediction, concepts)
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
-                                args.tokenizer, prediction=args.prediction)
+                                args.tokenizer, prediction=prediction)
     fast_cpu.enable(model)
     if args.guidance is None:
         args.guidance = model.guidance
@@ -300,11 +291,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     concepts = [prepare([concept], model)[0] for concept in concepts]
     clip, tokenizer, clip_name = load_clip(args.clip, model)
     side = clip.config.image_size
-    images = {folder: torch.stack([pictures.read_image(path, side)[0] for path in paths]) / 2 + 0.5
-              for folder, paths in files.items()}
-    training = {folder: clip.image_embedding(batch.to(device)).cpu() for folder, batch in images.items()}
+    training = {}
+    for folder, files in dict(sources).items():
+        images, _ = pictures.read_images(files, side)
+        training[folder] = clip.image_embedding((images / 2 + 0.5).to(device)).cpu()
 
-    rows, results = plan(args, concepts, folders), []
+    rows, results = plan(args, concepts, [folder for folder, _ in sources]), []
     with tqdm(total=len(rows) * len(prompts) * args.seeds, unit="picture", desc="evaluating") as bar:
         study = Study(model, clip, tokenizer, clip_name, prompts, training, args, bar)
         for row in rows:
@@ -312,16 +304,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_csv(results, args.out / "results.csv")
     print(table(results))
     for token, (row, result) in best(rows, results).items():
-        path, beta = row.file, "" if row.beta is None else f" --beta {row.beta}"
+        path = row.file
         if args.keep_best:
             args.keep_best.mkdir(parents=True, exist_ok=True)
             path = args.keep_best / f"{token.strip('<>')}.safetensors"
             content = Path(row.file).read_bytes()
             with replacing(path) as partial:
                 partial.write_bytes(content)
-        print(f"{token}: {row.name}{beta} has the best harmonic mean, {result['harmonic_mean']:.4f}\n"
-              f'  python sample.py "a {token} on the beach" --concept {path}{beta}')
-    pareto_figure(results, args.out / "pareto.png")
+        gate = () if row.beta is None else ("--beta", row.beta, "--tau", args.tau, "--lock", args.lock)
+        line = command_line.command(args, "sample.py", f"a {token} on the beach", "--concept", path, *gate)
+        print(f"{token}: {' '.join(map(str, (row.name, *gate[:2])))} has the best harmonic mean, "
+              f"{result['harmonic_mean']:.4f}\n  {line}")
+    write_figure(results, args.out / "pareto.png")
     print(f"written: {args.out}/results.csv, {args.out}/pareto.png")
 
 

@@ -25,7 +25,7 @@ import weights_loader
 from concept import Concept, prepare
 from support import command_line
 from support.files import replacing
-from support.weight_files import read_tensors
+from support.weight_files import read, what_is
 
 
 @torch.no_grad()
@@ -63,16 +63,13 @@ def read_embedding(path: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"--init-embedding {path}: there is no such file")
     try:
-        if path.suffix == ".safetensors":
-            content = read_tensors(path)
-        else:       # the original code saved a ParameterDict, the web UI a dict
-            with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path)        # the original code saved a ParameterDict, the web UI a dict
         content = content.get("string_to_param", content)
         embedding, = getattr(content, "_parameters", content).values()
         return torch.atleast_2d(embedding.detach().float())
     except Exception as error:      # whatever is wrong with a foreign file
-        raise ValueError(f"--init-embedding {path} is not a textual inversion of one word") from error
+        raise ValueError(f"--init-embedding {path} is not a textual inversion of one word, but "
+                         f"{what_is(path)}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -84,27 +81,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
     add("--out", type=Path, default=Path("exported"), help="folder of the new files")
     args = parser.parse_args(argv)
-    files = {path.stem: [args.out / f"{path.stem}_{part}.safetensors" for part in ("word", "lora")]
-             for path in args.concept}
-    if len(files) < len(args.concept):
+    stems = [path.stem for path in args.concept]
+    if len(set(stems)) < len(stems):
         raise ValueError("two of the concept files have the same name: export them into different folders")
-    for file in sum(files.values(), []):
+    words, loras = ([args.out / f"{stem}_{part}.safetensors" for stem in stems] for part in ("word", "lora"))
+    for file in words + loras:
         if file.exists():
             raise ValueError(f"{file} exists already: delete it, or choose another --out")
     concepts = [Concept.load(path) for path in args.concept]
     model = weights_loader.load(args.weights, tokenizer=args.tokenizer)
     concepts = prepare(concepts, model)
-    edited = [concept for concept in concepts if concept.edits]
-    loras = iter(lora(model.unet, edited) if edited else [])
+    contents = {file: {"emb_params": concept.embedding.half()} for file, concept in zip(words, concepts)}
+    edited = {file: concept for file, concept in zip(loras, concepts) if concept.edits}
+    if edited:
+        contents |= zip(edited, lora(model.unet, list(edited.values())))
     args.out.mkdir(parents=True, exist_ok=True)
-    for concept, (word_file, lora_file) in zip(concepts, files.values()):
-        contents = {word_file: {"emb_params": concept.embedding.half()}}
-        if concept.edits:
-            contents[lora_file] = next(loras)
-        for file, tensors in contents.items():
-            with replacing(file) as partial:
-                save_file(tensors, partial)
-            print(f"{file}: {file.stat().st_size:,} bytes")
+    for file, tensors in contents.items():
+        with replacing(file) as partial:
+            save_file(tensors, partial)
+        print(f"{file}: {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Picture k starts from noise seeded with seed + k and is drawn alone: it does not
 import argparse
 import io
 import itertools
+import json
 import math
 import os
 import re
@@ -32,6 +33,7 @@ from support.files import replacing
 
 BETA = perfusion.DRAWING_BETA
 MAX_SIDE = 4096
+WEB_UI = {"ddim": "DDIM", "dpm++": "DPM++ 2M"}      # what the web UI calls our samplers
 
 
 def size(text: str) -> tuple[int, int]:
@@ -87,11 +89,21 @@ def check_tokens(prompts: list[str], known: list[str]) -> None:
         raise ValueError(f"the prompt uses {name}, which no concept file provides: {listing}")
 
 
-def png(image: Tensor, text: dict[str, object]) -> bytes:
-    """An image (3, H, W) in [0, 1] as a PNG file with text fields."""
+def png(image: Tensor, settings: dict[str, object]) -> bytes:
+    """An image (3, H, W) in [0, 1] as a PNG file that says how it was drawn.
+
+    Under `parameters` in the form of Stable Diffusion's web UI, which other programs read too; under
+    `perfusion` all the settings as JSON.
+    """
+    height, width = settings["size"].split("x")
+    negative = f"Negative prompt: {settings['negative']}\n" if settings["negative"] else ""
+    model = re.sub("[,:]", "", Path(settings["weights"]).name)      # they would end it
     fields, file = PngImagePlugin.PngInfo(), io.BytesIO()
-    for key, value in text.items():
-        fields.add_itxt(key, str(value))
+    fields.add_itxt("parameters", (
+        f"{settings['prompt']}\n{negative}Steps: {settings['steps']}, "
+        f"Sampler: {WEB_UI[settings['sampler']]}, CFG scale: {settings['guidance']}, "
+        f"Seed: {settings['seed']}, Size: {width}x{height}, Model: {model}"))
+    fields.add_itxt("perfusion", json.dumps(settings))
     Image.fromarray(to_bytes(image)).save(file, format="PNG", pnginfo=fields)
     return file.getvalue()
 
@@ -127,10 +139,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Everything that can be wrong in the command is checked before gigabytes of weights are read.
     concepts = [Concept.load(path) for path in args.concept]
     check_tokens([args.prompt, args.negative], [concept.token for concept in concepts])
+    prediction = command_line.prediction(args.prediction, concepts)
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = weights_loader.load(args.weights, "cpu" if args.low_vram else device, DTYPES[precision],
-                                args.tokenizer, variant, args.prediction)
+                                args.tokenizer, variant, prediction)
     fast_cpu.enable(model)
     height, width = args.size or model.size
     if height % model.size_step or width % model.size_step:
@@ -172,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sheet = grid(torch.cat(images), columns=math.ceil(math.sqrt(args.n)))
         path = args.out / f"grid_{paths[0].stem}-{paths[-1].stem}.png"
         with replacing(path) as partial:
-            partial.write_bytes(png(sheet, settings | {"seed": f"{seeds[0]}-{seeds[-1]}"}))
+            partial.write_bytes(png(sheet, settings | {"seed": args.seed, "n": args.n}))
         print(path)
 
 

@@ -124,6 +124,8 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
         raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
     schedule = diffusion.Schedule.sd_v1(prediction or predicted)
     name = path.stem if single else str(weights)
+    if prediction and prediction != predicted:
+        warnings.warn(f"{name}: its U-Net is used with {prediction}, its files say {predicted}", stacklevel=2)
     model = Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint="", name=name,
                   folder=folder)
     for remark in remarks(model, parts, names, variant):

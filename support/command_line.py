@@ -13,7 +13,9 @@
 import argparse
 import contextlib
 import io
+import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     # --precision
 
 
@@ -43,10 +46,20 @@ class Parser(argparse.ArgumentParser):
         for text in argv:
             if any("\udc80" <= character <= "\udcff" for character in text):  # Python's stand-ins for bytes
                 self.error(f"{text} is not UTF-8, and no concept could be read there: rename it")
-        return super().parse_args(argv)
+        return super().parse_args([at_home(text) for text in argv])
+
+    def _parse_optional(self, text: str):
+        """None for a value: argparse would take "-blurry" for an option. Ours have two dashes, or are -h."""
+        return super()._parse_optional(text) if text == "-h" or text.startswith("--") else None
 
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists all options)")
+
+
+def at_home(text: str) -> str:
+    """A word of the command with ~ as the home folder, also where the shell leaves it: --out=~/pictures."""
+    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return option + equals + os.path.expanduser(value)
 
 
 def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:
@@ -88,7 +101,8 @@ def concept_name(text: str | None, images: Path) -> str:
     """The bare name of the token: given, or else made from the name of the images' folder."""
     if text is None:
         path = images.resolve()
-        text = re.sub(r"[^a-z0-9]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-")[:41]
+        text = re.sub(r"[^a-z0-9_]+", "-", (path.name if path.is_dir() else path.stem).lower())
+        text = text.lstrip("_-").rstrip("-")[:41]
         if not text:
             raise ValueError(f"no name can be made from {images}: give one with --token")
     name = text[1:-1] if text.startswith("<") and text.endswith(">") else text
@@ -105,6 +119,32 @@ def add_model(parser: argparse._ActionsContainer) -> None:
     add("--prediction", choices=("epsilon", "v_prediction"),
         help="what the U-Net predicts (default: what the model's files say)")
     add("--device", choices=("cpu", "cuda", "mps"), help="(default: the best one present)")
+
+
+def prediction(given: str | None, concepts: list) -> str | None:
+    """What the U-Net shall predict, for `weights_loader.load`: as given, or as in the concepts' training.
+
+    None if the concepts are older and do not say: then the model's files do. ValueError when they differ.
+    """
+    remembered = {str(c.metadata["prediction"]): c.token for c in concepts if c.metadata.get("prediction")}
+    if given:
+        for kind, token in remembered.items():
+            if kind != given:
+                warnings.warn(f"{token} was trained with {kind}, not with {given}", stacklevel=2)
+        return given
+    if len(remembered) > 1:
+        pairs = " and ".join(f"{token} with {kind}" for kind, token in remembered.items())
+        raise ValueError(f"concepts that were trained differently do not go together: {pairs}")
+    return next(iter(remembered), None)
+
+
+def command(args: argparse.Namespace, script: str, *words: object) -> str:
+    """A line for the shell that runs a script with these words, on the base model of `args`."""
+    for name, default in (("weights", "tiny"), ("tokenizer", None), ("prediction", None)):
+        if (value := getattr(args, name, default)) != default:
+            words += (f"--{name}", value)
+    path = script if Path.cwd() == ROOT else ROOT / script
+    return "python " + shlex.join(str(word) for word in (path, *words))
 
 
 def pick_device(name: str | None = None) -> str:

@@ -8,12 +8,21 @@ import torch.distributed as distributed
 from torch import Tensor
 
 
+VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}     # of torchrun; and for a process alone
+
+
 class Processes:
     """The processes that torchrun started, or this one alone; device: this one's, of the kind asked for."""
 
     def __init__(self, device: str = "cpu"):
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+        """ValueError if the environment holds only a part of torchrun's variables, left by something else."""
+        found = {name: os.environ.get(name, alone) for name, alone in VARIABLES.items()}
+        count, *ranks = (int(value) if value.isdecimal() else -1 for value in found.values())
+        if not 0 <= min(ranks) <= max(ranks) < count:
+            held = ", ".join(f"{name} is {value}" for name, value in found.items())
+            raise ValueError(f"{held}: not as torchrun sets these variables; start with it, or unset them")
+        self.count, self.rank = count, ranks[0]
+        self.device = f"cuda:{ranks[1]}" if device == "cuda" else device
         if self.count > 1:
             if device == "cuda":
                 torch.cuda.set_device(self.device)

@@ -16,6 +16,15 @@ HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stan
 STRANGERS = {  # how a file begins that stands in another's place -> what it is, and what to do
     b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
     b"<": "it is a web page: take the link that downloads the file"}
+HEADER_LIMIT = 4_000_000  # bytes that what_is reads; of Stable Diffusion's own safetensors file: 156,444
+KINDS = (  # a pattern among the names in a file, and what the file is; the first that is found
+    (r'"__metadata__":\s*{"concept":', "a concept file"),
+    (r"lora[._](down|up|A|B|unet|te)\b|lora_unet_", "a LoRA, for other tools"),
+    (r"emb_params|string_to_param|<[\w-]+>", "an embedding file, for --init-embedding of train.py"),
+    (r"identity.*optimizer", "a checkpoint of train.py, for its --resume"),
+    (r"model\.diffusion_model\.|cond_stage_model\.", "a whole base model, for --weights"),
+    (r"down_blocks\.|text_model\.", "a network of a base model, whose folder is for --weights"),
+    (r'"C":\s*{"dtype"', "the covariance of a base model"))
 
 
 class Inert:
@@ -103,3 +112,22 @@ def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
         return make(value)
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise ValueError(f"{path} is not as it should be: {error}") from error
+
+
+def what_is(path: str | os.PathLike) -> str:
+    """What a file is, in words, by the names in its header: "a LoRA, for other tools". Never an error."""
+    names = b""
+    try:
+        if zipfile.is_zipfile(path):        # of torch.save
+            with zipfile.ZipFile(path) as archive:
+                pickle = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+                with archive.open(pickle) as file:
+                    names = file.read(HEADER_LIMIT)
+        else:
+            with open(path, "rb") as file:
+                header = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
+                names = header if header.startswith(b"{") else b""
+    except Exception:       # a damaged file can fail in any way
+        pass
+    found = [kind for pattern, kind in KINDS if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
+    return (found or ["a file of another kind"])[0]

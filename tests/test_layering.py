@@ -14,7 +14,7 @@ ROWS = [row.split() for row in (  # a file may import project files of the rows 
     "unet vae clip_text diffusion perfusion",
     "concept attention_maps support.weight_names support.clip_image",
     "weights_loader support.pictures diffusers_hook",
-    "covariance support.fast_cpu support.explorer export",
+    "covariance support.fast_cpu support.explorer support.accumulation support.training_files export",
     "tiny.world",
     "tiny.make_examples",
     "tiny.judge")]
