@@ -148,7 +148,7 @@ class Tokenizer:
             raise ValueError(f"not CLIP's vocabulary: {START} or {END} is missing")
         tokenizer.add_special_tokens([START, END])  # a literal <|endoftext|> in a prompt stays one token
         tokenizer.model.unk_token = END  # see _pieces
-        self._tokenizer, self.max_length, self._said = tokenizer, max_length, {}
+        self._tokenizer, self.max_length, self._said = tokenizer, max_length, set()
         self.start, self.end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
 
     @classmethod
@@ -249,8 +249,10 @@ class Tokenizer:
                 text = text.replace(piece, " " * len(piece))
 
     def _say(self, message: str) -> None:
-        """A warning, only once of one tokenizer, whoever calls it."""
-        warnings.warn_explicit(message, UserWarning, __file__, 0, registry=self._said)
+        """A warning, once of one tokenizer, whoever encodes the text again."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=3)
 
     def _inside(self, offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:
         """Indices of the tokens with characters in the span; none when truncation cut one of them off."""

@@ -156,7 +156,7 @@ def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple[dict, st
     """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
-        if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", read_text(yaml), re.MULTILINE):
+        if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", read_text(yaml, "replace"), re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
     parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
     return parts, predicted, tokenizer or find_vocabulary(path.parent, "sd15"), path.parent

@@ -56,7 +56,7 @@ def kind(path: str | os.PathLike) -> str:
 def refuse_strangers(start: bytes) -> None:
     """ValueError, with what to do, for a file that begins like one of the STRANGERS."""
     for mark, what in STRANGERS.items():
-        if start.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(mark):
+        if start.lstrip().startswith(mark):
             raise ValueError(what)
 
 
@@ -96,17 +96,18 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta}
 
 
-def read_text(path: str | os.PathLike) -> str:
+def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
     """A text as editors save it: UTF-8, perhaps with a mark in front, or UTF-16. ValueError, OSError."""
     data = Path(path).read_bytes()
-    refuse_strangers(data[:64])
-    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
 
 
 def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
     """What `make` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
     try:
-        value = json.loads(read_text(path))
+        text = read_text(path)
+        refuse_strangers(text[:64].encode())
+        value = json.loads(text)
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         return make(value)

@@ -362,14 +362,15 @@ def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_sc
 
 
 @pytest.mark.parametrize("yaml, prediction", [
-    (None, "epsilon"), ("\ufeffparameterization: v", "v_prediction"),
-    ('model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
-    ("    parameterization: 'eps'\n", "epsilon"), ("    # parameterization: v\n", "epsilon")])
+    (None, "epsilon"), (b"\xef\xbb\xbfparameterization: v", "v_prediction"),     # from Notepad, and from PowerShell
+    ("parameterization: v".encode("utf-16"), "v_prediction"), (b"# \xe9\nparameterization: v", "v_prediction"),
+    (b'model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
+    (b"    parameterization: 'eps'\n", "epsilon"), (b"    # parameterization: v\n", "epsilon")])
 def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, yaml, prediction):
     path = write_single(model, tmp_path / "v1.5 (tuned).ckpt", {"a": torch.zeros(1)})
     (tmp_path / "v1.5.yaml").write_text("parameterization: v")  # of another file
     if yaml is not None:
-        path.with_suffix(".yaml").write_bytes(yaml.encode())
+        path.with_suffix(".yaml").write_bytes(yaml)
     assert weights_loader.open_single_file(path, None)[1] == prediction
 
 
