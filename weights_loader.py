@@ -156,7 +156,8 @@ def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple[dict, st
     """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
-        if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", read_text(yaml, "replace"), re.MULTILINE):
+        text = read_text(yaml, "replace")
+        if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
     parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
     return parts, predicted, tokenizer or find_vocabulary(path.parent, "sd15"), path.parent
@@ -177,7 +178,7 @@ def needs(variant: str | None) -> dict[str, list[list[str]]]:
 
     fp32 comes before fp16, .safetensors before .bin, a file in one piece before one in shards.
     """
-    need, shard = {"scheduler": [["scheduler/scheduler_config.json"]]}, "[0-9]" * 5
+    need, shard = {}, "[0-9]" * 5
     for part, names in WEIGHTS.items():
         need[f"{part}/config"], need[part] = [[f"{part}/config.json"]], []
         for infix in [f".{variant}"] if variant else ["", ".fp16"]:
@@ -185,7 +186,7 @@ def needs(variant: str | None) -> dict[str, list[list[str]]]:
                 stem, suffix = name.split(".")
                 for end in (infix, f"-{shard}-of-{shard}{infix}", f"{infix}-{shard}-of-{shard}"):
                     need[part].append([f"{part}/{stem}{end}.{suffix}"])
-    return need
+    return need | {"scheduler": [["scheduler/scheduler_config.json"]]}
 
 
 def choose(place: str | Path, listed: set[str], need: dict) -> dict[str, list[str]]:
@@ -249,8 +250,9 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
                 if folder != wanted:
                     warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
                 return files
-        raise ValueError(f"{repo}: neither a folder here, nor complete in the local cache, nor to be had "
-                         f"from the hub ({type(error).__name__})") from error
+        first = next(iter(need.values()))[0][0]
+        raise ValueError(f"{repo}: not a folder here, and {first} and what belongs to it is neither in the "
+                         f"local cache nor to be had from the hub ({type(error).__name__})") from error
 
 
 def meant(weights: str) -> str | Path | None:
