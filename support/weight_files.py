@@ -1,5 +1,6 @@
 """Files of tensors and their configs, of whatever tool and name: read without running any code in them."""
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stan
 STRANGERS = {  # how a file begins that stands in another's place -> what it is, and what to do
     b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
     b"<": "it is a web page: take the link that downloads the file"}
-HEADER_LIMIT = 4_000_000  # bytes that what_is reads; of Stable Diffusion's own safetensors file: 156,444
+HEADER_LIMIT = 4_000_000  # bytes that what_is reads; Stable Diffusion's own header has 156,444
 KINDS = (  # a pattern among the names in a file, and what the file is; the first that is found
     (r'"__metadata__":\s*{"concept":', "a concept file"),
     (r"lora[._](down|up|A|B|unet|te)\b|lora_unet_", "a LoRA, for other tools"),
@@ -116,19 +117,15 @@ def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
 
 
 def what_is(path: str | os.PathLike) -> str:
-    """What a file is, in words, by the names in its header: "a LoRA, for other tools". Never an error."""
+    """What a file is, in words, by the names at its beginning: "a LoRA, for other tools". Never an error."""
     names = b""
-    try:
-        if zipfile.is_zipfile(path):        # of torch.save
-            with zipfile.ZipFile(path) as archive:
-                pickle = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                with archive.open(pickle) as file:
-                    names = file.read(HEADER_LIMIT)
-        else:
-            with open(path, "rb") as file:
-                header = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
-                names = header if header.startswith(b"{") else b""
-    except Exception:       # a damaged file can fail in any way
-        pass
-    found = [kind for pattern, kind in KINDS if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
+    with contextlib.suppress(Exception):    # a damaged file can fail in any way
+        form = kind(path)
+        with open(path, "rb") as file:
+            start = file.read(HEADER_LIMIT)
+        if form == "safetensors":
+            names = start[8:8 + int.from_bytes(start[:8], "little")]
+        elif form == "zip":     # torch.save writes the names as the first of the archive's files
+            names = start[2:].partition(b"PK\x03\x04")[0]
+    found = [what for pattern, what in KINDS if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
     return (found or ["a file of another kind"])[0]

@@ -164,7 +164,7 @@ def test_a_complete_model_in_the_cache_is_enough(hub, cached, fingerprint, kind,
     assert len(lines) == len(said) and all(words in str(line.message) for line, words in zip(lines, said))
 
 
-def test_what_is_cached_in_parts_is_completed_and_another_commit_does_not_count(hub, folder, cached, fingerprint):
+def test_what_is_cached_in_parts_is_completed_and_another_commit_does_not_count(hub, cached, fingerprint):
     cached("model", REPO, "abc", True)
     cached("shards", "someone/shards", REVISION, True)
     *_, missing = Path(constants.HF_HUB_CACHE).glob("*shards/**/*-00002-*")

@@ -362,8 +362,8 @@ def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_sc
 
 
 @pytest.mark.parametrize("yaml, prediction", [
-    (None, "epsilon"), (b"\xef\xbb\xbfparameterization: v", "v_prediction"),     # from Notepad, and from PowerShell
-    ("parameterization: v".encode("utf-16"), "v_prediction"), (b"# \xe9\nparameterization: v", "v_prediction"),
+    (None, "epsilon"), (b"# \xe9\nparameterization: v", "v_prediction"),
+    *(("parameterization: v".encode(encoding), "v_prediction") for encoding in ("utf-8-sig", "utf-16")),
     (b'model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
     (b"    parameterization: 'eps'\n", "epsilon"), (b"    # parameterization: v\n", "epsilon")])
 def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, yaml, prediction):
@@ -459,7 +459,7 @@ def test_no_entry_of_the_reference_is_changed_unseen(reference, part):
         assert not unseen or key in " ".join(weight_names.WITHOUT_EFFECT.values()).split(), key
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_scheduler_with_the_noise_of_sd_v1_is_read_but_those_of_distilled_models():
     from diffusers import LCMScheduler, PNDMScheduler
     noise, count = weight_names.CONSTANTS["scheduler"], 0
