@@ -13,14 +13,15 @@ HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stan
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
 
-KINDS = (  # a pattern among the names in a file, and what the file is; the first that is found
-    (r'"__metadata__":\s*{"concept":', "a concept file"),
-    (r"lora[._](down|up|A|B|unet|te)\b|lora_unet_", "a LoRA, for other tools"),
-    (r"emb_params|string_to_param|<[\w-]+>", "an embedding file, for --init-embedding of train.py"),
-    (r"identity.*optimizer", "a checkpoint of train.py, for its --resume"),
-    (r"model\.diffusion_model\.|cond_stage_model\.", "a whole base model, for --weights"),
-    (r"down_blocks\.|text_model\.", "a network of a base model, whose folder is for --weights"),
-    (r'"C":\s*{"dtype"', "the covariance of a base model"))
+KINDS = {  # a pattern among the names in a file -> what the file is; the first that is found
+    r'"__metadata__":\s*{"concept":': "a concept file",
+    r"lora[._](down|up|A|B|unet|te)\b|lora_unet_": "a LoRA, for other tools",
+    r"identity.*optimizer": "a checkpoint of train.py, for its --resume",
+    r"model\.diffusion_model\.|cond_stage_model\.": "a whole base model, for --weights",
+    r"down_blocks\.|text_model\.": "a network of a base model, whose folder is for --weights",
+    r'"C":\s*{"dtype"': "the covariance of a base model",
+    r"emb_params|string_to_param|<[\w-]+>": "an embedding file, for --init-embedding of train.py"}
+LONGEST = 4_000_000         # bytes of names, from which `what_is` tells a file
 
 
 class Inert:
@@ -61,19 +62,15 @@ def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
 
 
 def what_is(path: str | os.PathLike) -> str:
-    """What a file is, in words, by the names in its header: "a LoRA, for other tools". Never an error."""
-    names = b""
+    """What a file is, in words, by the names at its start: "a LoRA, for other tools". Never an error."""
     try:
-        if zipfile.is_zipfile(path):        # of torch.save
-            with zipfile.ZipFile(path) as archive:
-                pickle = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                with archive.open(pickle) as file:
-                    names = file.read(HEADER_LIMIT)
-        else:
-            with open(path, "rb") as file:
-                header = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
-                names = header if header.startswith(b"{") else b""
-    except Exception:       # a damaged file can fail in any way
-        pass
-    found = [kind for pattern, kind in KINDS if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
+        with open(path, "rb") as file:
+            start = file.read(LONGEST)
+    except OSError:
+        start = b""
+    # Of safetensors the header, after its length; of torch.save a pickle, alone or as the first in an archive.
+    names = b"" if start[8:9] != b"{" else start[8:8 + int.from_bytes(start[:8], "little")]
+    if start.startswith((b"\x80", b"PK")):
+        names = start.removeprefix(b"PK").partition(b"PK")[0]
+    found = [kind for pattern, kind in KINDS.items() if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
     return (found or ["a file of another kind"])[0]
