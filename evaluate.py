@@ -34,7 +34,7 @@ from support.files import read_lines, replacing
 from support.intervals import mean_and_interval, written
 from support.plots import pareto
 
-# "objects" and "live" are DreamBench's prompts, for things and for live subjects: Ruiz et al., arXiv 2208.12242.
+# "objects" and "live" are DreamBench's prompts: Ruiz et al., arXiv 2208.12242.
 PROMPTS = {name: command_line.ROOT / f"support/prompts/{name}.txt" for name in ("tiny", "objects", "live")}
 PUBLIC_CLIP = "openai/clip-vit-large-patch14"
 BATCH = 8          # pictures drawn at once
@@ -143,7 +143,8 @@ def draw(row: Row, prompts: list[str], model, clip: clip_image.CLIP, args: argpa
         keys, values, _, _ = perfusion.condition(model, ["", prompt.replace("{}", row.word)], row.concepts,
                                                  row.beta, args.tau, args.lock)
         for seeds in torch.arange(args.seeds).split(BATCH):
-            images = diffusion.draw(model, keys, values, seeds.tolist(), model.size, args.steps, args.guidance)
+            images = diffusion.draw(model, keys, values, seeds.tolist(), model.size, args.steps,
+                                    args.guidance)
             embedded.append(clip.image_embedding(images.to(model.device)).cpu())
             bar.update(len(seeds))
     return torch.cat(embedded).view(len(prompts), args.seeds, -1)
@@ -156,7 +157,8 @@ def table(results: list[dict]) -> str:
     line = "{:26} {:8} {:>5} {:>18} {:>18}  {:>8}".format
     lines = [line("concept", "keys", "beta", "image similarity", "text similarity", "harmonic")]
     for row in results:
-        image, text = (written(row[f"{kind}_similarity"], row[f"{kind}_interval"]) for kind in ("image", "text"))
+        image = written(row["image_similarity"], row["image_interval"])
+        text = written(row["text_similarity"], row["text_interval"])
         lines.append(line(row["concept"][:26], row["keys"], row["beta"], image, text,
                           f"{row['harmonic_mean']:.4f}"))
     return "\n".join([*lines, caption(results[0])])
@@ -192,7 +194,7 @@ def write_figure(results: list[dict], path: Path) -> None:
 
 
 def announce(token: str, row: Row, result: dict, args: argparse.Namespace) -> None:
-    """Say which row of a concept is the best, and how to draw with its file; with --keep-best a copy of it."""
+    """Say which row of a concept is the best, and how to draw with its file; --keep-best copies that."""
     path = row.file
     if args.keep_best:
         args.keep_best.mkdir(parents=True, exist_ok=True)
