@@ -302,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or Path("out") / name
     path = out / f"{name}.safetensors"
     origin = {"images": len(files), "folder": args.images.as_posix(), "pictures": digest(files)}
+    if args.prediction:
+        origin["prediction"] = args.prediction      # the model's files say otherwise, or nothing
     checkpoint = out / "checkpoint.pt" if args.resume == "latest" else args.resume and Path(args.resume)
     resuming = bool(checkpoint) and checkpoint.is_file()
     check_folders(args.images, path, args.overwrite or resuming, origin["pictures"])
@@ -352,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise
     if processes.rank == 0:
         print(f"{path}: {path.stat().st_size / 1000:.0f} KB; draw with it:\n"
-              f'  python sample.py "a {settings.token} on the beach" --concept {path}')
+              "  " + command_line.command(args, "sample.py", f"a {settings.token} on the beach",
+                                          "--concept", path))
 
 
 def summary(training: Training) -> str:

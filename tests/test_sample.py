@@ -38,7 +38,7 @@ def names(out):
 def test_numbered_pictures_and_a_grid_of_the_size_asked_for(drawn):
     assert names(drawn) == ["0000.png", "0001.png", "0002.png", "grid_0000-0002.png"]
     assert Image.open(drawn / "0000.png").size == (24, 16)            # Pillow says width first
-    assert Image.open(drawn / "grid_0000-0002.png").size == (48, 32)
+    assert Image.open(drawn / "grid_0000-0002.png").size == (52, 36)     # with gaps of 4
 
 
 def test_text_fields_and_the_first_line_hold_what_draws_the_picture_again(weights, concept_files, tmp_path):
@@ -127,8 +127,8 @@ def test_a_decoder_that_overflows_in_fp16_decodes_in_float32():
     assert (diffusion.decode(model.vae, latents) - expected).abs().max() < 0.1
 
 
-def test_a_grid_holds_the_pictures_row_by_row_and_white_where_none_is():
+def test_a_grid_holds_the_pictures_row_by_row_with_white_gaps_and_white_where_none_is():
     images = torch.arange(3.)[:, None, None, None].expand(3, 3, 2, 2) / 4
-    sheet = diffusion.grid(images, columns=2)
-    assert sheet.shape == (3, 4, 4)
-    assert sheet[0, ::2, ::2].tolist() == [[0, 0.25], [0.5, 1]]
+    sheet = diffusion.grid(images, columns=2, gap=1)
+    assert sheet.shape == (3, 5, 5)
+    assert sheet[0].tolist() == [[0, 0, 1, 0.25, 0.25]] * 2 + [[1] * 5] + [[0.5, 0.5, 1, 1, 1]] * 2

@@ -23,7 +23,7 @@ import train
 from attention_maps import noised_map, share_inside
 from concept import KEYS, Concept, prepare
 from models import ROOT, noise, run_script
-from support import command_line, fast_cpu
+from support import fast_cpu
 from support.pictures import list_images, prepare_data
 from train import Settings, Training
 from weights_loader import load
@@ -216,15 +216,6 @@ def test_a_concept_of_other_pictures_is_replaced_only_on_request(weights, pictur
     assert code == 2 and "the concept of other pictures" in error and error.count("\n") == 1
     assert (out / "teddy.safetensors").read_bytes() == before
     assert run(*again, "--overwrite") == 0
-
-
-def test_the_super_category_is_its_words():
-    assert command_line.ordinary_words(" “teddy bear”, ") == command_line.ordinary_words("'teddy bear!'") == "teddy bear"
-
-
-def test_a_token_is_the_whole_name_of_the_folder(tmp_path):
-    (tmp_path / "My Toy.v2").mkdir()
-    assert command_line.concept_name(None, tmp_path / "My Toy.v2") == "my-toy-v2"
 
 
 def main(*arguments):

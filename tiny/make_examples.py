@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the library files lie one folder up
 import world
 from support import command_line
-from support.command_line import between
 from world import Individual
 
 # A few strong colours each, and no two alike: a stranger should know both of two in one picture.
@@ -77,7 +76,7 @@ def new_example(k: int) -> Individual:
 
 
 def individual_and_specs(name: str) -> tuple:
-    """Who is behind the name "teddy", "c3" (unseen) or "e3" (a new example), and the specs of its pictures."""
+    """Who is behind the name "teddy", "c3" (unseen) or "e3" (new example), and the specs of its pictures."""
     if name in EXAMPLES:
         individual, scenes = EXAMPLES[name]
         return individual, example_specs(individual, scenes, name)
@@ -103,15 +102,13 @@ def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: i
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "examples", help="folder of the concept folders")
-    parser.add_argument("--size", type=between(8, 4096), default=world.SIDE,
-                        help="pixels of a side, 8 to 4096")
     args = parser.parse_args(argv)
     for name in EXAMPLES:
         individual, specs = individual_and_specs(name)
-        write_pictures(specs, args.out / name, args.out / "masks" / name, args.size)
+        write_pictures(specs, args.out / name, args.out / "masks" / name)
         print(f"{args.out / name}: {len(specs)} of a {individual.kind}")
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --size needs less"):
+    with command_line.plain_errors(memory="close other programs"):
         main()
