@@ -1,6 +1,5 @@
 """Files of tensors and their configs, of whatever tool and name: read without running any code in them."""
 
-import contextlib
 import json
 import os
 import re
@@ -17,15 +16,15 @@ HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stan
 STRANGERS = {  # how a file begins that stands in another's place -> what it is, and what to do
     b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
     b"<": "it is a web page: take the link that downloads the file"}
-HEADER_LIMIT = 4_000_000  # bytes that what_is reads; Stable Diffusion's own header has 156,444
-KINDS = (  # a pattern among the names in a file, and what the file is; the first that is found
-    (r'"__metadata__":\s*{"concept":', "a concept file"),
-    (r"lora[._](down|up|A|B|unet|te)\b|lora_unet_", "a LoRA, for other tools"),
-    (r"emb_params|string_to_param|<[\w-]+>", "an embedding file, for --init-embedding of train.py"),
-    (r"identity.*optimizer", "a checkpoint of train.py, for its --resume"),
-    (r"model\.diffusion_model\.|cond_stage_model\.", "a whole base model, for --weights"),
-    (r"down_blocks\.|text_model\.", "a network of a base model, whose folder is for --weights"),
-    (r'"C":\s*{"dtype"', "the covariance of a base model"))
+KINDS = {  # a pattern among the names in a file -> what the file is; the first that is found
+    r'"__metadata__":\s*{"concept":': "a concept file",
+    r"lora[._](down|up|A|B|unet|te)\b|lora_unet_": "a LoRA, for other tools",
+    r"identity.*optimizer": "a checkpoint of train.py, for its --resume",
+    r"model\.diffusion_model\.|cond_stage_model\.": "a whole base model, for --weights",
+    r"down_blocks\.|text_model\.": "a network of a base model, whose folder is for --weights",
+    r'"C":\s*{"dtype"': "the covariance of a base model",
+    r"emb_params|string_to_param|<[\w-]+>": "an embedding file, for --init-embedding of train.py"}
+LONGEST = 4_000_000         # bytes of names, from which `what_is` tells a file
 
 
 class Inert:
@@ -117,15 +116,15 @@ def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
 
 
 def what_is(path: str | os.PathLike) -> str:
-    """What a file is, in words, by the names at its beginning: "a LoRA, for other tools". Never an error."""
-    names = b""
-    with contextlib.suppress(Exception):    # a damaged file can fail in any way
-        form = kind(path)
+    """What a file is, in words, by the names at its start: "a LoRA, for other tools". Never an error."""
+    try:
         with open(path, "rb") as file:
-            start = file.read(HEADER_LIMIT)
-        if form == "safetensors":
-            names = start[8:8 + int.from_bytes(start[:8], "little")]
-        elif form == "zip":     # torch.save writes the names as the first of the archive's files
-            names = start[2:].partition(b"PK\x03\x04")[0]
-    found = [what for pattern, what in KINDS if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
+            start = file.read(LONGEST)
+    except OSError:
+        start = b""
+    # Of safetensors the header, after its length; of torch.save a pickle, alone or as the first in an archive.
+    names = b"" if start[8:9] != b"{" else start[8:8 + int.from_bytes(start[:8], "little")]
+    if start.startswith((b"\x80", b"PK")):
+        names = start.removeprefix(b"PK").partition(b"PK")[0]
+    found = [kind for pattern, kind in KINDS.items() if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
     return (found or ["a file of another kind"])[0]
