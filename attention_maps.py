@@ -10,7 +10,7 @@
 The keys are explicit in this code, so only the queries need a hook, and the U-Net's forward stays untouched.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +26,15 @@ def record_queries(unet):
 
     The list has one entry per cross-attention layer, in order of execution: (B, HW, width), with their graph.
     """
-    queries = [None] * len(unet.cross_attentions)
+    places = {layer.to_q: i for i, layer in enumerate(unet.cross_attentions)}
+    queries = [None] * len(places)
 
-    def keep(i):
-        def hook(module, inputs, output):
-            queries[i] = output
-        return hook
-    handles = [layer.to_q.register_forward_hook(keep(i)) for i, layer in enumerate(unet.cross_attentions)]
-    try:
+    def keep(to_q, inputs, output):
+        queries[places[to_q]] = output
+    with ExitStack() as hooks:
+        for to_q in places:
+            hooks.enter_context(to_q.register_forward_hook(keep))
         yield queries
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attention(queries: list[Tensor], keys: list[Tensor], heads: int) -> list[Tensor]:
@@ -45,13 +42,13 @@ def attention(queries: list[Tensor], keys: list[Tensor], heads: int) -> list[Ten
 
     queries per layer (B, HW, width), keys (B or 1, T, width) -> (B, heads, HW, T).
     """
-    return [_attention(q, k, heads) for q, k in zip(queries, keys, strict=True)]
-
-
-def _attention(q: Tensor, k: Tensor, heads: int) -> Tensor:
-    precise = torch.promote_types(q.dtype, torch.float32)
-    q, k = (x.to(precise).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))
-    return torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1)
+    maps = []
+    with torch.autocast(queries[0].device.type, enabled=False):     # it would multiply in half precision
+        for q, k in zip(queries, keys, strict=True):
+            precise = torch.promote_types(q.dtype, torch.float32)
+            q, k = (x.to(precise).unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k))
+            maps.append(torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1))
+    return maps
 
 
 def word_map(attentions: list[Tensor], token_indices: list[int], size: tuple[int, int]) -> Tensor:
@@ -93,10 +90,8 @@ def noised_map(model, latents: Tensor, timestep: int, keys: list[Tensor], values
 
 @torch.no_grad()
 def word_masks(model, latents: Tensor, word: str, seed: int = 0) -> Tensor:
-    """The base model as its own segmenter: where a word acts on noised pictures.
+    """The base model as its own segmenter: latents (N, c, h, w) -> `object_map` of a word (N, 1, h, w).
 
-    latents (N, c, h, w) -> (N, 1, h, w): the word's cross-attention map, averaged over MASK_TIMESTEPS and
-    MASK_DRAWS of noise, stretched to 0...1, as attention elsewhere is small but not 0.
     ValueError when the text encoder has no room for the word.
     """
     ids, (found,) = model.tokenizer.encode(["a photo of a <word>"], {"<word>": word})
@@ -104,10 +99,22 @@ def word_masks(model, latents: Tensor, word: str, seed: int = 0) -> Tensor:
         raise ValueError(f'"{word}" has too many tokens for the text encoder')
     e = model.text_encoder(model.text_encoder.embed(ids))
     keys, values = model.unet.keys(e), model.unet.values(e)
-    masks = []
+    return object_map(model, latents, keys, values, found["<word>"][0], seed)[:, None]
+
+
+@torch.no_grad()
+def object_map(model, latents: Tensor, keys: list[Tensor], values: list[Tensor], words: list[int],
+               seed: int = 0) -> Tensor:
+    """Where the base model sees a thing in finished pictures: (N, h, w), above 0.5 on the thing.
+
+    The attention of the word, averaged over MASK_TIMESTEPS and MASK_DRAWS of noise, and stretched to 0...1,
+    as attention elsewhere is small but not 0. latents (N, c, h, w); keys, values per layer (1, T, width) of a
+    prompt in ordinary words; words: the token indices of the thing's.
+    """
+    maps = []
     for z in latents.split(1):
-        draws = [noised_map(model, z.expand(MASK_DRAWS, -1, -1, -1), t, keys, values, found["<word>"][0],
-                            seed + t) for t in MASK_TIMESTEPS]
-        mean = torch.cat(draws).mean(0, keepdim=True)
-        masks.append((mean - mean.min()) / (mean.max() - mean.min()))
-    return torch.stack(masks)
+        draws = [noised_map(model, z.expand(MASK_DRAWS, -1, -1, -1), t, keys, values, words, seed + t)
+                 for t in MASK_TIMESTEPS]
+        mean = torch.cat(draws).mean(0)
+        maps.append((mean - mean.min()) / (mean.max() - mean.min()))
+    return torch.stack(maps)

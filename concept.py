@@ -20,6 +20,7 @@ from torch import Tensor
 
 import perfusion
 from support.files import replacing
+from support.weight_files import what_is
 
 KEYS = ("locked", "trained", "none")        # what a concept's keys are; "none" is textual inversion: no edit
 FORMAT = 2                                  # of the concept file
@@ -95,16 +96,16 @@ class Concept:
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{path}: there is no such concept file")
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"{path} is too large to be a concept: {path.stat().st_size / 1e6:.0f} MB")
         try:
+            if path.stat().st_size > MAX_BYTES:
+                raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("concept", "{}"))
                 x = {name: file.get_tensor(name).float() for name in file.keys()}
+            if not isinstance(header, dict) or header.get("format") != FORMAT:
+                raise ValueError(f"no concept of format {FORMAT} is in it")
         except (SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not a concept file, or is damaged: {error}") from error
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a concept file of this version: train the concept again")
+            raise ValueError(f"{path} is {what_is(path)}, and cannot be used as a concept: {error}") from error
         # In alphabetical order the blocks are in order of execution: down, mid, up.
         layers = sorted(name.removeprefix("values.") for name in x if name.startswith("values."))
         try:

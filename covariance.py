@@ -5,11 +5,12 @@ weights (or in the user's cache folder, where the weights' folder cannot be writ
 
     python covariance.py --weights sd15                                    # 10,000 built-in captions
     python covariance.py --weights sd15 --captions captions.txt            # one caption per line
-    python covariance.py --gates "teddy bear" "a photo of a teddy bear on the beach"
 """
 
+import json
 import os
 import random
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,87 +21,39 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import perfusion
-import weights_loader
 from support import command_line
-from support.command_line import between, pick_device
+from support.base_model import open_model
+from support.command_line import between
 from support.files import read_lines, replacing
 
-CAPTIONS = 10_000
+CAPTIONS = 10_000       # thirteen times SD v1's 768 dimensions
 FILE = "covariance.safetensors"
-# On the embedded model both give the same gates to 0.01 (README, one prompt): the simpler one stays.
-POSITIONS = "all"
-BATCH = 64
-COMPANIONS = ("cat", "ball", "chair", "man", "house", "flower", "car", "cup")    # in the table of gates
-MAX_CONDITION = 1e10    # six digits are left in float64; a direction with less than that is empty
-COUNTS = (100, 300, 1000, 3000, 10_000, 30_000, 100_000)
+BATCH = 64              # captions encoded at once: for speed only
+MAX_CONDITION = 1e10    # largest over smallest eigenvalue: six digits are left in float64; SD v1: about 3e3
 
-# Half of the nouns are drawn from the tokenizer's vocabulary instead, so that C sees more words than these.
-NOUNS = """
-airplane apple artist baby backpack ball balloon banana barn basket beach bear bed bee bench bicycle
-bird boat book boots bottle bowl boy bread bridge bus butterfly cabin cake camera candle car castle
-cat chair child church city clock clouds coat coffee cow crowd cup deer desk dog doll door dragon
-dress drink duck elephant engine face family farm field fire fish flag flower forest fox fruit
-garden girl glass glasses goat guitar hat helmet hill horse house island jacket jar kitchen kite
-knife lake lamp laptop lion man map market monkey moon motorcycle mountain mug mushroom ocean orange
-owl painting panda park phone piano pizza plant plate pumpkin queen rabbit rain river road robot
-room rose scarf sculpture sea sheep ship shirt shoes skirt sky snake snow sofa soldier soup spoon
-star statue street suitcase sun sunglasses sunset table teapot teddy temple tiger tower toy tractor
-train tree truck turtle umbrella vase village violin wall watch water wedding whale wheel window
-wolf woman zebra""".split()
-ADJECTIVES = """
-ancient beautiful big black blue bright broken brown cheap clean colorful cute dark dirty elegant
-empty fluffy funny furry golden gray green happy huge little modern new old orange pink plastic
-pretty purple red rusty sad shiny silver small soft striped tall tiny vintage white wild wooden
-yellow young""".split()
-PLACES = """on the beach, in the snow, in a room, on a table, at night, in the city, in the forest, on the
-grass, under water, on the moon, in front of a house, in the kitchen, at sunset, in the rain, on a
-street, in the mountains, near a lake, by a window, in a garden, on the sofa, at the market, in the
-desert, on top of a hill, in a museum, against a white background""".replace("\n", " ").split(", ")
-STYLES = """photo, photograph, painting, oil painting, watercolor, drawing, sketch, sculpture, close-up,
-poster, cartoon, rendering, black and white photo, macro shot, illustration""".replace("\n", " ").split(", ")
-ACTIONS = """sitting, standing, running, sleeping, wearing a hat, wearing sunglasses, holding a balloon,
-eating, swimming, flying, jumping, playing the guitar, looking at the camera""".replace("\n", " ").split(", ")
-COMPANY = ("and", "next to", "beside", "with")
-# Words and scenes stand first, second and alone, so that the metric prefers no place in a prompt.
-PATTERNS = (
-    "a {style} of a {adjective} {noun}", "a {style} of a {noun} {place}", "the {noun} {place}",
-    "a {adjective} {noun} {action} {place}", "a {noun} {company} a {adjective} {noun}", "{style} {noun}",
-    "a {noun} {company} a {noun} {place}", "{noun} {noun}, {adjective}, {noun}", "{noun} for {noun}",
-    "a {style} of a {noun} {company} a {noun}", "{noun} {company} {noun}", "{place}, a {adjective} {noun}",
-    "{place} a {noun} {action}", "{place}, a {noun} {company} a {noun}",
-    "two {adjective} {noun}s {place}", "a {style} of the {noun} {action}", "{noun}",
-    "a {adjective} {style} of a {noun} {action} {place}, {adjective} {noun}")
+# Words and scenes stand first, second and alone in the patterns, so that C prefers no place in a prompt.
+WORDS = json.loads((Path(__file__).parent / "support" / "caption_words.json").read_text(encoding="utf-8"))
 
 
 def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
-    """n varied captions in the manner of alternative texts of web pictures; the same for the same seed."""
+    """n varied captions in the manner of alternative texts of web pictures; the same for the same seed.
+
+    Half of the nouns come from the tokenizer's vocabulary, so that C sees more words than the list holds.
+    """
     rng = random.Random(seed)
     vocabulary = [word for word in tokenizer.tokens(range(tokenizer.vocab_size))
                   if word.isascii() and word.isalpha() and len(word) > 2]
-    choices = {"adjective": ADJECTIVES, "place": PLACES, "style": STYLES, "action": ACTIONS,
-               "company": COMPANY}
 
     def word(kind):
-        if kind == "noun":
-            return rng.choice(vocabulary if vocabulary and rng.random() < 0.5 else NOUNS)
-        return rng.choice(choices[kind])
-
-    def fill(pattern):
-        head, *rest = pattern.split("{")
-        return head + "".join(word(part.split("}")[0]) + part.split("}")[1] for part in rest)
-    return [fill(rng.choice(PATTERNS)) for _ in range(n)]
+        if kind == "noun" and vocabulary and rng.random() < 0.5:
+            return rng.choice(vocabulary)
+        return rng.choice(WORDS[kind])
+    return [re.sub(r"{(\w+)}", lambda found: word(found[1]), rng.choice(WORDS["pattern"])) for _ in range(n)]
 
 
 @torch.no_grad()
-def covariance(text_encoder, tokenizer, captions: list[str], positions: str = POSITIONS) -> Tensor:
-    """C (d, d) in float64 over the encodings of all captions.
-
-    positions "real": the tokens from the start of a caption to its first end token. "all": the padding too,
-    which the U-Net attends to as well.
-    """
-    if positions not in ("real", "all"):
-        raise ValueError(f'the positions are "real" or "all", not "{positions}"')
+def covariance(text_encoder, tokenizer, captions: list[str]) -> Tensor:
+    """C (d, d) in float64 over the encodings of all tokens of all captions, padding too: the U-Net sees it."""
     if not captions:
         raise ValueError("there are no captions to take the covariance over")
     total, count = 0, 0
@@ -108,36 +61,19 @@ def covariance(text_encoder, tokenizer, captions: list[str], positions: str = PO
         with warnings.catch_warnings():         # a long caption loses its end: no matter here
             warnings.simplefilter("ignore")
             ids, _ = tokenizer.encode(captions[first:first + BATCH])
-        if positions == "real":
-            end = (ids == ids[:, -1:]).int().argmax(1)          # the last id is always an end token
-            ids = ids[:, :int(end.max()) + 1]                   # the encoder is causal: this changes nothing
-            used = torch.arange(ids.shape[1]) <= end[:, None]
-        else:
-            used = torch.ones_like(ids, dtype=torch.bool)
-        e = text_encoder(text_encoder.embed(ids)).cpu()[used].double()
+        e = text_encoder(text_encoder.embed(ids)).cpu().double().flatten(0, 1)
         total, count = total + e.T @ e, count + len(e)
     return total / count
 
 
 def inverse(C: Tensor) -> Tensor:
-    """C^-1 (d, d) in float64, without a regulariser; ValueError if C has not seen enough captions for that.
-
-    One direction may be empty: a layer norm without scale and shift, in a network that was never trained,
-    leaves no encoding a part along (1, ..., 1). The inverse is then taken among the others.
-    """
+    """C^-1 (d, d) in float64, without a regulariser; ValueError if C has seen too few captions for that."""
     eigenvalues, vectors = torch.linalg.eigh(C.double())
-    used = eigenvalues > eigenvalues[-1] / MAX_CONDITION
-    if len(C) - int(used.sum()) > 1:
-        raise ValueError(f"the encodings of the captions span only {int(used.sum())} of {len(C)} dimensions: "
-                         "compute it over more, and more varied, captions (covariance.py --captions)")
-    return vectors[:, used] / eigenvalues[used] @ vectors[:, used].T
-
-
-def condition_number(C: Tensor) -> float:
-    """Largest over smallest eigenvalue, of those that `inverse` uses."""
-    eigenvalues = torch.linalg.eigvalsh(C.double())
-    used = eigenvalues[eigenvalues > eigenvalues[-1] / MAX_CONDITION]
-    return float(used[-1] / used[0])
+    seen = int((eigenvalues > eigenvalues[-1] / MAX_CONDITION).sum())
+    if seen < len(C):
+        raise ValueError(f"the encodings of the captions span only {seen} of {len(C)} dimensions: compute it "
+                         "over more, and more varied, captions (covariance.py --captions)")
+    return vectors / eigenvalues @ vectors.T
 
 
 # -------------------------------------------------------------------------------------------------- the cache
@@ -159,16 +95,16 @@ def cached(model, report=print) -> Tensor:
     except OSError as error:        # a cache is a convenience
         warnings.warn(f"{error}; the next run will compute it again", stacklevel=2)
         where = "kept nowhere"
-    report(f"condition number {condition_number(C):.1e}, {where}")
+    report(f"condition number {torch.linalg.cond(C):.1e}, {where}")
     return C.float().double()       # as the file holds it
 
 
-def store(C: Tensor, model, captions: str = "unknown", positions: str = POSITIONS) -> Path:
+def store(C: Tensor, model, captions: str = "unknown") -> Path:
     """Keep C for `cached`, as float32 (the sampling error is far larger); returns the file's path. OSError.
 
-    captions, positions: over which captions and tokens C was taken; for the file's header.
+    captions: over which C was taken; for the file's header.
     """
-    header = {"base": model.fingerprint, "captions": captions, "positions": positions}
+    header = {"base": model.fingerprint, "captions": captions}
     reasons = []
     for path in _places(model):
         try:
@@ -201,67 +137,23 @@ def _read(path: Path, fingerprint: str) -> Tensor | None:
 
 # ------------------------------------------------------------------------------------------------- the script
 
-@torch.no_grad()
-def gate_table(model, prompt: str, super_category: str, captions: list[str], positions: str) -> list[str]:
-    """Lines of a table: sim / energy and gate in drawing, for covariances over more and more captions.
-
-    Of the super-category in first ("a teddy bear next to a cat") and in second place, the mean over
-    COMPANIONS, and of every token of a prompt.
-    """
-    encoder, tokenizer = model.text_encoder, model.tokenizer
-
-    def encode(prompts):
-        ids, found = tokenizer.encode(prompts, {"<super>": super_category})
-        return ids, encoder(encoder.embed(ids)).cpu().double(), [x["<super>"] for x in found]
-    i_star = perfusion.super_encoding(encoder, tokenizer, super_category).cpu().double()
-    ids, e, _ = encode([prompt])
-    length = int((ids[0] == ids[0, -1]).int().argmax()) + 2     # up to the first padding token
-    groups, names = [], ["first", "second", *tokenizer.tokens(ids[0, :length].tolist())]
-    for pattern in ("a <super> next to a {}", "a {} next to a <super>"):
-        _, pairs, places = encode([pattern.format(noun) for noun in COMPANIONS])
-        groups.append(torch.stack([row[place[0][-1]] for row, place in zip(pairs, places)]))
-    groups += [row[None] for row in e[0, :length]]
-    lines = [f"positions: {positions}", "captions condition " + " ".join(f"{name[:9]:>10}" for name in names)]
-    for count in [n for n in COUNTS if n < len(captions)] + [len(captions)]:
-        C = covariance(encoder, tokenizer, captions[:count], positions)
-        try:
-            d_star = inverse(C) @ i_star
-        except ValueError:
-            lines.append(f"{count:8} too few: they do not span all dimensions")
-            continue
-        cells = []
-        for group in groups:
-            _, ratio = perfusion.split(group[None], i_star[None], d_star[None])
-            gates = perfusion.gate(ratio, perfusion.DRAWING_BETA["local"], perfusion.DRAWING_TAU)
-            cells.append(f"{ratio.mean():5.2f}/{gates.mean():.2f}")
-        lines.append(f"{count:8} {condition_number(C):9.1e} " + " ".join(f"{cell:>10}" for cell in cells))
-    return lines
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     command_line.add_model(parser)
     add("--captions", type=Path, metavar="FILE", help="text file, one per line (default: built-in captions)")
     add("--n", type=between(1, 10 ** 7), default=CAPTIONS, help="number of built-in captions")
-    add("--positions", choices=("real", "all"), default=POSITIONS, help="tokens that enter")
-    add("--gates", nargs=2, metavar=("SUPER", "PROMPT"), help="keep nothing; print gates: of SUPER in first "
-        "and second place, and of PROMPT's tokens, for more and more captions")
     args = parser.parse_args(argv)
     captions = read_lines(args.captions) if args.captions else None
     if captions == []:
         raise ValueError(f"{args.captions} holds no captions: it needs one per line")
-    model = weights_loader.load(args.weights, pick_device(args.device), tokenizer=args.tokenizer,
-                                prediction=args.prediction)
+    model = open_model(args, dtype=torch.float32)
     name = args.captions.name if captions else f"built-in {args.n}"
     captions = captions or built_in_captions(args.n, model.tokenizer)
-    if args.gates:
-        print("\n".join(gate_table(model, args.gates[1], args.gates[0], captions, args.positions)))
-        return
-    C = covariance(model.text_encoder, model.tokenizer, captions, args.positions)
+    C = covariance(model.text_encoder, model.tokenizer, captions)
     inverse(C)
-    path = store(C, model, name, args.positions)
-    print(f"{len(captions):,} captions, condition number {condition_number(C):.1e}: {path}")
+    path = store(C, model, name)
+    print(f"{len(captions):,} captions, condition number {torch.linalg.cond(C):.1e}: {path}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ ControlNet. This file does not import diffusers; it only relies on the published
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,6 +22,59 @@ from concept import Concept
 NEAR = 0.01  # share of its norm by which half precision may move an encoding; another prompt is farther away
 
 
+class Edit:
+    """What takes the place of layers in a pipeline's U-Net, and whether it did."""
+
+    def __init__(self, model, concepts: list[Concept], beta, tau):
+        self.model, self.concepts, self.beta, self.tau = model, concepts, beta, tau
+        self.targets: dict[torch.nn.Module, Tensor | None] = {}     # layer -> o_star (n, width), as `replace`
+        self.encoded: list[tuple[Tensor, Tensor]] = []              # every prompt's e and e_super
+        self.ran, self.drawn, self.warned = set(), False, False     # ran: layers in the present forward pass
+
+    @torch.no_grad()
+    def encode(self, prompt: str | list[str], negative: str | list[str] = "") -> dict[str, Tensor]:
+        """Prompts as a pipeline takes them, with the concepts' embeddings: see `personal`."""
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
+        texts = [*prompts, *negatives]
+        e, e_super, _ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, texts, self.concepts)
+        self.encoded.extend(zip(e, e_super))
+        return {"prompt_embeds": e[:len(prompts)], "negative_prompt_embeds": e[len(prompts):]}
+
+    def super_encodings(self, e: Tensor) -> Tensor | None:
+        """e_super of encoded prompts e (B, T, d), in whatever order; None if one is not from `encode`."""
+        if not self.encoded or e.shape[1:] != self.encoded[0][0].shape:
+            return None
+        known, e_super = (torch.stack(found).to(e.device) for found in zip(*self.encoded))
+        x = e.flatten(1).float()
+        distance, nearest = torch.cdist(x, known.flatten(1).float()).min(1)
+        return e_super[nearest].to(e) if (distance <= NEAR * x.norm(dim=1)).all() else None
+
+    def replace(self, layer, inputs, output) -> Tensor:
+        """A forward hook of a layer: eq. 3 in the place of W e; without a target W e_super."""
+        self.ran.add(layer)             # `layer.forward` calls no hooks: this does not call itself
+        e, o = inputs[0], self.targets[layer]
+        if o is not None:
+            e_perp, gates = perfusion.split_and_gate(e, self.concepts, self.beta, self.tau)
+            return perfusion.edit(lambda x: [layer.forward(x)], e_perp, gates, [o.to(gates)])[0]
+        e_super = self.super_encodings(e)
+        if e_super is None:
+            raise ValueError("with the global lock the pipeline takes only prompts made by `encode`")
+        return layer.forward(e_super)
+
+    def check(self, unet, inputs, named, output) -> None:
+        """A forward hook of the U-Net: an edit that does not act, or not on a prompt, is never silent."""
+        if self.ran != set(self.targets):
+            raise ValueError(f"the edit acted in {len(self.ran)} of {len(self.targets)} layers: the U-Net was "
+                             "changed and does not call the others, for instance by fuse_qkv_projections()")
+        self.ran, self.drawn = set(), True
+        e = named["encoder_hidden_states"] if "encoder_hidden_states" in named else inputs[2]
+        if not self.warned and self.super_encodings(e) is None:
+            self.warned = True
+            warnings.warn("the pipeline draws a prompt that is not from `encode`: the name of a concept "
+                          "means nothing in it", stacklevel=2)
+
+
 @contextlib.contextmanager
 def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.DRAWING_TAU,
              lock: str = "local") -> Iterator[Callable[..., dict[str, Tensor]]]:
@@ -28,59 +82,31 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
 
     pipeline: or only its U-Net. model: its base, from `weights_loader.load`; here it encodes the text.
     concepts: from `prepare`. beta, tau: one number or one per concept; by default those for drawing
-    with this lock, "local" or "global". ValueError for another lock and another kind of U-Net.
+    with this lock, "local" or "global". ValueError for another lock, another kind of U-Net, and wherever the
+    edit does not act; a warning for prompts that are not from `encode`. Inside, torch.compile is off.
 
     Yields encode(prompt, negative="") for strings or lists of B strings. It returns what takes their place in
     the pipeline's call: {"prompt_embeds": (B, T, d), "negative_prompt_embeds": (B, T, d)}.
     """
-    if lock not in ("local", "global"):
+    if lock not in perfusion.DRAWING_BETA:
         raise ValueError(f'the lock is "local" or "global", not "{lock}"')
-    if beta is None:
-        beta = perfusion.DRAWING_BETA[lock]
+    beta = perfusion.DRAWING_BETA[lock] if beta is None else beta
     unet, paths = getattr(pipeline, "unet", pipeline), {m: path for path, m in model.unet.named_modules()}
     try:
         layers = [unet.get_submodule(paths[ours]) for ours in model.unet.cross_attentions]
     except AttributeError as error:
         raise ValueError(f"the pipeline's U-Net is of another kind than {model.name}'s: {error}") from None
-    encoded: list[tuple[Tensor, Tensor]] = []  # every prompt's e and e_super
-
-    @torch.no_grad()
-    def encode(prompt: str | list[str], negative: str | list[str] = "") -> dict[str, Tensor]:
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        negatives = [negative] * len(prompts) if isinstance(negative, str) else negative
-        texts = [*prompts, *negatives]
-        e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, texts, concepts)
-        encoded.extend(zip(e, e_super))
-        return {"prompt_embeds": e[:len(prompts)], "negative_prompt_embeds": e[len(prompts):]}
-
-    # `module.forward` calls no hooks: neither hook calls itself.
-    def edit(targets: list[Tensor]) -> Callable:
-        """A forward hook of to_k or to_v: eq. 3 instead of W e. targets: (width,) per edited concept."""
-        def hook(module, inputs, output):
-            e_perp, gates = perfusion.split_and_gate(inputs[0], concepts, beta, tau)
-            o = torch.stack(targets).to(gates)
-            return perfusion.edit(lambda x: [module.forward(x)], e_perp, gates, [o])[0]
-        return hook
-
-    def lock_globally(module, inputs, output):
-        """A forward hook of to_k: W e_super instead of W e, in whatever order the prompts arrive."""
-        x = inputs[0].flatten(1).float()
-        e, e_super = (torch.stack(t).to(x) for t in zip(*encoded)) if encoded else (x + torch.inf, x)
-        distance, nearest = torch.cdist(x, e.flatten(1)).min(1)
-        if not (distance <= NEAR * x.norm(dim=1)).all():
-            raise ValueError("with the global lock the pipeline takes only prompts made by `encode`")
-        return module.forward(e_super[nearest].to(inputs[0]))
-
-    edits, hooks = [concept for concept in concepts if concept.edits], []
-    try:
-        for i, layer in enumerate(layers):
-            if lock == "global":
-                hooks += [layer.to_k.register_forward_hook(lock_globally)]
-            elif edits:
-                hooks += [layer.to_k.register_forward_hook(edit([concept.o_keys[i] for concept in edits]))]
-            if edits:
-                hooks += [layer.to_v.register_forward_hook(edit([concept.o_values[i] for concept in edits]))]
-        yield encode
-    finally:
-        for hook in hooks:
-            hook.remove()
+    edits, own = [concept for concept in concepts if concept.edits], Edit(model, concepts, beta, tau)
+    for i, layer in enumerate(layers if edits else []):
+        own.targets[layer.to_k] = torch.stack([concept.o_keys[i] for concept in edits])
+        own.targets[layer.to_v] = torch.stack([concept.o_values[i] for concept in edits])
+    if lock == "global":
+        own.targets |= {layer.to_k: None for layer in layers}
+    with contextlib.ExitStack() as hooks:
+        for layer in own.targets:
+            hooks.enter_context(layer.register_forward_hook(own.replace))
+        hooks.enter_context(unet.register_forward_hook(own.check, with_kwargs=True))
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))       # compiled, it would not call them
+        yield own.encode
+        if not own.drawn and not own.ran:
+            raise ValueError("the edit did not act: nothing was drawn with this U-Net inside the context")

@@ -214,10 +214,14 @@ def to_bytes(images: Tensor):
     return (images * 255).round().to(torch.uint8).movedim(-3, -1).numpy()
 
 
-def grid(images: Tensor, columns: int) -> Tensor:
-    """Images (n, 3, H, W) -> one image (3, rows * H, columns * W), row by row; missing places are white."""
+def grid(images: Tensor, columns: int, gap: int = 4) -> Tensor:
+    """Images (n, 3, H, W) -> one image of rows and columns with white gaps; missing places are white too.
+
+    Its shape is (3, rows * (H + gap) - gap, columns * (W + gap) - gap).
+    """
     n, c, H, W = images.shape
     rows = -(-n // columns)
-    sheet = torch.ones(rows * columns, c, H, W)
-    sheet[:n] = images
-    return sheet.view(rows, columns, c, H, W).permute(2, 0, 3, 1, 4).reshape(c, rows * H, columns * W)
+    sheet = torch.ones(rows * columns, c, H + gap, W + gap)
+    sheet[:n, :, :H, :W] = images
+    sheet = sheet.unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
+    return sheet[:, :-gap, :-gap]

@@ -4,8 +4,8 @@
     python sample.py "a <teddy> on the beach" --concept out/teddy/teddy.safetensors
 
 Only the concept's word embedding and one value target per cross-attention layer are trained (see
-perfusion.py); the networks are frozen. The method is in Training.step and Training.loss. The output folder
-receives the concept, numbered previews, the concept at every preview (steps/), loss.csv and checkpoint.pt.
+perfusion.py); the networks are frozen. The method is Training.step. The output folder receives the concept,
+numbered previews, the concept at every preview (steps/), loss.csv and checkpoint.pt.
 On several processors: torchrun --nproc_per_node=2 train.py ...
 """
 
@@ -21,15 +21,15 @@ from tqdm import tqdm
 
 import covariance
 import perfusion
-import weights_loader
 from concept import KEYS, Concept
 from diffusion import NUM_TIMESTEPS
 from export import read_embedding
 from perfusion import TEMPLATES
-from support import command_line, fast_cpu
+from support import command_line, training_files
+from support.accumulation import Accumulation
+from support.base_model import open_model
 from support.command_line import DTYPES, between, concept_name, ordinary_words, pick_device
-from support.files import replacing
-from support.pictures import Data, digest, list_images, prepare_data, write_preview
+from support.pictures import Data, digest, list_images, prepare_data
 from support.processes import Processes
 
 
@@ -40,20 +40,27 @@ class Defaults:
     lr: float                   # of the value targets (and of trained keys)
     lr_embedding: float
     preview_every: int
-    sampling_steps: int         # of a preview
-    guidance: float             # of a preview
+    preview_steps: int          # DDIM steps of a preview's pictures
     prompts: tuple[str, ...]    # of a preview
 
 
-SD_V1 = Defaults(steps=400, lr=0.03, lr_embedding=0.006, preview_every=100, sampling_steps=25, guidance=6.0,
-                 prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
-EMBEDDED = Defaults(steps=160, lr=0.1, lr_embedding=3e-4, preview_every=160, sampling_steps=20, guidance=4.0,
-                    prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
-                             "a photo of a {} wearing a hat at night"))
+SD_V1 = Defaults(
+    steps=400, lr=0.03, lr_embedding=0.006,     # paper, section 4
+    preview_every=100,          # the best step can be early: four to choose from
+    preview_steps=25,           # the preview is a glance; sample.py takes 30, the paper 50
+    prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
+EMBEDDED = Defaults(
+    steps=160,                  # under a minute; 400 steps change little (RESULTS.md)
+    lr=0.1,                     # 0.05 recognises less of the concept, 0.2 keeps less of the prompt (RESULTS.md)
+    lr_embedding=3e-4,          # at 0.001 the word leaves i_star when it stands behind another concept's word
+    preview_every=160, preview_steps=20,        # one preview, at the end: it takes as long as 20 steps
+    prompts=("a photo of a {}", "a photo of a {} on the beach", "a photo of a {} in the snow",
+             "a photo of a {} wearing a hat at night"))
 INVERSION_LR = 0.005            # of the embedding with --keys none: textual inversion's, arXiv 2208.01618
-BATCH = 16                      # paper
+BATCH = 16                      # paper, section 4
+DECAY, DECAY_STEPS = 0.99, 400  # paper: a = 0.99 at 400 steps, after which 2 % of the start are left in i_star
 WEIGHT_DECAY = 0.01             # AdamW's default
-CHECKPOINT_EVERY = 50
+CHECKPOINT_EVERY = 50           # a kill loses an eighth of the paper's 400 steps at most
 
 
 def defaults(model) -> Defaults:
@@ -83,8 +90,8 @@ class Settings:
 
     @property
     def decay(self) -> float:
-        """Of i_star: the paper's 0.99 belongs to its 400 steps, after which 2 % of the start are left."""
-        return 0.99 ** (400 / self.steps)
+        """Of i_star, for this number of steps: as much of the start is left at the end as in the paper."""
+        return DECAY ** (DECAY_STEPS / self.steps)
 
 
 # ------------------------------------------------------------------------------------------------- the method
@@ -95,19 +102,15 @@ class Training:
     def __init__(self, model, data: Data, settings: Settings, C_inverse: Tensor,
                  embedding: Tensor | None = None, processes: Processes | None = None):
         """C_inverse (d, d) float64. embedding (k, d): a start other than the super-category's."""
-        self.model, self.data, self.settings, self.C_inverse = model, data, settings, C_inverse
-        self.processes, self.losses, s = processes or Processes(), [], settings
-        self.generator = torch.Generator().manual_seed(s.seed)
-        if s.batch % (self.processes.count * s.accumulate):
-            raise ValueError(f"a batch of {s.batch} cannot be shared by {self.processes.count} processes in "
-                             f"{s.accumulate} parts each: choose a multiple of both")
+        self.model, self.data, self.settings, self.C_inverse, s = model, data, settings, C_inverse, settings
+        self.losses, self.generator = [], torch.Generator().manual_seed(s.seed)
 
         # The training prompts: their ordinary embeddings (9, T, d), and where the concept stands in them.
         prompts = [template.format(s.token) for template in TEMPLATES]
         ids, self.positions = model.tokenizer.encode(prompts, {s.token: s.super_category})
         places = [found[s.token] for found in self.positions]
         self.ordinary = model.text_encoder.embed(ids)
-        self.last = torch.tensor([place[0][-1] for place in places], device=model.device)
+        self.last = torch.tensor([place[0][-1] for place in places])
 
         # Before step 0 the concept is its super-category in every respect.
         words = self.ordinary[0, places[0][0]]
@@ -117,62 +120,48 @@ class Training:
         words = words if embedding is None else embedding.to(words)
         self.concept = Concept(s.token, s.super_category, words.clone(), beta=s.beta, tau=s.tau, keys=s.keys)
         self.i_star, targets = None, []
-        if s.keys != "none":
+        if self.concept.edits:
             i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, s.super_category)
             self.concept.o_values = [o.clone() for o in model.unet.values(i_super)]
             self.concept.o_keys = [o.clone() for o in perfusion.locked_keys(model, s.super_category)]
             self.concept.layers = model.unet.layer_names()
-            self._move_i_star(i_super.cpu().double())
+            self.move_i_star(i_super.cpu().double())
             targets = self.concept.o_values + (self.concept.o_keys if s.keys == "trained" else [])
         self.learned = [x.requires_grad_() for x in [self.concept.embedding, *targets]]
         groups = [{"params": self.learned[:1], "lr": s.lr_embedding}, {"params": targets, "lr": s.lr}]
         self.optimizer = torch.optim.AdamW(groups if targets else groups[:1], weight_decay=WEIGHT_DECAY)
-        self.scaler = torch.amp.GradScaler(model.device.type, enabled=s.precision == "fp16")
+        self.sums = Accumulation(self.learned, s.batch, s.accumulate, s.precision, model.device, processes)
 
     def step(self) -> float:
-        """Section 4, one optimizer step; returns the loss. FloatingPointError when that is not a number."""
-        B = self.settings.batch
-        choices = self.draw()
-        total, e_sum = torch.zeros((), device=self.model.device), torch.zeros_like(self.ordinary[0, 0])
-        for part in self.processes.share(B).chunk(self.settings.accumulate):    # in parts, to save memory
-            loss, e_concept = self.loss(*(x[part] for x in choices))
-            loss = loss * (len(part) / B)
-            self.scaler.scale(loss).backward()
-            total += loss.detach()
-            e_sum += e_concept.sum(0)
-        self.processes.add_up([total, e_sum, *(x.grad for x in self.learned)])
-        if not total.isfinite():
-            raise FloatingPointError(f"the loss of step {len(self.losses)} is not a number")
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-        if self.i_star is not None:
-            self._move_i_star(perfusion.running_mean(self.i_star, e_sum / B, self.settings.decay))
-        self.losses.append(total.item())
-        return self.losses[-1]
+        """Section 4, one optimizer step, from noise to the running mean of i_star; returns the loss.
 
-    def loss(self, picture: Tensor, flip: Tensor, template: Tensor, t: Tensor,
-             noise: Tensor) -> tuple[Tensor, Tensor]:
-        """mean(m * (target - unet(z_t, t, K, V))^2) of n noised pictures; target: what this model predicts.
-
-        Also returns e_concept (n, d), the encodings of the concept's word.
+        loss = mean(m (target - unet(z_t, t, K, V))^2), with masks m; target is what this model predicts. The
+        batch is worked on in parts (one, unless memory is short), whose gradients `sums` adds up.
         """
         unet, schedule, s = self.model.unet, self.model.schedule, self.settings
-        # noise the pictures
-        z, m = self.data.latents[picture, flip], self.data.masks[picture, flip]
-        noise, t = noise.to(z), t.to(z.device)
-        z_t = schedule.add_noise(z, noise, t)
-        # encode the prompts with the concept's embedding, each distinct one once
-        template, row = (x.to(z.device) for x in template.unique(return_inverse=True))
-        found = [self.positions[i] for i in template]
-        e = self.model.text_encoder(perfusion.insert(self.ordinary[template], found, [self.concept]))
-        e_concept = e.detach()[torch.arange(len(e)), self.last[template]][row]
-        # edit keys and values
-        keys, values, _ = perfusion.keys_and_values(unet, e, None, [self.concept], s.beta, s.tau)
-        # predict
-        with self.autocast():
-            output = unet(z_t, t, [k[row] for k in keys], [v[row] for v in values]).float()
-        return (m * (schedule.target(z, noise, t) - output).square()).mean(), e_concept
+        for picture, flip, template, t, noise in self.sums.parts(self.draw()):
+            # Noise the pictures.
+            z, m = self.data.latents[picture, flip], self.data.masks[picture, flip]
+            noise, t = noise.to(z), t.to(z.device)
+            z_t = schedule.add_noise(z, noise, t)
+            # Encode the prompts with the concept's embedding, each distinct one once; row: that of a picture.
+            template, row = template.unique(return_inverse=True)
+            found, row = [self.positions[i] for i in template.tolist()], row.to(z.device)
+            e = self.model.text_encoder(perfusion.insert(self.ordinary[template], found, [self.concept]))
+            e_concept = e.detach()[range(len(e)), self.last[template]][row]
+            # Edit keys and values.
+            keys, values, _ = perfusion.keys_and_values(unet, e, None, [self.concept], s.beta, s.tau)
+            # Predict.
+            with self.sums.autocast():
+                output = unet(z_t, t, [k[row] for k in keys], [v[row] for v in values]).float()
+            loss = (m * (schedule.target(z, noise, t) - output).square()).mean()
+            self.sums.backward(loss, e_concept)
+        # Update what is learned; then i_star follows the encoding of the concept's word.
+        loss, e_concept = self.sums.update(self.optimizer)
+        if self.concept.edits:
+            self.move_i_star(perfusion.running_mean(self.i_star, e_concept, s.decay))
+        self.losses.append(loss)
+        return loss
 
     def draw(self) -> list[Tensor]:
         """A step's random choices for the global batch: picture, flip, template, t (B,), and noise."""
@@ -181,17 +170,12 @@ class Training:
         choices = [torch.randint(n, (B,), generator=self.generator) for n in counts]
         return [*choices, torch.randn(B, *self.data.latents.shape[2:], generator=self.generator)]
 
-    def autocast(self) -> torch.autocast:
-        """Mixed precision for the U-Net; the text side and the metric stay in float32."""
-        precision = self.settings.precision
-        return torch.autocast(self.model.device.type, DTYPES[precision], enabled=precision != "fp32")
-
-    def _move_i_star(self, i_star: Tensor) -> None:
+    def move_i_star(self, i_star: Tensor) -> None:
         """Give the concept another i_star (d,), float64, and the d_star that belongs to it."""
         self.i_star, d_star = i_star, self.C_inverse @ i_star
         self.concept.i_star, self.concept.d_star = (x.float().to(self.model.device) for x in (i_star, d_star))
 
-    # ------------------------------------------------------------------------------------------------- files
+    # -------------------------------------------------------------------------------------- what is kept of it
 
     def result(self) -> Concept:
         """The concept as it is now, cut off from the training."""
@@ -208,37 +192,23 @@ class Training:
             "base model": self.model.fingerprint, "pictures and masks": self.data.digest}
         return {key: str(value) for key, value in about.items() if key not in ("steps", "accumulate")}
 
-    def save(self, out: Path) -> None:
-        """Write the concept, loss.csv and checkpoint.pt, each whole; none if a number is not finite."""
-        self.result().save(out / f"{self.settings.token.strip('<>')}.safetensors")
-        rows = "".join(f"{step},{loss:.6g}\n" for step, loss in enumerate(self.losses, 1))
-        with replacing(out / "loss.csv") as path:
-            path.write_text("step,loss\n" + rows, encoding="utf-8")
-        state = {"identity": self.identity(), "steps": self.settings.steps, "i_star": self.i_star,
-                 "learned": [x.detach() for x in self.learned], "optimizer": self.optimizer.state_dict(),
-                 "scaler": self.scaler.state_dict(), "generator": self.generator.get_state(),
-                 "losses": self.losses}
-        with replacing(out / "checkpoint.pt") as path:
-            torch.save(state, path)
+    def state_dict(self) -> dict:
+        """All that `load_state_dict` needs for the same numbers to follow."""
+        return {"identity": self.identity(), "steps": self.settings.steps, "i_star": self.i_star,
+                "learned": [x.detach() for x in self.learned], "optimizer": self.optimizer.state_dict(),
+                "scaler": self.sums.scaler.state_dict(), "generator": self.generator.get_state(),
+                "losses": self.losses}
 
-    def resume(self, path: Path) -> str:
-        """Continue from a checkpoint: the same numbers follow as without the interruption. Returns a note."""
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            identity = state["identity"]
-        except Exception as error:      # torch raises many kinds for a file that it did not write
-            raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__}") from error
-        for key, value in self.identity().items():
-            if identity.get(key) != value:
-                raise ValueError(f"{path} cannot be resumed: {key} was {identity.get(key)}, now is {value}")
+    def load_state_dict(self, state: dict) -> str:
+        """Continue from there: the same numbers follow as without the interruption. Returns a note."""
         with torch.no_grad():
             for x, saved in zip(self.learned, state["learned"], strict=True):
                 x.copy_(saved)
         self.losses = state["losses"]
         if state["i_star"] is not None:
-            self._move_i_star(state["i_star"])
+            self.move_i_star(state["i_star"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.sums.scaler.load_state_dict(state["scaler"])
         self.generator.set_state(state["generator"])
         steps = self.settings.steps
         return f"resumed after step {len(self.losses)} of {steps}" + (
@@ -248,7 +218,6 @@ class Training:
 def run(training: Training, out: Path | None = None, preview_every: int = 0,
         checkpoint_every: int = CHECKPOINT_EVERY) -> Concept:
     """Train to the last step; with `out`, write previews, checkpoints and the concept, which is returned."""
-    out = out if training.processes.rank == 0 else None
     steps, done, family = training.settings.steps, len(training.losses), defaults(training.model)
     with tqdm(total=steps, initial=done, unit="step", desc="training", disable=out is None) as bar:
         for n in range(done + 1, steps + 1):
@@ -256,9 +225,11 @@ def run(training: Training, out: Path | None = None, preview_every: int = 0,
             bar.update()
             bar.set_postfix(loss=f"{torch.tensor(training.losses[-50:]).mean():.4f}")
             if out and (n == steps or checkpoint_every and n % checkpoint_every == 0):
-                training.save(out)
+                training_files.write(out, training.result(), training.losses, training.state_dict())
             if out and preview_every and (n == steps or n % preview_every == 0):
-                write_preview(training, out, family)
+                training_files.write_preview(
+                    out, training.model, training.result(), family.prompts, family.preview_steps,
+                    training.settings.seed, training.sums.autocast(), training.data, training.losses)
     return training.result()
 
 
@@ -309,8 +280,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def check_folders(images: Path, path: Path, replace: bool, pictures: str) -> None:
     """ValueError if the concept file would stand among the pictures, or replace a concept of other ones."""
     out = path.parent
-    if images.is_dir() and images.resolve() in (out.resolve(), *out.resolve().parents):
-        raise ValueError(f"--out {out} is in the pictures' folder, where previews would be trained on")
+    if images.is_dir() and images.resolve() == out.resolve():
+        raise ValueError(f"--out {out} is the pictures' folder: the next training would learn its previews")
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file: it must be a folder")
     if path.exists() and not replace:
@@ -331,6 +302,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     out = args.out or Path("out") / name
     path = out / f"{name}.safetensors"
     origin = {"images": len(files), "folder": args.images.as_posix(), "pictures": digest(files)}
+    if args.prediction:
+        origin["prediction"] = args.prediction      # the model's files say otherwise, or nothing
     checkpoint = out / "checkpoint.pt" if args.resume == "latest" else args.resume and Path(args.resume)
     resuming = bool(checkpoint) and checkpoint.is_file()
     check_folders(args.images, path, args.overwrite or resuming, origin["pictures"])
@@ -345,17 +318,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(f"skipped, not images: {', '.join(skipped)}")
     out.mkdir(parents=True, exist_ok=True)
 
-    model = weights_loader.load(args.weights, processes.device, tokenizer=args.tokenizer,
-                                prediction=args.prediction)
-    fast_cpu.enable(model)
+    model = open_model(args, device=processes.device, dtype=torch.float32)
     model.unet.checkpointing = args.checkpointing
     family, side = defaults(model), args.resolution or model.size[0]
     lr_embedding = INVERSION_LR if args.keys == "none" else family.lr_embedding
     if side % model.size_step:
         raise ValueError(f"--resolution {side} must be a multiple of {model.size_step}")
     settings = Settings(
-        args.super_category, f"<{name}>", args.steps or family.steps, args.batch, args.lr or family.lr,
-        args.lr_embedding or lr_embedding, args.seed, args.keys, args.beta, flips=not args.no_flip,
+        super_category=args.super_category, token=f"<{name}>", steps=args.steps or family.steps,
+        batch=args.batch, lr=args.lr or family.lr, lr_embedding=args.lr_embedding or lr_embedding,
+        seed=args.seed, keys=args.keys, beta=args.beta, flips=not args.no_flip,
         precision=args.precision or ("fp32" if model.device.type == "cpu" else "bf16"),
         accumulate=args.accumulate)
     perfusion.super_encoding(model.text_encoder, model.tokenizer, args.super_category)  # refused if too long
@@ -365,20 +337,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     training = Training(model, data, settings, C_inverse, embedding, processes)
     report(summary(training))
     if resuming:
-        report(training.resume(checkpoint))
+        report(training.load_state_dict(training_files.read_checkpoint(checkpoint, training.identity())))
     elif checkpoint:
         report(f"there is no {checkpoint} yet: starting from step 0")
     try:
-        run(training, out, family.preview_every if args.preview is None else args.preview, args.checkpoint)
+        run(training, out if processes.rank == 0 else None,
+            family.preview_every if args.preview is None else args.preview, args.checkpoint)
     except FloatingPointError as error:
         kept = f"{path} and the checkpoint are the last good ones" if path.exists() else "nothing was written"
-        raise ValueError(f"{error}: {kept}; try a lower --lr, or --precision fp32") from error
+        raise ValueError(f"{error} in step {len(training.losses)}: {kept}; try a lower --lr, or --precision "
+                         "fp32") from error
     except KeyboardInterrupt:
         report("stopped; the same command with --resume continues from the last checkpoint")
         raise
     if processes.rank == 0:
         print(f"{path}: {path.stat().st_size / 1000:.0f} KB; draw with it:\n"
-              f'  python sample.py "a {settings.token} on the beach" --concept {path}')
+              "  " + command_line.command(args, "sample.py", f"a {settings.token} on the beach",
+                                          "--concept", path))
 
 
 def summary(training: Training) -> str:

@@ -13,7 +13,9 @@
 import argparse
 import contextlib
 import io
+import os
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +23,7 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}     # --precision
 
 
@@ -39,14 +42,24 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        argv = sys.argv[1:] if argv is None else argv
+        argv = [at_home(text) for text in (sys.argv[1:] if argv is None else argv)]
         for text in argv:
-            if any("\udc80" <= character <= "\udcff" for character in text):  # Python's stand-ins for bytes
+            if re.search("[\udc80-\udcff]", text):          # Python's stand-ins for bytes
                 self.error(f"{text} is not UTF-8, and no concept could be read there: rename it")
         return super().parse_args(argv)
 
+    def _parse_optional(self, text: str):
+        """None for a value: argparse would take "-blurry" for an option. Ours have two dashes, or are -h."""
+        return super()._parse_optional(text) if text == "-h" or text.startswith("--") else None
+
     def error(self, message: str):
         raise ValueError(f"{message} (--help lists all options)")
+
+
+def at_home(text: str) -> str:
+    """A word of the command with ~ as the home folder, also where the shell leaves it: --out=~/pictures."""
+    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
+    return option + equals + os.path.expanduser(value)
 
 
 def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:
@@ -88,23 +101,31 @@ def concept_name(text: str | None, images: Path) -> str:
     """The bare name of the token: given, or else made from the name of the images' folder."""
     if text is None:
         path = images.resolve()
-        text = re.sub(r"[^a-z0-9]+", "-", (path.name if path.is_dir() else path.stem).lower()).strip("-")[:41]
-        if not text:
-            raise ValueError(f"no name can be made from {images}: give one with --token")
+        text = re.sub(r"[^a-z0-9_]+", "-", (path.name if path.is_dir() else path.stem).lower())
+        text = text.lstrip("_-").rstrip("-")[:41]
     name = text[1:-1] if text.startswith("<") and text.endswith(">") else text
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}", name):
-        raise ValueError(f'--token "{text}" must consist of up to 41 letters, digits, - and _')
+        raise ValueError(f'"{name}" cannot be a name: give up to 41 letters, digits, - and _ with --token')
     return name
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:
-    """The flags of a base model, for `weights_loader.load` and `pick_device`."""
+    """The flags of a base model, for `base_model.open_model`."""
     add = parser.add_argument
     add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
     add("--prediction", choices=("epsilon", "v_prediction"),
         help="what the U-Net predicts (default: what the model's files say)")
     add("--device", choices=("cpu", "cuda", "mps"), help="(default: the best one present)")
+
+
+def command(args: argparse.Namespace, script: str, *words: object) -> str:
+    """A line for the shell that runs a script with these words, on the base model of `args`."""
+    for name, default in (("weights", "tiny"), ("tokenizer", None), ("prediction", None)):
+        if (value := getattr(args, name, default)) != default:
+            words += (f"--{name}", value)
+    path = script if Path.cwd() == ROOT else ROOT / script
+    return "python " + shlex.join(str(word) for word in (path, *words))
 
 
 def pick_device(name: str | None = None) -> str:
@@ -132,11 +153,11 @@ def plain_errors(memory: str) -> Iterator[None]:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sentence = str(error)
-        if isinstance(error, OSError) and error.filename:
+        if getattr(error, "filename", None):        # of an OSError
             sentence = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, MemoryError | RuntimeError):
-            if isinstance(error, RuntimeError) and "memory" not in sentence:
-                raise
+        elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in sentence:
             sentence = f"out of memory: {memory}"
+        elif isinstance(error, RuntimeError):
+            raise
         print("error:", sentence.replace("\n", " "), file=sys.stderr)
         sys.exit(2)

@@ -15,3 +15,10 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
         return mean, math.nan
     t = 1.960 + 2.372 / (n - 1) + 2.823 / (n - 1) ** 2 + 2.556 / (n - 1) ** 3
     return mean, t * statistics.stdev(values) / math.sqrt(n)
+
+
+def written(mean: float, half: float, digits: int = 4) -> str:
+    """'0.5123 ± 0.0310', without an interval if there is none; '-' for no number."""
+    if math.isnan(mean):
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")

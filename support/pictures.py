@@ -1,4 +1,4 @@
-"""The pictures of a training: files as squares of numbers, their latents and masks, and previews."""
+"""The pictures of a training: files as squares of numbers, their latents and their masks."""
 
 import hashlib
 import io
@@ -10,20 +10,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps
 from torch import Tensor
 
-import perfusion
-from attention_maps import noised_map, word_masks
-from diffusion import decode, draw_latents
-from support.files import replacing
-from support.plots import Figure
+from attention_maps import word_masks
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 MAX_PIXELS = 100_000_000    # of a picture: 0.4 GB while it is read
-PREVIEW_TIMESTEP = 400      # of the attention in a preview
-LOSS_WINDOW = 20            # steps over which a preview averages the loss
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
 
@@ -42,16 +36,13 @@ class Data:
     @property
     def digest(self) -> str:
         """Tells these pictures and masks from others, as they are trained on."""
-        return _digest(x.cpu().numpy().tobytes() for x in (self.images, self.masks))
+        return digest([x.cpu().numpy().tobytes() for x in (self.images, self.masks)])
 
 
-def digest(files: list[Path]) -> str:
-    """Tells these picture files from others, whatever their names."""
-    return _digest(file.read_bytes() for file in files)
-
-
-def _digest(contents) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()[:16]
+def digest(contents: list[Path | bytes]) -> str:
+    """Tells these files, whatever their names, or these bytes from others."""
+    contents = (x.read_bytes() if isinstance(x, Path) else x for x in contents)
+    return hashlib.sha256(b"".join(hashlib.sha256(x).digest() for x in contents)).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -64,30 +55,26 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
     report: called with every line that the user should see.
     """
     side = side or model.size[0]
-    images, alphas, changes = zip(*[read_image(file, side) for file in files])
-    for change in sorted(set().union(*changes)):
-        report(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")
-    images = torch.stack(images)
+    images, alphas = read_images(files, side, report)
     pairs = torch.stack([images, images.flip(-1)], dim=1).to(model.device)
     latents = torch.stack([torch.cat([model.vae.encode(x[None]) for x in pair]) for pair in pairs])
     model.vae.cpu()
+    size = latents.shape[-2:]
     if masks == "none":
-        report("masks: none, the whole picture counts")
-        soft = latents.new_ones(len(images), 1, *latents.shape[-2:])
+        said, soft = "none, the whole picture counts", latents.new_ones(len(images), 1, *size)
     elif masks == "auto":
-        cut_outs = [i for i, alpha in enumerate(alphas) if alpha is not None]
-        report(f'masks: the model\'s attention to "{super_category}"' + (
-            f"; the opacity of {', '.join(files[i].name for i in cut_outs)}" if cut_outs else ""))
         soft = word_masks(model, latents[:, 0], super_category)
+        said = f'the model\'s attention to "{super_category}"'
+        cut_outs = [i for i, alpha in enumerate(alphas) if alpha is not None]
         for i in cut_outs:
-            soft[i] = F.interpolate(alphas[i][None], soft.shape[-2:], mode="area")[0]
+            soft[i] = F.interpolate(alphas[i][None], size, mode="area")[0]
+        said += f"; the opacity of {', '.join(files[i].name for i in cut_outs)}" if cut_outs else ""
     else:
-        found = [read_mask(Path(masks), file, side) for file in files]
-        opacity = sum(by_opacity for _, by_opacity in found)
-        report(f"masks: {masks}, white is the thing" + (f" (in {opacity} of {len(files)}: what is opaque)"
-                                                        if opacity else ""))
-        soft = torch.stack([mask for mask, _ in found]).to(model.device)
-        soft = F.interpolate(soft, latents.shape[-2:], mode="area")
+        found, opaque = zip(*[read_mask(Path(masks), file, side) for file in files])
+        soft = F.interpolate(torch.stack(found).to(model.device), size, mode="area")
+        said = f"{masks}, white is the thing"
+        said += f" (in {sum(opaque)} of {len(files)}: what is opaque)" if any(opaque) else ""
+    report(f"masks: {said}")
     largest = soft.amax((1, 2, 3), keepdim=True)
     for file, value in zip(files, largest):
         if value <= 0:
@@ -96,24 +83,32 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
     return Data(images, latents, torch.stack([soft, soft.flip(-1)], dim=1))
 
 
+def read_images(files: list[Path], side: int, report: Callable = print) -> tuple[Tensor, list[Tensor | None]]:
+    """Images (N, 3, side, side) and opacities, as from `read_image`; a line for everything that was changed."""
+    images, opacities, changes = zip(*[read_image(file, side) for file in files])
+    for change in sorted(set().union(*changes)):
+        report(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")
+    return torch.stack(images), list(opacities)
+
+
 def list_images(path: Path) -> tuple[list[Path], list[str]]:
     """The image files of a folder (or one image file), sorted by name, and the names that were skipped."""
     if not path.exists():
         raise ValueError(f"--images {path}: there is no such folder")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    visible = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    for file in visible:
+    images = [file for file in files if file.suffix.lower() in (*IMAGE_TYPES, *APPLE_TYPES)
+              and file.is_file() and not file.name.startswith(".")]
+    for file in images:
         if file.suffix.lower() in APPLE_TYPES:
             raise ValueError(f"{file} is an HEIC photo, which cannot be read here: put a JPEG in its place "
                              "(on a Mac: Preview, File, Export)")
-    images = [file for file in visible if file.suffix.lower() in IMAGE_TYPES]
     if not images:
         raise ValueError(f"--images {path} holds no image: it needs at least one of {', '.join(IMAGE_TYPES)}")
     return images, [file.name for file in files if file not in images]
 
 
-def open_image(path: Path) -> tuple[Image.Image, str]:
-    """An image file as RGBA in sRGB, turned as its EXIF says, and its colour profile if that was another one.
+def open_image(path: Path) -> tuple[Image.Image, set[str]]:
+    """An image file as RGBA in sRGB, turned as its EXIF says; and in words what was changed.
 
     ValueError if the file is damaged or larger than MAX_PIXELS.
     """
@@ -128,7 +123,11 @@ def open_image(path: Path) -> tuple[Image.Image, str]:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):      # 16 bits: Pillow would clip them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return _to_srgb(image, file.info.get("icc_profile"))
+            rgba, profile = _to_srgb(image, file.info.get("icc_profile"))
+            changes = {f"colours converted from the profile {profile}"} if profile else set()
+            if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                changes.add("turned as their EXIF says, and so must their masks be")
+            return rgba, changes
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
@@ -156,9 +155,9 @@ def read_image(path: Path, side: int) -> tuple[Tensor, Tensor | None, set[str]]:
     [0, 1] of a cut-out, in which at least a share CUT_OUT is transparent, else None; and in words what was
     changed. ValueError as `open_image`.
     """
-    image, profile = open_image(path)
-    changes = {f"colours converted from the profile {profile}"} if profile else set()
+    image, changes = open_image(path)
     changes |= {"cropped to the central square"} if image.width != image.height else set()
+    changes |= {f"enlarged to {side} x {side} pixels"} if min(image.size) < side else set()
     # Premultiplied, so that the colour hidden under transparent pixels does not bleed into the edges.
     image = ImageOps.fit(image.convert("RGBa"), (side, side), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1).float() / 255
@@ -171,66 +170,15 @@ def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
     """The mask (1, side, side) in [0, 1] of an image, the file of the same name: white is the thing.
 
     If the mask is itself a cut-out, what is opaque is the thing; the second result says whether it was.
+    ValueError if there is none, or one of other proportions: it would show another place.
     """
     found = [file for file in sorted(folder.glob("*")) if file.stem == image.stem
              and file.suffix.lower() in IMAGE_TYPES]
     if not found:
         raise ValueError(f"--masks {folder} has no mask for {image.name}: it needs {image.stem}.png")
+    (w, h), (across, down) = (open_image(path)[0].size for path in (found[0], image))
+    if abs(w * down - h * across) > max(w, h, across, down):        # of one of the two, a pixel is rounded
+        raise ValueError(f"the mask {found[0]} of {w} x {h} pixels does not fit {image.name}, which has "
+                         f"{across} x {down} when it is turned as its EXIF says")
     rgb, alpha, _ = read_image(found[0], side)
     return (rgb.mean(0, keepdim=True) / 2 + 0.5, False) if alpha is None else (alpha, True)
-
-
-# --------------------------------------------------------------------------------------------------- previews
-
-@torch.no_grad()
-def write_preview(training, out: Path, family) -> None:
-    """Write preview_0123.png and the concept of that step, steps/NAME_0123.safetensors.
-
-    training: a `train.Training`; family: the `train.Defaults` whose prompts are drawn.
-    """
-    model, concept, n = training.model, training.result(), len(training.losses)
-    (out / "steps").mkdir(exist_ok=True)
-    concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
-    prompts = [prompt.format(concept.token) for prompt in family.prompts]
-    keys, values, positions, _ = perfusion.condition(model, ["", *prompts], [concept])
-    latents, maps = [], []
-    with training.autocast():
-        for i, found in enumerate(positions[1:], 1):
-            K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
-            latents.append(draw_latents(model.unet, model.schedule, K, V, [training.settings.seed],
-                                        training.data.latents.shape[-2:], family.sampling_steps,
-                                        family.guidance))
-            maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
-                                   [v[1:] for v in V], found[concept.token][0])[0].cpu())
-    model.vae.to(model.device)
-    images = decode(model.vae, torch.cat(latents))
-    model.vae.cpu()
-    with replacing(out / f"preview_{n:04d}.png") as path:
-        figure = draw_preview(images, torch.stack(maps), prompts, training.data, training.losses)
-        figure.savefig(path, format="png", dpi=100)
-
-
-def draw_preview(images: Tensor, maps: Tensor, titles: list[str], data: Data, losses: list[float]) -> Figure:
-    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture, the loss."""
-    n = len(images)
-    figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
-    places = figure.add_gridspec(3, n)
-
-    def show(place, picture, title, largest=None):
-        panel = figure.add_subplot(place)
-        panel.imshow(picture, cmap="magma", vmin=0, vmax=largest)      # these change no picture in colours
-        panel.set_title(title, fontsize=8)
-        panel.axis("off")
-    for i in range(n):
-        show(places[0, i], images[i].permute(1, 2, 0), titles[i])
-        show(places[1, i], maps[i], "" if i else "attention of the word", maps.max())
-    show(places[2, 0], (data.images[0] / 2 + 0.5).permute(1, 2, 0), "training picture")
-    show(places[2, 1], data.masks[0, 0, 0].cpu(), "its mask on the loss", 1)
-    curve = figure.add_subplot(places[2, 2:])
-    curve.plot(losses, color="0.8", linewidth=0.8)
-    if len(losses) >= LOSS_WINDOW:
-        smooth = np.convolve(losses, np.ones(LOSS_WINDOW) / LOSS_WINDOW, "valid")
-        curve.plot(range(LOSS_WINDOW - 1, len(losses)), smooth, color="black")
-    curve.set_title(f"loss, mean of {LOSS_WINDOW} steps", fontsize=8)
-    curve.tick_params(labelsize=7)
-    return figure

@@ -5,18 +5,76 @@ import itertools
 import os
 import sys
 
-from PIL import Image
-from torch import Tensor, arange
-
-from diffusion import to_bytes
-
 # A program started from a notebook's cell inherits the notebook's backend of matplotlib. Where that is not
 # installed, matplotlib fails at its import.
 if os.environ.get("MPLBACKEND", "").endswith("inline") and "ipykernel" not in sys.modules:
     del os.environ["MPLBACKEND"]
 
-from matplotlib import colormaps  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from diffusion import to_bytes
+
+LOSS_WINDOW = 20            # steps over which a preview averages the loss
+
+
+def label(text: str) -> str:
+    """A text that matplotlib shows as it is: a $ begins no formula, an _ at the start hides no legend."""
+    return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
+def draw_curve(axes: Axes, points: list[tuple], marks: list[str], name: str, color) -> None:
+    """Points (x, y, half of x's interval, half of y's), joined, a mark at each; crosses if there are no marks."""
+    x, y, x_half, y_half = zip(*points)
+    axes.errorbar(x, y, y_half, x_half, color=color, label=label(name), linewidth=1.5, elinewidth=0.6,
+                  marker="o" if marks else "X", markersize=5 if marks else 9)
+    for mark, place in zip(marks, zip(x, y)):
+        axes.annotate(label(mark), place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+
+
+def pareto(curves: dict[str, tuple[list, list]], x: str, y: str, title: str, caption: str) -> Figure:
+    """Curves {name: (points, marks)}, as in `draw_curve`, over two measures x and y."""
+    figure = Figure(figsize=(7, 5.5), layout="constrained")
+    axes = figure.subplots()
+    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
+    for (name, (points, marks)), color in zip(curves.items(), colors):
+        draw_curve(axes, points, marks, name, color)
+    axes.set(xlabel=x, ylabel=y, title=label(title))
+    axes.legend(fontsize=8)
+    figure.supxlabel(label(caption), fontsize=8)
+    return figure
+
+
+def draw_preview(images: Tensor, maps: Tensor, titles: list[str], picture: Tensor, mask: Tensor,
+                 losses: list[float]) -> Figure:
+    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture (3, H, W) with its
+    mask (h, w), the loss."""
+    n = len(images)
+    figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
+    places = figure.add_gridspec(3, n)
+
+    def show(place, picture, title, largest=None):
+        panel = figure.add_subplot(place)
+        panel.imshow(picture, cmap="magma", vmin=0, vmax=largest)      # these change no picture in colours
+        panel.set_title(label(title), fontsize=8)
+        panel.axis("off")
+    for i in range(n):
+        show(places[0, i], images[i].permute(1, 2, 0), titles[i])
+        show(places[1, i], maps[i], "" if i else "attention of the word", maps.max())
+    show(places[2, 0], picture.permute(1, 2, 0), "training picture")
+    show(places[2, 1], mask, "its mask on the loss", 1)
+    curve = figure.add_subplot(places[2, 2:])
+    curve.plot(losses, color="0.8", linewidth=0.8)
+    if len(losses) >= LOSS_WINDOW:
+        smooth = np.convolve(losses, np.ones(LOSS_WINDOW) / LOSS_WINDOW, "valid")
+        curve.plot(range(LOSS_WINDOW - 1, len(losses)), smooth, color="black")
+    curve.set_title(f"loss, mean of {LOSS_WINDOW} steps", fontsize=8)
+    curve.tick_params(labelsize=7)
+    return figure
 
 
 def png(figure: Figure) -> bytes:
@@ -29,7 +87,8 @@ def png(figure: Figure) -> bytes:
 
 def palette() -> list[int]:
     """The colours of maps, from 0 to 255: red, green, blue and opacity as a number's bytes, low to high."""
-    return [int.from_bytes(bytes(colour), "little") for colour in colormaps["magma"](range(256), bytes=True)]
+    colours = matplotlib.colormaps["magma"](range(256), bytes=True)
+    return [int.from_bytes(bytes(colour), "little") for colour in colours]
 
 
 def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: str, tops: list | None = None,
@@ -45,18 +104,18 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
     for r, c in itertools.product(range(R), range(C)):
         axis, cell = axes[r, c], cells[r][c]
         axis.set(xticks=[], yticks=[])
-        axis.set_title(columns[c] if r == 0 else "", fontsize=8)
-        axis.set_ylabel(rows[r] if c == 0 else "", fontsize=8)
+        axis.set_title(label(columns[c]) if r == 0 else "", fontsize=8)
+        axis.set_ylabel(label(rows[r]) if c == 0 else "", fontsize=8)
         if cell.ndim == 3:
             axis.imshow(to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
         else:
             axis.imshow(cell.numpy(), cmap="magma", vmin=0, vmax=tops[c], extent=(0, 1, 1, 0))
         if objects and objects[r][c]:
             mask, text = objects[r][c]
-            across, down = ((arange(n) + 0.5) / n for n in reversed(mask.shape))
+            across, down = ((np.arange(n) + 0.5) / n for n in reversed(mask.shape))
             axis.contour(across, down, mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
             axis.set_xlabel(text, fontsize=8)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(label(title), fontsize=9)
     return figure
 
 
@@ -67,9 +126,9 @@ def gates_figure(prompts: list[tuple[list, list[str], Tensor]], title: str) -> F
         n = len(names)
         for j, name in enumerate(names):
             axis.bar([t + 0.8 * (j + 0.5) / n - 0.4 for t, _ in places],
-                     [gates[t, j].item() for t, _ in places], 0.8 / n, label=name,
-                     color=colormaps["viridis"](0.25 + 0.5 * j))
-        axis.set_xticks(*zip(*places), rotation=35, fontsize=9)
+                     [gates[t, j].item() for t, _ in places], 0.8 / n, label=label(name),
+                     color=matplotlib.colormaps["viridis"](0.25 + 0.5 * j))
+        axis.set_xticks([t for t, _ in places], [label(text) for _, text in places], rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=10)

@@ -7,13 +7,20 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
+VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}     # of torchrun; and for a process alone
+
 
 class Processes:
     """The processes that torchrun started, or this one alone; device: this one's, of the kind asked for."""
 
     def __init__(self, device: str = "cpu"):
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-        self.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+        """ValueError if the environment holds only a part of torchrun's variables, left by something else."""
+        values = [os.environ.get(name, alone) for name, alone in VARIABLES.items()]
+        self.count, self.rank, place = (int(value) if value.isdecimal() else -1 for value in values)
+        if not (0 <= self.rank < self.count and 0 <= place < self.count):
+            raise ValueError(f"{', '.join(VARIABLES)} are {', '.join(values)} in the environment, not as torchrun "
+                             "sets them: start with it, or unset them")
+        self.device = f"cuda:{place}" if device == "cuda" else device
         if self.count > 1:
             if device == "cuda":
                 torch.cuda.set_device(self.device)

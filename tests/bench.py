@@ -15,6 +15,7 @@ thread, seconds of the processor are counted, not the clock's: other programs di
 
 import argparse
 import gc
+import importlib.util
 import resource
 import statistics
 import subprocess
@@ -42,34 +43,44 @@ PLAIN_BAR = 1.05
 GUIDANCE, TIMESTEP, TOKENS = 7.5, 501, 77
 
 
-def plain_unet(dtype: torch.dtype, device: str) -> unet.UNet:
+def plain_unet(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1) -> unet.UNet:
     """Our U-Net with random weights, numbers that bfloat16 holds exactly."""
     torch.manual_seed(0)
-    network = unet.UNet().bfloat16().to(device, dtype)
-    return network.eval().requires_grad_(False)
+    with torch.device(device):
+        network = unet.UNet(config)
+    return network.bfloat16().to(dtype).eval().requires_grad_(False)
 
 
-def build(dtype: torch.dtype, device: str) -> dict[str, nn.Module]:
-    """The networks that take turns, with the same weights."""
-    from diffusers import UNet2DConditionModel
-    networks = {"plain": plain_unet(dtype, device)}
+def has_diffusers() -> bool:
+    return importlib.util.find_spec("diffusers") is not None
+
+
+def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1) -> dict[str, nn.Module]:
+    """The networks that take turns, with the same weights; without diffusers where it is not installed."""
+    networks = {"plain": plain_unet(dtype, device, config)}
     with torch.device("meta"):
-        networks["diffusers"] = UNet2DConditionModel(cross_attention_dim=768)
-        networks |= {"fast": unet.UNet()} if device == "cpu" else {}
+        if has_diffusers():
+            from diffusers import UNet2DConditionModel
+            networks["diffusers"] = UNet2DConditionModel.from_config(
+                weight_names.write_config("unet", config))
+        networks |= {"fast": unet.UNet(config)} if device == "cpu" else {"contiguous": unet.UNet(config)}
     for network in networks.values():
         network.load_state_dict(networks["plain"].state_dict(), assign=True)
         network.eval().requires_grad_(False)
-    if device == "cpu":  # this is all that `enable` asks of a Model; memory is kept for all in the process
+    if device != "cpu":  # as weights_loader leaves the weights of convolutions
+        networks["plain"].to(memory_format=torch.channels_last)
+    else:  # this is all that `enable` asks of a Model; memory is kept for all in the process
         fast = networks["fast"]
         fast_cpu.enable(SimpleNamespace(device=torch.device("cpu"), unet=fast, vae=fast, text_encoder=fast))
     return networks
 
 
-def inputs(args: argparse.Namespace, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A latent of noise (1, 4, side, side) and text encodings (2, 77, 768)."""
+def inputs(args: argparse.Namespace, dtype: torch.dtype, n: int = 1,
+           width: int = 768) -> tuple[Tensor, Tensor]:
+    """Latents of noise (n, 4, side, side) and text encodings (2n, 77, width)."""
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(1, 4, args.latent, args.latent, generator=generator)
-    e = torch.randn(2, TOKENS, 768, generator=generator)
+    z = torch.randn(n, 4, args.latent, args.latent, generator=generator)
+    e = torch.randn(2 * n, TOKENS, width, generator=generator)
     return z.to(args.device), e.to(args.device, dtype)
 
 
@@ -88,11 +99,12 @@ def guided_step(network: nn.Module, z: Tensor, e: Tensor) -> Callable[[], Tensor
 
 
 def training_step(network: nn.Module, z: Tensor, e: Tensor) -> Callable[[], Tensor]:
-    """A job: the gradient of the loss with respect to one text encoding."""
+    """A job: the gradient of the loss of latents with respect to as many text encodings, in e's precision."""
+    z = z.to(e.dtype)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
 
     def step():
-        text = e[:1].clone().requires_grad_()
+        text = e[:len(z)].clone().requires_grad_()
         if isinstance(network, unet.UNet):
             output = network(z, TIMESTEP, network.keys(text), network.values(text))
         else:
@@ -102,18 +114,24 @@ def training_step(network: nn.Module, z: Tensor, e: Tensor) -> Callable[[], Tens
     return step
 
 
-def compare(part: str, jobs: dict[str, Callable[[], Tensor]], args: argparse.Namespace):
-    """Run the jobs in turn, after one warm-up each, and print the ratios of their medians to diffusers'."""
-    clock = time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
+def measure(jobs: dict[str, Callable[[], Tensor]], device: str, repeats: int,
+            clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
+    """The seconds of each job, run in turn, after one warm-up each."""
     seconds = {name: [] for name in jobs}
-    for k in range(args.repeats + 1):
+    for k in range(repeats + 1):
         for name in [*jobs] if k % 2 else [*jobs][::-1]:
             start = clock()
             jobs[name]()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
+            getattr(torch, device).synchronize()
             if k > 0:
                 seconds[name].append(clock() - start)
+    return seconds
+
+
+def compare(part: str, jobs: dict[str, Callable[[], Tensor]], args: argparse.Namespace):
+    """Print the ratios of the jobs' median times to diffusers'."""
+    clock = time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
+    seconds = measure(jobs, args.device, args.repeats, clock)
     report(part, {name: statistics.median(times) for name, times in seconds.items()}, "s")
     print("    least to most: " + ", ".join(f"{name} {min(times):.3f} to {max(times):.3f} s"
                                             for name, times in seconds.items()), flush=True)

@@ -81,9 +81,13 @@ def toy_tokenizer(max_length, words=()):
 
 
 def toy_model(configs, tokenizer, name):
-    """A Model of these sizes with random weights, as the networks start."""
+    """A Model of these sizes with random weights, as the networks start.
+
+    But for the text encoder's last norm: without a shift its encodings span one dimension less than d.
+    """
     networks = {part: network(configs[part]).eval().requires_grad_(False)
                 for part, network in weights_loader.NETWORKS.items()}
+    torch.nn.init.normal_(networks["text_encoder"].final_layer_norm.bias, std=0.1)
     return weights_loader.Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(),
                                 fingerprint="", name=name, folder=None)
 

@@ -31,6 +31,15 @@ def test_attention_times_values_is_what_the_network_computes(unet):
         torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_maps_are_float32_under_autocast_too(unet):
+    with torch.autocast("cpu", torch.bfloat16), record_queries(unet) as queries:
+        _, keys, _, _ = forward(unet)
+        maps = attention(queries, keys, 2)
+        where = word_map(maps, [1], (4, 8))
+    assert queries[0].dtype == torch.bfloat16 and where.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(maps, attention(queries, keys, 2)))
+
+
 def test_recording_leaves_the_output_and_the_network_as_they_were(unet):
     torch.manual_seed(5)
     z, keys, values, plain = forward(unet)

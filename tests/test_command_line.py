@@ -4,17 +4,21 @@ import errno
 import io
 import os
 import runpy
+import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import sample
+from concept import Concept
 from models import ROOT
 from support import command_line
 from support.files import read_lines, replacing
+from support.processes import Processes
 
 
 @pytest.mark.parametrize("error, code, sentence", [
@@ -59,6 +63,61 @@ def test_a_notebooks_backend_stays_in_notebooks(monkeypatch, backend, notebook, 
     ("'a cat' ", "a cat"), ("“a cat”", "a cat"), ('"cat" and "dog"', '"cat" and "dog"')])
 def test_only_quotes_around_a_whole_prompt_go(text, prompt):
     assert command_line.unquoted(text) == prompt
+
+
+def test_every_option_knows_the_home_folder_as_the_shell_does_at_the_start_of_a_word(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    args = sample.arguments(["a ~/cat", "--weights=~/sd", "--concept", "~/a", "--out=~", "--negative=~ish"])
+    assert (args.prompt, args.weights, args.concept, str(args.out), args.negative) == (
+        "a ~/cat", "/home/me/sd", ["/home/me/a"], "/home/me", "~ish")
+
+
+def test_a_text_may_begin_with_a_dash_and_a_wrong_option_is_still_refused():
+    args = sample.arguments(["-blurry", "--negative", "-dark", "--beta", "-0.5", "--guidance", "-1"])
+    assert (args.prompt, args.negative, args.beta, args.guidance) == ("-blurry", "-dark", [-0.5], -1)
+    for wrong in (["--nonsense", "1"], ["--negative"], ["--negative", "--steps", "1"]):
+        with pytest.raises(ValueError):
+            sample.arguments(["a cat", *wrong])
+    with pytest.raises(SystemExit):
+        sample.arguments(["-h"])
+
+
+@pytest.mark.parametrize("given", [[], ["--weights", "my sd", "--tokenizer", "t'", "--prediction", "epsilon"]])
+def test_a_printed_command_runs_in_a_shell_as_it_stands(given, tmp_path, monkeypatch):
+    args, words = sample.arguments(["a cat", *given]), ["a <teddy>", "--concept", "my $1/teddy.safetensors"]
+    for folder, script in ((ROOT, "sample.py"), (tmp_path, str(ROOT / "sample.py"))):
+        monkeypatch.chdir(folder)
+        line = command_line.command(args, "sample.py", *words[:2], Path(words[2]))
+        assert shlex.split(line) == ["python", script, *words, *given]
+
+
+@pytest.mark.parametrize("folder, name", [
+    ("my_photos", "my_photos"), ("My Photos (2)_", "my-photos-2-_"), ("__b-", "b"), ("x" * 50, "x" * 41)])
+def test_a_folders_name_becomes_a_concepts(folder, name):
+    assert command_line.concept_name(None, Path(folder)) == name
+
+
+def test_what_the_concepts_were_trained_with_is_used_unless_another_is_given():
+    old, eps, v = (Concept("<a>", "cat", torch.zeros(1, 2), metadata=known) for known in (
+        {}, {"prediction": "epsilon"}, {"prediction": "v_prediction"}))
+    assert command_line.prediction(None, [old]) is None
+    assert command_line.prediction(None, [old, v, v]) == "v_prediction"
+    assert command_line.prediction("epsilon", [old, eps]) == "epsilon"
+    with pytest.warns(UserWarning, match="<a> was trained with v_prediction, not with epsilon"):
+        assert command_line.prediction("epsilon", [v]) == "epsilon"
+    with pytest.raises(ValueError, match="do not go together"):
+        command_line.prediction(None, [eps, v])
+
+
+@pytest.mark.parametrize("left", [{"RANK": "3"}, {"LOCAL_RANK": "1"}, {"WORLD_SIZE": "two"}, {"RANK": "-1"}])
+def test_a_part_of_torchruns_variables_is_one_sentence(monkeypatch, left):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert Processes().share(4).tolist() == [0, 1, 2, 3]
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="not as torchrun sets"):
+        Processes()
 
 
 # ------------------------------------------------------------------------------------------------------ files

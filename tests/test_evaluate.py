@@ -1,6 +1,7 @@
 """evaluate.py's numbers are the cosines they claim to be, and its table, file and figure hold all of them."""
 
 import csv
+import io
 import math
 import runpy
 
@@ -10,6 +11,7 @@ from PIL import Image
 
 from concept import Concept
 from models import ROOT, run_script, write_concept
+from support import pictures, plots
 from support.intervals import mean_and_interval
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
@@ -92,18 +94,34 @@ def test_of_several_files_of_one_concept_the_best_is_named_and_kept(weights, fol
                          "--keep-best", tmp_path / "kept")
     best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
     assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out
-    assert f"--concept {tmp_path}/kept/teddy.safetensors --beta {best['beta']}" in out
+    line, = [line.strip() for line in out.splitlines() if "sample.py" in line]
+    assert line == (f"python sample.py 'a <teddy> on the beach' --concept {tmp_path}/kept/teddy.safetensors "
+                    f"--beta {best['beta']} --tau 0.15 --lock local --weights {weights}")
     kept = (tmp_path / "kept" / "teddy.safetensors").read_bytes()
     assert [kept == (folder / f"{name}.safetensors").read_bytes() for name in names] == [
         best["concept"] == name for name in names]
 
 
-@pytest.mark.parametrize("metadata, words", [
-    ({}, "known place"), ({"folder": "gone"}, "are not at gone"), ({"images": 1}, "trained on 1 pictures")])
-def test_without_images_those_of_the_training_are_read_if_they_are_still_there(folder, metadata, words):
-    def concept(**metadata):
-        return Concept("<teddy>", "teddy bear", torch.zeros(2, 8), metadata=metadata)
-    images = str(folder / "images")
-    assert EVALUATE["training_pictures"](concept(folder=images, images=2)) == images
+@pytest.mark.parametrize("change, words", [
+    ({"folder": ""}, "known place"), ({"folder": "gone"}, "are not at gone"), ({"pictures": "x"}, "does not hold")])
+def test_without_images_those_of_the_training_are_read_if_they_are_still_the_same(folder, change, words):
+    images, files = str(folder / "images"), sorted((folder / "images").glob("*.png"))
+
+    def find(metadata, given=None):
+        concept = Concept("<teddy>", "teddy bear", torch.zeros(2, 8), metadata=metadata)
+        return EVALUATE["training_files"](concept, given)
+    right = {"folder": images, "pictures": pictures.digest(files)}
+    assert find(right) == find({"folder": images}) == find({}, images) == (images, files)
     with pytest.raises(ValueError, match=f"{words}.*--images"):
-        EVALUATE["training_pictures"](concept(**({"folder": images} | metadata if metadata else {})))
+        find(right | change)
+    with pytest.warns(UserWarning, match="does not hold the pictures that <teddy> was trained on"):
+        find({"pictures": "x"}, images)
+
+
+@pytest.mark.parametrize("name", ["_b", "a$b^{$", "$x$", "plain", "_$"])
+def test_whatever_a_file_is_called_it_is_a_label_as_it_stands(name):
+    point = [0.1, 0.2, 0.0, 0.0]
+    figure = plots.pareto({"base": ([point], []), name: ([point], [name])}, "x", "y", name, name)
+    figure.savefig(io.BytesIO(), format="png")          # where a formula would be read
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert labels == ["base", plots.label(name)] and plots.label(name).replace("\\", "").strip() == name

@@ -1,7 +1,7 @@
 """Pictures and masks from files: what people's folders hold becomes what they see on their screens."""
 
 import struct
-from pathlib import Path
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 
 import weights_loader
 from models import ROOT, noise, tiny_model
-from support.pictures import CUT_OUT, list_images, prepare_data, read_image, read_mask
+from support.pictures import CUT_OUT, list_images, prepare_data, read_image, read_images, read_mask
 
 # CIE XYZ of red, green and blue as published, adapted to D50
 DISPLAY_P3 = (.5151, .2412, -.0011), (.2920, .6922, .0419), (.1571, .0666, .7841)
@@ -36,7 +36,7 @@ def test_images_are_listed_in_order_and_everything_else_is_named(tmp_path):
     assert list_images(tmp_path / "0.jpg") == ([tmp_path / "0.jpg"], [])    # a picture alone is that picture
 
 
-def test_a_photo_is_turned_as_its_exif_says_and_cropped_to_the_middle(tmp_path):
+def test_a_photo_is_turned_as_its_exif_says_and_its_mask_must_be_like_it(tmp_path):
     image = np.zeros((40, 120, 3), np.uint8)
     image[:, 40:80] = 255                       # the central square is white
     exif = Image.Exif()
@@ -46,9 +46,14 @@ def test_a_photo_is_turned_as_its_exif_says_and_cropped_to_the_middle(tmp_path):
     Image.fromarray(np.rot90(image).copy()).save(tmp_path / "y.jpg", exif=exif, quality=100)
     rgb, alpha, changes = read_image(tmp_path / "x.jpg", 8)
     assert alpha is None and rgb.shape == (3, 8, 8) and rgb.min() > 0.8 and changes == {
-        "cropped to the central square"}
+        "cropped to the central square", "turned as their EXIF says, and so must their masks be"}
     rgb, *_ = read_image(tmp_path / "y.jpg", 8)
     assert rgb[:, :3].max() < -0.8 and rgb[:, 5:].min() > 0.8
+    (tmp_path / "masks").mkdir()
+    for size, fits in (((120, 40), True), ((61, 20), True), ((40, 120), False), ((40, 40), False)):
+        Image.new("L", size, 255).save(tmp_path / "masks" / "x.png")
+        with nullcontext() if fits else pytest.raises(ValueError, match="does not fit x.jpg, which has 120 x 40"):
+            read_mask(tmp_path / "masks", tmp_path / "x.jpg", 8)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "LA", "CMYK", "1", "I;16"])
@@ -115,8 +120,17 @@ def test_a_mask_is_white_on_black_or_a_cut_out(tmp_path):
     white = np.where(inside, 255, 0).astype(np.uint8)[..., None].repeat(4, 2)
     Image.fromarray(white).save(tmp_path / "masks" / "c.png")               # white on transparent
     for name, by_opacity in (("a", True), ("b", False), ("c", True)):
-        mask, said = read_mask(tmp_path / "masks", Path(f"{name}.jpg"), 16)
+        noise(160, 160).save(tmp_path / f"{name}.jpg")
+        mask, said = read_mask(tmp_path / "masks", tmp_path / f"{name}.jpg", 16)
         assert torch.equal(mask[0], torch.from_numpy(inside).float()) and said == by_opacity
+
+
+def test_a_picture_that_is_enlarged_is_named_once(tmp_path):
+    for name, side in (("a", 16), ("b", 15), ("c", 8)):
+        noise(side, side).save(tmp_path / f"{name}.png")
+    said = []
+    images, _ = read_images(list_images(tmp_path)[0], 16, said.append)
+    assert images.shape == (3, 3, 16, 16) and said == ["enlarged to 16 x 16 pixels: b.png, c.png"]
 
 
 def test_masks_come_from_the_model_from_cut_outs_from_a_folder_or_not_at_all(tmp_path):

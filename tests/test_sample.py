@@ -1,10 +1,13 @@
 """sample.py draws what it is asked for, repeatably, and loses no picture."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
 
 import diffusion
+from concept import Concept
 from models import run_script, tiny_model
 
 
@@ -35,18 +38,32 @@ def names(out):
 def test_numbered_pictures_and_a_grid_of_the_size_asked_for(drawn):
     assert names(drawn) == ["0000.png", "0001.png", "0002.png", "grid_0000-0002.png"]
     assert Image.open(drawn / "0000.png").size == (24, 16)            # Pillow says width first
-    assert Image.open(drawn / "grid_0000-0002.png").size == (48, 32)
+    assert Image.open(drawn / "grid_0000-0002.png").size == (52, 36)     # with gaps of 4
 
 
 def test_text_fields_and_the_first_line_hold_what_draws_the_picture_again(weights, concept_files, tmp_path):
     concept = concept_files["cat"]
-    stdout, _ = draw(weights, tmp_path, "a <cat>", "--concept", concept, "--seed", 3)
-    expected = {"prompt": "a <cat>", "steps": "2", "sampler": "ddim", "guidance": "4.0", "size": "16x24",
-                "weights": str(weights), "prediction": "epsilon", "precision": "fp32",
+    stdout, _ = draw(weights, tmp_path, "a <cat>", "--concept", concept, "--seed", 3, "--negative", "-dark, 熊")
+    expected = {"prompt": "a <cat>", "negative": "-dark, 熊", "steps": 2, "sampler": "ddim", "guidance": 4.0,
+                "size": "16x24", "weights": str(weights), "prediction": "epsilon", "precision": "fp32",
                 "concepts": str(concept), "beta": "0.7", "tau": "0.15", "lock": "local"}
-    assert Image.open(tmp_path / "0000.png").text == expected | {"negative": "", "seed": "3"}
+    fields = Image.open(tmp_path / "0000.png").text
+    assert fields.pop("parameters").split("\n") == [       # as the web UI writes it; ComfyUI reads "prompt" as JSON
+        "a <cat>", "Negative prompt: -dark, 熊",
+        "Steps: 2, Sampler: DDIM, CFG scale: 4.0, Seed: 3, Size: 24x16, Model: weights"]
+    assert json.loads(fields.pop("perfusion")) == expected | {"seed": 3} and not fields
     assert stdout.splitlines() == ["; ".join(f"{key}: {value}" for key, value in expected.items()),
                                    str(tmp_path / "0000.png")]
+
+
+def test_a_concept_is_drawn_as_it_was_trained_and_that_is_said(weights, concept_files, tmp_path):
+    concept, file = Concept.load(concept_files["teddy"]), tmp_path / "v.safetensors"
+    concept.metadata["prediction"] = "v_prediction"
+    concept.save(file)
+    _, said = draw(weights, tmp_path / "a", "a <teddy>", "--concept", file)
+    assert said.count("is used with v_prediction, its files say epsilon") == 1
+    draw(weights, tmp_path / "b", "a <teddy>", "--concept", concept_files["teddy"], "--prediction", "v_prediction")
+    assert torch.equal(pixels(tmp_path / "a" / "0000.png"), pixels(tmp_path / "b" / "0000.png"))
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_how_many_are_drawn(weights, drawn, tmp_path):
@@ -110,8 +127,8 @@ def test_a_decoder_that_overflows_in_fp16_decodes_in_float32():
     assert (diffusion.decode(model.vae, latents) - expected).abs().max() < 0.1
 
 
-def test_a_grid_holds_the_pictures_row_by_row_and_white_where_none_is():
+def test_a_grid_holds_the_pictures_row_by_row_with_white_gaps_and_white_where_none_is():
     images = torch.arange(3.)[:, None, None, None].expand(3, 3, 2, 2) / 4
-    sheet = diffusion.grid(images, columns=2)
-    assert sheet.shape == (3, 4, 4)
-    assert sheet[0, ::2, ::2].tolist() == [[0, 0.25], [0.5, 1]]
+    sheet = diffusion.grid(images, columns=2, gap=1)
+    assert sheet.shape == (3, 5, 5)
+    assert sheet[0].tolist() == [[0, 0, 1, 0.25, 0.25]] * 2 + [[1] * 5] + [[0.5, 0.5, 1, 1, 1]] * 2

@@ -102,8 +102,15 @@ def test_the_example_folders_are_what_the_script_draws(tmp_path):
 
 
 def test_unseen_concepts_are_distinct_and_learned_in_other_scenes_than_drawn():
-    concepts = [make_examples.unseen_concept(k) for k in range(8)]
-    assert len({name for name, _, _ in concepts}) == 8
-    assert len({str(individual) for _, individual, _ in concepts}) == 8
-    for _, _, specs in concepts:
+    concepts = [make_examples.individual_and_specs(f"c{k}") for k in range(24)]
+    assert len({str(individual) for individual, _ in concepts}) == 24
+    for _, specs in concepts:
         assert len(specs) == 5 and not {spec.scene for spec in specs} & set(make_examples.NEW_SCENES)
+
+
+def test_the_two_of_a_new_example_pair_share_no_strong_colour():
+    for k in range(0, 2 * len(make_examples.NEW_PAIRS), 2):
+        pair = [make_examples.individual_and_specs(f"e{n}")[0] for n in (k, k + 1)]
+        assert tuple(one.kind for one in pair) == make_examples.NEW_PAIRS[k // 2]
+        a, b = ({*one.colors.values(), one.pattern_color} - {None} for one in pair)
+        assert len(a) == len(b) == 3 and not a & b

@@ -1,54 +1,71 @@
-"""The README's pictures: what the embedded model draws, what it learns, and a drawing of the method.
+"""The README's pictures: what the embedded model draws, and what it learns.
 
     python tiny/figures.py base         # figures/base.png: the model without a concept
     python tiny/figures.py hero         # figures/hero.png: two concepts, each alone and both together
     python tiny/figures.py pairs        # figures/pairs.png: the example pairs, in both orders
-    python tiny/figures.py method       # figures/method.png: one edited layer, as a drawing
+    python tiny/figures.py lock         # figures/lock.png: two concepts, keys locked and keys trained
 
-Hero and pairs show concepts of the examples, as train.py leaves them in out/.
+Hero, pairs and lock show concepts of the examples, as train.py leaves them in out/; lock those of
+`--keys trained --token NAME --out out/NAME-trained` too, and the numbers of records.json, which claims.py
+writes.
 """
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import torch
-from matplotlib.patches import Circle, FancyBboxPatch
 
 import diffusion
 import weights_loader
 from concept import Concept, prepare
-from judge import BASE_PROMPTS, draw
+from judge import draw
+from make_examples import PAIRS
 from support import command_line, fast_cpu
 from support.command_line import between
 from support.files import replacing
 from support.pictures import list_images, read_image
 from support.plots import Figure
 
-PAIRS = (("teddy", "cat"), ("robot", "dog"))  # of examples
+BASE_PROMPTS = (  # the last three are held out of training
+    "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
+    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
+    "a turquoise cat with arms up in a room", "a yellow dog on the grass near a house",
+    "a green robot at night near a lamp", "a blue mug in the snow near a snowman",
+    "in a room, an orange ball", "a teddy bear wearing a hat at night",
+    "a cat wearing sunglasses on the beach", "a dog wearing a scarf in a room",
+    "a robot holding a balloon on the grass", "a yellow bellied purple teddy bear in a room",
+    "a white cat with a red heart on a blue background",
+    "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
+    "a red dog beside a blue mug on the beach", "a teddy bear in the snow",
+    "a cat wearing a hat on the grass", "a cat next to a robot in a room")
 HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
                 "a photo of a {} holding a balloon on the grass", "a photo of a {} next to a mug in a room")
-FROZEN, LOCKED, LEARNED, PLAIN, LINE = "#dbe4f0", "#cfe8cf", "#ffd9a8", "#ffffff", "#444444"
+GAP = 6  # pixels
 
 
-def show(axes, images: torch.Tensor, columns: int, title: str):
-    """A grid of pictures (n, 3, H, W) with a title above it."""
-    axes.imshow(diffusion.to_bytes(diffusion.grid(images, columns)))
-    axes.set(xticks=[], yticks=[])
+def show(axes, images: torch.Tensor, columns: int, title: str, seeds: range = range(0)):
+    """A grid of pictures (n, 3, H, W) with a title above it, and seeds below its columns."""
+    width = images.shape[-1]
+    axes.imshow(diffusion.to_bytes(diffusion.grid(images, columns, GAP)))
+    axes.set(xticks=[k * (width + GAP) + width / 2 for k in range(len(seeds))], yticks=[], frame_on=False)
+    axes.set_xticklabels([f"seed {seed}" for seed in seeds], fontsize=7)
+    axes.tick_params(length=0, pad=1)
     axes.set_title(title, fontsize=8, loc="left", pad=2)
 
 
-def load(model, names: tuple) -> list:
+def load(model, names: tuple, end: str = "") -> list:
     """The concepts of examples, as train.py left them, ready to use."""
-    files = [f"out/{name}/{name}.safetensors" for name in names]
-    return prepare([Concept.load(file) for file in files], model)
+    return prepare([Concept.load(f"out/{name}{end}/{name}.safetensors") for name in names], model)
 
 
 def base(model, steps: int) -> Figure:
     """24 prompts, 4 seeds each."""
-    figure = Figure(figsize=(9, 9.6), layout="constrained")
+    figure = Figure(figsize=(9, 8.6), layout="constrained")
     pictures = draw(model, [prompt for prompt in BASE_PROMPTS for _ in range(4)], [*range(4)] * 24, steps)
     for axes, prompt, row in zip(figure.subplots(8, 3).flat, BASE_PROMPTS, pictures.split(4)):
         show(axes, row, 4, prompt + " (held out)" * (prompt in BASE_PROMPTS[-3:]))
+    figure.supxlabel("seeds 0 to 3, from left to right", fontsize=8)
     return figure
 
 
@@ -63,103 +80,64 @@ def hero(model, steps: int) -> Figure:
         given = torch.stack([read_image(one, model.size[0])[0] for one in given]) / 2 + 0.5
         show(left, given, len(given), f"{concept.token}: the training pictures")
         prompts = [prompt.format(concept.token) for prompt in HERO_PROMPTS]
-        show(right, draw(model, prompts, [0] * 4, steps, concepts), 4, f"{concept.token} in new scenes")
+        pictures = draw(model, prompts, [0] * 4, steps, concepts)
+        show(right, pictures, 4, f"{concept.token} in new scenes, seed 0")
     for axes, (a, b) in zip(both.subplots(1, 2), (concepts, concepts[::-1])):
         together(axes, model, [a, b], 4, steps)
     return figure
 
 
-def together(axes, model, concepts: list, seeds: int, steps: int):
-    """Two concepts in one picture, from several seeds."""
+def together(axes, model, concepts: list, seeds: int, steps: int, title: str = "{}"):
+    """Two concepts in one picture, from several seeds. title: {} stands for the prompt."""
     prompt = f"a photo of a {concepts[0].token} next to a {concepts[1].token} on the grass"
-    show(axes, draw(model, [prompt] * seeds, range(seeds), steps, concepts), seeds, prompt)
+    pictures = draw(model, [prompt] * seeds, range(seeds), steps, concepts)
+    show(axes, pictures, seeds, title.format(prompt), range(seeds))
 
 
 def pairs(model, steps: int) -> Figure:
     """Two concepts in one picture: each of PAIRS in both orders."""
     orders = [order for names in PAIRS for order in (names, names[::-1])]
-    figure = Figure(figsize=(9, 1.35 * len(orders)), layout="constrained")
+    figure = Figure(figsize=(9, 1.45 * len(orders)), layout="constrained")
     for axes, names in zip(figure.subplots(len(orders)), orders):
         together(axes, model, load(model, names), 8, steps)
     return figure
 
 
-def method(model, steps: int) -> Figure:
-    """One cross-attention layer with its edit."""
-    figure = Figure(figsize=(9.6, 4.3), layout="constrained")
-    axes = figure.subplots()
-    axes.set(xlim=(0.1, 12.1), ylim=(0.1, 5.4), aspect="equal")
-    axes.axis("off")
-
-    def box(x: float, y: float, width: float, height: float, color: str, text: str):
-        style = "round,pad=0,rounding_size=0.1"
-        axes.add_patch(FancyBboxPatch((x, y), width, height, style, fc=color, ec=LINE))
-        axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
-
-    def node(x: float, y: float, text: str):
-        axes.add_patch(Circle((x, y), 0.2, fc="white", ec=LINE, zorder=3))
-        axes.text(x, y - 0.02, text, ha="center", va="center", fontsize=12, zorder=4)
-
-    def arrow(*points: tuple):
-        x, y = zip(*points)
-        axes.plot(x[:-1], y[:-1], color=LINE, lw=1.2, solid_capstyle="butt")
-        axes.annotate("", points[-1], points[-2], arrowprops={"arrowstyle": "-|>", "color": LINE, "lw": 1.2,
-                                                              "shrinkA": 0, "shrinkB": 0})
-    words = ("a", "photo", "of", "a", "<teddy>", "on", "the", "beach")
-    for n, word in enumerate(words):
-        box(0.15, 4.25 - 0.4 * n, 1.15, 0.34, LEARNED if word == "<teddy>" else PLAIN, word)
-    axes.text(0.72, 4.85, "a prompt", ha="center", fontsize=9)
-    box(1.75, 2.45, 1.05, 1.1, FROZEN, "text\nencoder")
-    arrow((1.3, 3), (1.75, 3))
-    box(3.3, 2.35, 1.6, 1.3, PLAIN, "split along $i^*$\nin the metric\n$C^{-1}$")
-    arrow((2.8, 3), (3.3, 3))
-    axes.text(3.05, 3.1, "$e$", ha="center", fontsize=11)
-    for y, edge, name in ((4.9, 3.65, "K"), (1.1, 2.35, "V")):
-        arrow((4.1, edge), (4.1, y), (5.5, y))
-        axes.text(4.75, y + 0.1, r"$e_\perp$", ha="center", fontsize=11)
-        box(5.5, y - 0.35, 1.1, 0.7, FROZEN, f"$W_{name}$")
-        arrow((6.6, y), (9.2, y))
-    axes.text(5.42, 3.1, "sim/energy", ha="center", fontsize=8)
-    arrow((4.9, 3), (5.95, 3))
-    box(5.95, 2.55, 2.3, 0.9, PLAIN, "gate\n" + r"$\sigma\,((\mathrm{sim/energy}-\beta)\,/\,\tau)$")
-    axes.plot((8.25, 9.4), (3, 3), color=LINE, lw=1.2)
-    box(6.3, 3.72, 2.3, 0.6, LOCKED, r"$o^*_K=W_K\,i_\mathrm{super}$")
-    box(6.3, 1.68, 2.3, 0.6, LEARNED, r"$o^*_V$")
-    for target, sign, y in ((4.02, 1, 4.9), (1.98, -1, 1.1)):
-        arrow((9.4, 3), (9.4, target - sign * 0.2))
-        arrow((8.6, target), (9.2, target))
-        arrow((9.4, target + sign * 0.2), (9.4, y - sign * 0.2))
-        node(9.4, target, r"$\times$")
-        node(9.4, y, "+")
-        arrow((9.6, y), (10.1, y))
-    box(10.1, 4.55, 1.9, 0.7, PLAIN, "keys $K$\nwhere words act")
-    box(10.1, 0.75, 1.9, 0.7, PLAIN, "values $V$\nwhat they put there")
-    box(10.1, 2.55, 1.9, 0.9, FROZEN, "softmax$(QK^T)\\,V$\nin the U-Net")
-    arrow((11.05, 4.55), (11.05, 3.45))
-    arrow((11.05, 1.45), (11.05, 2.55))
-    for x, color, text in ((0.15, LEARNED, "learned: the word's embedding and one $o^*_V$ per layer"),
-                           (5.2, LOCKED, "locked: the key of \"teddy bear\", never trained"),
-                           (10.1, FROZEN, "frozen")):
-        box(x, 0.15, 0.35, 0.25, color, "")
-        axes.text(x + 0.45, 0.275, text, va="center", fontsize=8)
-    axes.set_title("One cross-attention layer with one concept", fontsize=10)
+def lock(model, steps: int) -> Figure:
+    """Two concepts in one picture with locked and with trained keys, and how often it goes well."""
+    figure = Figure(figsize=(9, 2.9), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(5, 2))
+    for axes, keys, end in zip(left.subplots(2), ("locked", "trained"), ("", "-trained")):
+        together(axes, model, load(model, PAIRS[0], end), 6, steps, f"keys {keys}: {{}}")
+    rows = json.loads(Path("tiny/records.json").read_text(encoding="utf-8"))["rows"]
+    axes = right.subplots()
+    names = ("locked keys", "trained keys", "textual inversion")
+    shown = (("kinds", "both kinds", "#9db8d8"), ("both", "both individuals", "#2a5d9c"))
+    for k, name in enumerate(names):
+        for n, (measure, title, color) in enumerate(shown):
+            hits = sum(rows[f"pair: {name}"][measure], [])
+            share = 100 * sum(hits) / len(hits)
+            axes.barh(k + 0.38 * n, share, 0.36, color=color)
+            axes.text(share + 3, k + 0.38 * n, f"{share:.0f} % {title}", va="center", fontsize=7)
+    axes.set(xlim=(0, 200), xticks=[], ylim=(2.75, -0.6), yticks=[k + 0.19 for k in range(3)])
+    axes.set_yticklabels([name.replace(" ", "\n") for name in names], fontsize=7)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.set_title(f"{len(hits)} pictures of {len(rows['pair: locked keys']['kinds'])} other pairs", fontsize=8,
+                   loc="left")
     return figure
 
 
 def main(argv=None):
-    figures = {one.__name__: one for one in (base, hero, pairs, method)}
+    figures = {one.__name__: one for one in (base, hero, pairs, lock)}
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=figures)
-    add("--weights", default="tiny", help="base model")
     add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
-    add("--out", type=Path, default=Path("figures"), help="folder of the PNG")
     args = parser.parse_args(argv)
-    model = weights_loader.load(args.weights)
+    model = weights_loader.load()
     fast_cpu.enable(model)
     figure = figures[args.figure](model, args.steps)
-    args.out.mkdir(parents=True, exist_ok=True)
-    with replacing(args.out / f"{args.figure}.png") as partial:
+    with replacing(f"figures/{args.figure}.png") as partial:
         figure.savefig(partial, dpi=150, format="png")
 
 

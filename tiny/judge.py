@@ -2,7 +2,7 @@
 
     python tiny/judge.py train          # draws its own training pictures; ten minutes on one core
     python tiny/judge.py accuracy       # on held-out renders
-    python tiny/judge.py base           # the embedded model: prompt following, VAE, attention, speed
+    python tiny/judge.py base           # how well the embedded model follows prompts
 
 Two small convolutional networks. The finder looks at the whole picture: where things stand, how tall they
 are, which scene it is, and a coarse mask. The expert looks at a square around each thing: kind, main colour,
@@ -14,7 +14,6 @@ import argparse
 import math
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +25,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import diffusion
-import make_examples
 import perfusion
 import weights_loader
 import world
-from attention_maps import word_masks
 from support import command_line, fast_cpu
 from support.command_line import between
 from support.files import replacing
@@ -47,18 +44,6 @@ FOUND = 0.4       # how high a peak of the map must be
 EMBEDDING = 64
 TRAIN_STEPS = 900  # of 96 renders
 TEMPERATURE = 0.07  # of a contrastive loss
-BASE_PROMPTS = (  # the last three are held out of training
-    "a photo of a teddy bear", "a photo of a cat", "a photo of a dog", "a photo of a robot",
-    "a photo of a mug", "a photo of a ball", "a red teddy bear on the beach near a palm",
-    "a turquoise cat with arms up in a room", "a yellow dog on the grass near a house",
-    "a green robot at night near a lamp", "a blue mug in the snow near a snowman",
-    "in a room, an orange ball", "a teddy bear wearing a hat at night",
-    "a cat wearing sunglasses on the beach", "a dog wearing a scarf in a room",
-    "a robot holding a balloon on the grass", "a yellow bellied purple teddy bear in a room",
-    "a white cat with a red heart on a blue background",
-    "a teddy bear next to a cat on the grass near a tree", "a dog and a robot with arms up in the snow",
-    "a red dog beside a blue mug on the beach", "a teddy bear in the snow",
-    "a cat wearing a hat on the grass", "a cat next to a robot in a room")
 GALLERY, VIEWS = 50, 8  # individuals to choose from, and the renders that each is known by
 
 
@@ -254,15 +239,23 @@ def soften(images: Tensor) -> Tensor:
 
 # --------------------------------------------------------------------------------------------------- training
 
+def labels_of(thing: world.Thing) -> dict:
+    """What the HEADS should say of a thing."""
+    one = thing.individual
+    return {"kind": one.kind, "color": one.colors["main"], "pattern": one.pattern,
+            "accessory": thing.accessory, "arms_up": thing.arms_up}
+
+
 def things_of(specs: list) -> tuple:
     """All things of the specs: the number of their picture (n,), boxes (n, 3), class numbers {head: (n,)}."""
-    which = [b for b, spec in enumerate(specs) for _ in spec.things]
-    things = [thing for spec in specs for thing in spec.things]
-    names = [{"kind": one.individual.kind, "color": one.individual.colors["main"],
-              "pattern": one.individual.pattern, "accessory": one.accessory, "arms_up": one.arms_up}
-             for one in things]
-    return torch.tensor(which), torch.tensor([one.pose[:3] for one in things]), {
-        head: torch.tensor([labels.index(name[head]) for name in names]) for head, labels in HEADS.items()}
+    which, boxes, classes = [], [], {head: [] for head in HEADS}
+    for b, spec in enumerate(specs):
+        for thing in spec.things:
+            which.append(b)
+            boxes.append(thing.pose[:3])
+            for head, label in labels_of(thing).items():
+                classes[head].append(HEADS[head].index(label))
+    return torch.tensor(which), torch.tensor(boxes), {head: torch.tensor(n) for head, n in classes.items()}
 
 
 def finder_loss(out: dict, specs: list, masks: Tensor) -> Tensor:
@@ -311,7 +304,7 @@ def coarse(masks: list) -> Tensor:
 def train(steps: int, groups: int, path: Path, seed: int = 0) -> Judge:
     """Train on fresh renders and write the judge in float16."""
     torch.manual_seed(seed)
-    rng, judge, start = random.Random(seed), Judge(), time.process_time()
+    rng, judge = random.Random(seed), Judge()
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.02)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.2)
     for step in range(steps):
@@ -329,8 +322,7 @@ def train(steps: int, groups: int, path: Path, seed: int = 0) -> Judge:
         optimizer.step()
         rate.step()
         if step % 25 == 0 or step == steps - 1:
-            print(f"step {step}: " + " ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-                  + f"; {time.process_time() - start:.0f} s of processor", flush=True)
+            print(f"step {step}:", *(f"{name} {loss:.3f}" for name, loss in losses.items()), flush=True)
     state = {name: x.half() if x.is_floating_point() else x for name, x in judge.state_dict().items()}
     with replacing(path) as partial:
         save_file(state, partial)
@@ -368,55 +360,38 @@ def lineup(judge: Judge, individual: world.Individual, seed: int) -> Tensor:
     return gallery(judge, [individual, *others], rng)
 
 
-def match(found: list[Found], spec: world.Spec) -> dict:
-    """True thing's number -> the found thing whose centre is nearest to its own, less than 0.15 away."""
-    pairs = {}
-    for thing in found:
-        x, base, height = thing.box
-        away = [math.hypot(x - one.pose[0], base - height / 2 - one.pose[1] + one.pose[2] / 2)
-                for one in spec.things]
-        n = away.index(min(away))
-        if away[n] < 0.15:
-            pairs.setdefault(n, thing)
-    return pairs
+def by_place(found: list[Found], spec: world.Spec) -> list:
+    """(true thing, found thing) from left to right; nothing where their numbers differ."""
+    if len(found) != len(spec.things):
+        return []
+    return list(zip(sorted(spec.things, key=lambda thing: thing.pose[0]),
+                    sorted(found, key=lambda thing: thing.box[0])))
 
 
 def measure_accuracy(judge: Judge, pictures: int, seed: int = 10**9) -> dict:
     """Measure -> text, on renders that training never drew (held-out combinations included)."""
     rng = random.Random(seed)
     specs = [world.random_spec(rng, allow_held_out=True) for _ in range(pictures)]
-    images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
-    images = to_images(images)
-    found, places = judge.find(images), judge.places(images)
-    pairs = [match(one, spec) for one, spec in zip(found, specs)]
-    _, _, truth = things_of(specs)
-    seen = [pair.get(n) for pair, spec in zip(pairs, specs) for n in range(len(spec.things))]
-    report = {"things that are found": [thing is not None for thing in seen],
-              "found things that are there": [n < len(pair) for one, pair in zip(found, pairs)
-                                              for n in range(len(one))]}
-    for head, labels in HEADS.items():
-        report[head] = [getattr(thing, head) == labels[y]
-                        for thing, y in zip(seen, truth[head].tolist()) if thing]
-    report["scene"] = [scene == spec.scene for (scene, _), spec in zip(places, specs)]
-    report["prop"] = [prop == spec.prop for (_, prop), spec in zip(places, specs)]
-    titles = f"alone: first among {GALLERY}", f"in pairs: both first among {GALLERY}"
-    report |= {title: [] for title in titles}
-    for kind, others in zip(world.KINDS, (*world.KINDS[1:], world.KINDS[0])):
-        people = [[world.random_individual(rng, name) for _ in range(GALLERY)] for name in (kind, others)]
-        known = [gallery(judge, one, rng) for one in people]
-        for title, groups in zip(titles, (people[:1], people)):
-            found = judge.find(renders([view(rng, *who) for who in zip(*groups)]))
-            report[title] += [all(recognise(seen, one[n].kind, rows, n) for one, rows in zip(groups, known))
-                              for n, seen in enumerate(found)]
-    texts = {title: interval(hits) for title, hits in report.items() if hits}
-    truth = coarse(masks)[:, LAYERS.index("things")]
-    overlap = intersection_over_union(judge.silhouettes(images) > 0.5, truth > 0.5)
-    return texts | {"silhouettes, IoU at 16x16": f"{overlap.mean():.3f}"}
+    images, report = renders(specs), {}
 
-
-def intersection_over_union(a: Tensor, b: Tensor) -> Tensor:
-    """Two boolean masks (B, H, W) -> (B,)."""
-    return (a & b).sum((1, 2)) / (a | b).sum((1, 2)).clamp(min=1)
+    def count(name: str, right: bool):
+        report.setdefault(name, []).append(right)
+    for spec, found, (scene, prop) in zip(specs, judge.find(images), judge.places(images)):
+        matched = by_place(found, spec)
+        count("as many things as there are", bool(matched))
+        count("scene", scene == spec.scene)
+        count("prop", prop == spec.prop)
+        for thing, seen in matched:
+            for head, label in labels_of(thing).items():
+                count(head, getattr(seen, head) == label)
+    for kind, other in zip(world.KINDS, (*world.KINDS[1:], world.KINDS[0])):
+        groups = [[world.random_individual(rng, name) for _ in range(GALLERY)] for name in (kind, other)]
+        known = {group[0].kind: gallery(judge, group, rng) for group in groups}
+        for title, n in ((f"alone: first among {GALLERY}", 1), (f"in pairs: both first among {GALLERY}", 2)):
+            seen = judge.find(renders([view(rng, *who) for who in zip(*groups[:n])]))
+            for row, found in enumerate(seen):
+                count(title, all(recognise(found, name, known[name], row) for name in (kind, other)[:n]))
+    return {name: interval(right) for name, right in report.items()}
 
 
 # --------------------------------------------------------------------------------------------- the base model
@@ -447,59 +422,63 @@ def of_kind(found: list[Found], kind: str) -> list[Found]:
     return [thing for thing in found if thing.kind == kind]
 
 
+def shown(found: list[Found], place: tuple, kind: str, wish: dict) -> dict:
+    """Which of the wishes a picture shows: {"scene", "prop", "second": another kind; of a thing of this kind
+    "color", "pattern", "accessory", "gesture"} -> True or False."""
+    mine, right = of_kind(found, kind), {}
+    for name, value in wish.items():
+        if name in ("scene", "prop"):
+            right[name] = place[name == "prop"] == value
+        elif name == "second":
+            right[name] = bool(of_kind(found, value))
+        else:
+            attribute = "arms_up" if name == "gesture" else name
+            right[name] = value in [getattr(thing, attribute) for thing in mine]
+    return right
+
+
+def wishes(spec: world.Spec, prompt: str) -> list:
+    """(kind, wish) for every thing of a prompt; the first wish has the scene and the prop too."""
+    asked, patterns = [], [thing.individual.pattern for thing in spec.things]
+    for thing in spec.things:
+        one, wish = thing.individual, {}
+        color, pattern = one.colors["main"], one.pattern
+        if f"{color} {one.kind}" in prompt:
+            wish["color"] = color
+        # Words do not say whose a pattern is that both have, nor who raises arms if one gesture is named.
+        named = pattern and (pattern in prompt or world.ADJECTIVES[pattern] in prompt)
+        if named and patterns.count(pattern) == 1:
+            wish["pattern"] = pattern
+        if thing.accessory:
+            wish["accessory"] = thing.accessory
+        if thing.arms_up and prompt.count(world.GESTURE) == sum(other.arms_up for other in spec.things):
+            wish["gesture"] = True
+        asked.append((one.kind, wish))
+    if world.scene_words(spec.scene) in prompt:
+        asked[0][1]["scene"] = spec.scene
+    if spec.prop and spec.prop in prompt:
+        asked[0][1]["prop"] = spec.prop
+    return asked
+
+
 def follow(found: list, places: list, pairs: list) -> dict:
     """Measure -> [one bool for each time it is asked for]: do pictures show what their prompts name?"""
     kept = {}
-    for seen, (scene, prop), (spec, prompt) in zip(found, places, pairs):
-        people = [thing.individual for thing in spec.things]
-        checks = [("subject" if len(people) == 1 else "both things", True,
-                   all(of_kind(seen, one.kind) for one in people)),
-                  ("scene", world.scene_words(spec.scene) in prompt, scene == spec.scene),
-                  ("prop", spec.prop and spec.prop in prompt, prop == spec.prop)]
-        for thing, one in zip(spec.things, people):
-            color, pattern, mine = one.colors["main"], one.pattern, of_kind(seen, one.kind)
-            # Words do not say whose a pattern is that both have, nor who raises arms if one gesture is named.
-            named = pattern and (pattern in prompt or world.ADJECTIVES[pattern] in prompt)
-            whose = [other.pattern for other in people].count(pattern) == 1
-            raised = thing.arms_up and prompt.count(world.GESTURE) == sum(x.arms_up for x in spec.things)
-            checks += [("color", f"{color} {one.kind}" in prompt, color in [it.color for it in mine]),
-                       ("pattern", named and whose, pattern in [it.pattern for it in mine]),
-                       ("accessory", thing.accessory, thing.accessory in [it.accessory for it in mine]),
-                       ("gesture", raised, any(it.arms_up for it in mine))]
-        for name, asked, right in checks:
-            if asked:
+    for seen, place, (spec, prompt) in zip(found, places, pairs):
+        asked = wishes(spec, prompt)
+        checks = [shown(seen, place, kind, wish) for kind, wish in asked]
+        title = "subject" if len(asked) == 1 else "both things"
+        checks.append({title: all(of_kind(seen, kind) for kind, _ in asked)})
+        for check in checks:
+            for name, right in check.items():
                 kept.setdefault(name, []).append(right)
     return kept
 
 
-@torch.no_grad()
-def mask_overlap(model, specs: list) -> float:
-    """Mean IoU of the masks that train.py makes for pictures of one kind, at one half, with the true ones."""
-    images, truth = renders_and_truth(specs, model.size[0])
-    soft = word_masks(model, model.vae.encode(images * 2 - 1), specs[0].things[0].individual.kind)
-    soft = F.interpolate(soft, model.size, mode="bilinear")[:, 0]
-    return intersection_over_union(soft > 0.5, truth > 0.5).mean().item()
-
-
-@torch.no_grad()
-def vae_psnr(model, count: int = 256) -> float:
-    """Mean peak signal-to-noise ratio of reconstructed held-out renders, in dB."""
-    images = renders([world.random_spec(random.Random(10**9 + k)) for k in range(count)], model.size[0])
-    decoded = torch.cat([model.vae.decode(model.vae.encode(part * 2 - 1)) for part in images.split(32)])
-    error = (decoded.clamp(-1, 1) / 2 + 0.5 - images).square().mean((1, 2, 3))
-    return (-10 * error.log10()).mean().item()
-
-
 def measure_base(judge: Judge, args: argparse.Namespace):
-    """Print everything about the base model, each line as soon as it is known."""
-    start = time.perf_counter()
-    model = weights_loader.load(args.weights)
+    """Print how well the base model follows prompts."""
+    model = weights_loader.load()
     fast_cpu.enable(model)
-    print(f"loaded in {time.perf_counter() - start:.2f} s", flush=True)
-    start = time.perf_counter()
-    draw(model, ["a photo of a cat"], [0], 30)
-    seconds, threads = time.perf_counter() - start, torch.get_num_threads()
-    print(f"one guided picture of 30 steps: {seconds:.2f} s, {threads} threads", flush=True)
     for title, n, held_out in (("combinations seen in training", args.pictures, False),
                                ("held-out combinations", args.held_out, True)):
         pairs = prompts_of_the_world(n, held_out, seed=2 * 10**9 + held_out)
@@ -507,33 +486,23 @@ def measure_base(judge: Judge, args: argparse.Namespace):
         print(f"{title}, {n} pictures, DDIM {args.steps}, guidance {model.guidance}, seeds 0 to {n - 1}:")
         for name, kept in follow(judge.find(images), judge.places(images), pairs).items():
             print(f"  {name}: {interval(kept)}", flush=True)
-    print(f"VAE, 256 held-out renders: {vae_psnr(model):.2f} dB", flush=True)
-    rng = random.Random(3 * 10**9)
-    groups = {kind: [world.place(rng, [world.random_individual(rng, kind)], rng.choice(list(world.SCENES)))
-                     for _ in range(12)] for kind in world.KINDS}
-    groups |= {f"example {name}": make_examples.example_specs(*concept, name)
-               for name, concept in make_examples.EXAMPLES.items()}
-    print("masks that the model makes for itself, IoU with the true ones: " + ", ".join(
-        f"{name} {mask_overlap(model, specs):.3f}" for name, specs in groups.items()), flush=True)
 
 
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("command", choices=("train", "accuracy", "base"))
-    add("--judge", type=Path, default=FILE, help="file of the judge")
-    add("--weights", default="tiny", help="base model")
     add("--pictures", type=between(1, 10**6), default=500, help="of seen combinations, or renders")
     add("--held-out", type=between(1, 10**6), default=200, help="pictures of held-out combinations")
     add("--steps", type=between(1, 999), default=50, help="DDIM steps")
     args = parser.parse_args(argv)
     if args.command == "train":
-        train(TRAIN_STEPS, 24, args.judge)
+        train(TRAIN_STEPS, 24, FILE)
     elif args.command == "accuracy":
-        for name, text in measure_accuracy(Judge.load(args.judge), args.pictures).items():
+        for name, text in measure_accuracy(Judge.load(), args.pictures).items():
             print(f"{name}: {text}", flush=True)
     else:
-        measure_base(Judge.load(args.judge), args)
+        measure_base(Judge.load(), args)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the library files lie one folder up
 import world
 from support import command_line
-from support.command_line import between
 from world import Individual
 
 # A few strong colours each, and no two alike: a stranger should know both of two in one picture.
@@ -40,8 +39,12 @@ EXAMPLES = {  # name: the individual and the scene of each picture
     "dog": (DOG, ("beach", "room", "green", "grass", "white")),
     "mug": (MUG, ("room",)),
 }
+PAIRS = (("teddy", "cat"), ("robot", "dog"))  # of examples, drawn together
 UNSEEN_KINDS = ("teddy bear", "cat", "dog", "robot")
 NEW_SCENES = ("beach", "snow", "night")  # where the unseen concepts are drawn; they are learned elsewhere
+STRONG = ("red", "orange", "yellow", "green", "turquoise", "blue", "purple", "pink")
+NEW_PAIRS = (("teddy bear", "cat"), ("robot", "dog"), ("dog", "teddy bear"), ("cat", "dog"),
+             ("robot", "teddy bear"))  # e0 and e1, e2 and e3, ...
 
 
 def example_specs(individual: Individual, scenes: tuple, seed: str) -> list:
@@ -53,14 +56,36 @@ def example_specs(individual: Individual, scenes: tuple, seed: str) -> list:
     return specs
 
 
-def unseen_concept(k: int, seed: int = 5) -> tuple:
-    """Concept k of the measurements: its name, a random individual, the specs of its five pictures."""
-    rng = random.Random(f"unseen {seed} {k}")
-    individual = world.random_individual(rng, UNSEEN_KINDS[k % len(UNSEEN_KINDS)])
+def unseen_individual(k: int) -> Individual:
+    """Individual c0, c1, ... of the measurements: at random, as in training."""
+    return world.random_individual(random.Random(f"unseen 5 {k}"), UNSEEN_KINDS[k % len(UNSEEN_KINDS)])
+
+
+def new_example(k: int) -> Individual:
+    """Individual e0, e1, ... of NEW_PAIRS, from a seed by the rules of the examples.
+
+    Three strong colours each, for the main part, some other parts, and a pattern, and none of a partner's.
+    """
+    pair, second = divmod(k, 2)
+    kind, rng = NEW_PAIRS[pair][second], random.Random(f"new example {k}")
+    main, part, pattern = random.Random(f"new pair {pair}").sample(STRONG, 6)[3 * second:][:3]
+    chosen = rng.sample(sorted(world.PARTS[kind]), rng.randint(2, 3))
+    colors = {"main": main} | {name: part if name in chosen else None for name in world.PARTS[kind]}
+    shape = rng.uniform(0.4, 0.8), rng.uniform(0.4, 0.8), 0, 0, 0, 0
+    return Individual(kind, colors, rng.choice(world.PATTERNS), pattern, shape)
+
+
+def individual_and_specs(name: str) -> tuple:
+    """Who is behind the name "teddy", "c3" (unseen) or "e3" (new example), and the specs of its pictures."""
+    if name in EXAMPLES:
+        individual, scenes = EXAMPLES[name]
+        return individual, example_specs(individual, scenes, name)
+    k = int(name[1:])
+    individual = unseen_individual(k) if name[0] == "c" else new_example(k)
     colors = {*individual.colors.values(), individual.pattern_color}
-    plain = [name for name in world.BACKGROUNDS if name not in colors][:2]  # nothing of it vanishes there
-    scenes = ("room", "room", "grass", *plain)
-    return f"c{k}", individual, example_specs(individual, scenes, f"unseen {seed} {k}")
+    plain = [color for color in world.BACKGROUNDS if color not in colors][:2]  # nothing of it vanishes there
+    seed = f"unseen 5 {k}" if name[0] == "c" else f"new example {name}"
+    return individual, example_specs(individual, ("room", "room", "grass", *plain), seed)
 
 
 def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: int = world.SIDE):
@@ -77,15 +102,13 @@ def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: i
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "examples", help="folder of the concept folders")
-    parser.add_argument("--size", type=between(8, 4096), default=world.SIDE,
-                        help="pixels of a side, 8 to 4096")
     args = parser.parse_args(argv)
-    for name, (individual, scenes) in EXAMPLES.items():
-        specs = example_specs(individual, scenes, name)
-        write_pictures(specs, args.out / name, args.out / "masks" / name, args.size)
-        print(f"{args.out / name}: {len(scenes)} of a {individual.kind}")
+    for name in EXAMPLES:
+        individual, specs = individual_and_specs(name)
+        write_pictures(specs, args.out / name, args.out / "masks" / name)
+        print(f"{args.out / name}: {len(specs)} of a {individual.kind}")
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --size needs less"):
+    with command_line.plain_errors(memory="close other programs"):
         main()

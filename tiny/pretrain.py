@@ -1,12 +1,10 @@
 """Train the embedded model from nothing: tokenizer, VAE, text encoder with U-Net, small CLIP.
 
     python tiny/pretrain.py --device cuda       # what made tiny/weights: 13 minutes of an H200, 14 GB of it
-    python tiny/pretrain.py --smoke --workdir DIR --out DIR     # every stage for a moment
-    torchrun --nproc_per_node=2 tiny/pretrain.py --batch 30     # without a GPU, for days: one thread each
 
+Without a GPU it takes days.
 Stages, in order: tokenizer, vae, latents, text2image, clip. All is drawn by `world.py` while it trains.
 A stage that was interrupted goes on from its last checkpoint in --workdir; a finished one is read from there.
-With --init tokenizer, VAE, text encoder and U-Net are not begun anew but taken from finished weights.
 The weights are written to --out in the layout of the published Stable Diffusion folders, in float16.
 """
 import copy
@@ -15,14 +13,12 @@ import math
 import os
 import random
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from tokenizers import models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.data import DataLoader
@@ -30,16 +26,14 @@ from torch.utils.data import DataLoader
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the library files lie one folder up
 import clip_text
 import covariance
-import diffusion
 import weights_loader
 import world
 from attention_maps import attention, record_queries
 from clip_text import TextEncoder, Tokenizer
 from diffusion import Schedule
-from judge import BASE_PROMPTS, TEMPERATURE, draw, to_images
+from judge import TEMPERATURE, to_images
 from support import clip_image, command_line
 from support.files import replacing
-from support.processes import Processes
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
 
@@ -47,8 +41,8 @@ MAX_LENGTH = 48  # tokens; more than the world's longest caption has
 VOCABULARY = 600
 VAE_CONFIG = VAEConfig(latent_channels=16, block_out_channels=(16, 32, 64, 64), layers_per_block=1,
                        norm_num_groups=8, scaling_factor=1.0)
-UNET_CONFIG = UNetConfig(in_channels=16, out_channels=16, block_out_channels=(40, 80, 128), layers_per_block=1,
-                         cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
+UNET_CONFIG = UNetConfig(in_channels=16, out_channels=16, block_out_channels=(40, 80, 128),
+                         layers_per_block=1, cross_attention_dim=128, attention_heads=2, norm_num_groups=8,
                          cross_attention=(True, True, False), sample_size=16)
 TEXT_CONFIG = clip_text.TextConfig(width=128, layers=4, heads=4, intermediate=512, max_length=MAX_LENGTH)
 CLIP_CONFIG = clip_image.ImageConfig(image_size=64, patch_size=8, width=128, layers=4, heads=4,
@@ -61,7 +55,7 @@ ATTENTION_FLOOR = 0.8   # share of an object's attention that its noun should ha
 DRAWS = 3  # noise draws that share one caption and latent: saves text encoding
 EMPTY_PROMPT = 0.1  # share of captions that are dropped, for classifier-free guidance
 EMA = 0.998
-CHECKPOINT_EVERY = 250  # steps: its sheet of pictures costs half a minute
+CHECKPOINT_EVERY = 250  # steps
 FIRST = {"vae": 10**8, "text2image": 0, "clip": 2 * 10**8, "held out": 10**9}  # numbers of their pictures
 
 
@@ -79,11 +73,6 @@ class Plan:
     clip_batch: int = 64
     clip_lr: float = 2e-3
     covariance_captions: int = 10_000
-    sheet_steps: int = 20
-
-
-SMOKE = Plan(vae_steps=2, vae_batch=8, pictures=32, steps=2, batch=6, clip_steps=2, clip_batch=8,
-             covariance_captions=200, sheet_steps=1)
 
 
 class Optimizer:
@@ -95,8 +84,8 @@ class Optimizer:
     bfloat16 only, eleven times slower on a processor that has no such products, and takes no convolutions.
     """
 
-    def __init__(self, networks: list, processes: Processes, betas=(0.95, 0.99), weight_decay=0.01):
-        self.processes, self.beta, self.weight_decay = processes, betas[0], weight_decay
+    def __init__(self, networks: list, betas=(0.95, 0.99), weight_decay=0.01):
+        self.beta, self.weight_decay = betas[0], weight_decay
         named = [(name, p) for network in networks for name, p in network.named_parameters()
                  if p.requires_grad]
         edge = ("conv_in", "conv_out", "embedding.weight", "quant_conv", "class_embedding")
@@ -111,10 +100,7 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, lr: float, clip: float = 1.0):
-        """Average the gradients over the processes, clip their norm, and move every parameter once."""
-        self.processes.add_up([p.grad for p in self.parameters])
-        for p in self.parameters:
-            p.grad /= self.processes.count
+        """Clip the norm of the gradients and move every parameter once."""
         nn.utils.clip_grad_norm_(self.parameters, clip)
         for group, momenta in zip(self.groups, self.momenta):
             gradients = torch.stack([p.grad.flatten(1) for p in group])
@@ -155,23 +141,19 @@ def learning_rate(step: int, steps: int, peak: float, hold: float = 0.5) -> floa
 class Training:
     """What one stage keeps: networks, their moving average, optimizer, step; its checkpoint and its log."""
 
-    def __init__(self, name: str, networks: list, run: Path, processes: Processes):
-        self.name, self.networks, self.processes = name, networks, processes
-        self.device = processes.device
-        for network in networks:
-            network.to(self.device)
-        self.optimizer = Optimizer(networks, processes)
+    def __init__(self, name: str, networks: list, run: Path, device: str):
+        self.name, self.networks = name, [network.to(device) for network in networks]
+        self.optimizer = Optimizer(networks)
         self.averages = [copy.deepcopy(network).eval().requires_grad_(False) for network in networks]
-        self.step, self.seconds = 0, 0.0
+        self.step = 0
         self.file, self.log = run / f"{name}.pt", run / f"{name}.jsonl"
         if self.file.exists():
-            state = torch.load(self.file, map_location=self.device)
+            state = torch.load(self.file, map_location=device)
             for module, weights in zip(networks + self.averages, state["networks"] + state["averages"]):
                 module.load_state_dict(weights)
             self.optimizer.load_state_dict(state["optimizer"])
-            self.step, self.seconds = state["step"], state["seconds"]
-        self.started = time.time() - self.seconds
-        torch.manual_seed(1000 * self.step + processes.rank)
+            self.step = state["step"]
+        torch.manual_seed(1000 * self.step)
 
     @torch.no_grad()
     def update(self, lr: float):
@@ -187,25 +169,22 @@ class Training:
         return self.step % CHECKPOINT_EVERY == 0 or self.step >= steps
 
     def save(self, row: dict):
-        """Write the checkpoint and one line of the log (the first process only)."""
-        self.seconds = time.time() - self.started
-        if self.processes.rank:
-            return
+        """Write the checkpoint and one line of the log."""
         state = {"networks": [network.state_dict() for network in self.networks],
                  "averages": [average.state_dict() for average in self.averages],
-                 "optimizer": self.optimizer.state_dict(), "step": self.step, "seconds": self.seconds}
+                 "optimizer": self.optimizer.state_dict(), "step": self.step}
         with replacing(self.file) as path:
             torch.save(state, path)
-        row = {"step": self.step, "minutes": round(self.seconds / 60, 2)} | row
+        row = {"step": self.step} | row
         with open(self.log, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         print(self.name, " ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
-def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
+def train_tokenizer(run: Path) -> Tokenizer:
     """Byte-pair encoding of the captions, with CLIP's conventions; every letter and digit stays encodable."""
     folder = run / "tokenizer"
-    if processes.rank == 0 and not (folder / "merges.txt").exists():
+    if not (folder / "merges.txt").exists():
         rng = random.Random(0)
         captions = [world.describe(world.random_spec(rng), rng) for _ in range(4000)]
         letters = [" ".join("abcdefghijklmnopqrstuvwxyz0123456789.,!?'-*<>")]
@@ -219,7 +198,6 @@ def train_tokenizer(run: Path, processes: Processes) -> Tokenizer:
         vocabulary |= {token: len(vocabulary) + k for k, token in enumerate((clip_text.START, clip_text.END))}
         with replacing(folder / "vocab.json") as path:
             path.write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    processes.add_up([torch.zeros(1, device=processes.device)])     # wait: another run numbers words anew
     return Tokenizer.load(folder, MAX_LENGTH)
 
 
@@ -243,24 +221,22 @@ class Pictures(torch.utils.data.Dataset):
                 F.adaptive_avg_pool2d(regions, UNET_CONFIG.sample_size))
 
 
-def pictures(tokenizer: Tokenizer, stage: str, steps: range, batch: int, processes: Processes) -> DataLoader:
-    """This process's batch of Pictures for each of these steps of a stage. With a GPU, the processor's other
-    cores draw them."""
-    numbers = range(steps.start * batch * processes.count, steps.stop * batch * processes.count)
-    workers = 0 if processes.device == "cpu" else max(1, os.cpu_count() // processes.count - 1)
-    return DataLoader(Pictures(tokenizer), batch, num_workers=workers,
-                      sampler=[FIRST[stage] + n for n in numbers[processes.rank::processes.count]])
+def pictures(tokenizer: Tokenizer, stage: str, steps: range, batch: int, device: str) -> DataLoader:
+    """A batch of Pictures for each of these steps of a stage. With a GPU, the other cores draw them."""
+    numbers = range(FIRST[stage] + steps.start * batch, FIRST[stage] + steps.stop * batch)
+    return DataLoader(Pictures(tokenizer), batch, sampler=numbers,
+                      num_workers=0 if device == "cpu" else max(1, os.cpu_count() - 1))
 
 
-def train_vae(run: Path, plan: Plan, processes: Processes, tokenizer: Tokenizer) -> VAE:
+def train_vae(run: Path, plan: Plan, device: str, tokenizer: Tokenizer) -> VAE:
     """L1 + squared error + a little KL. The scaling factor then gives the latents unit variance."""
     torch.manual_seed(0)
-    training = Training("vae", [VAE(VAE_CONFIG)], run, processes)
+    training = Training("vae", [VAE(VAE_CONFIG)], run, device)
     (network,), (average,), n = training.networks, training.averages, plan.vae_batch
-    held_out = next(iter(pictures(tokenizer, "held out", range(1), n, processes)))[0]
-    held_out = held_out.to(training.device) * 2 - 1
-    for images, *_ in pictures(tokenizer, "vae", range(training.step, plan.vae_steps), n, processes):
-        images = images.to(training.device) * 2 - 1
+    held_out = next(iter(pictures(tokenizer, "held out", range(1), n, device)))[0]
+    held_out = held_out.to(device) * 2 - 1
+    for images, *_ in pictures(tokenizer, "vae", range(training.step, plan.vae_steps), n, device):
+        images = images.to(device) * 2 - 1
         mean, logvar = network.moments(images)
         z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
         decoded = network.decode(z)
@@ -272,8 +248,8 @@ def train_vae(run: Path, plan: Plan, processes: Processes, tokenizer: Tokenizer)
             with torch.no_grad():
                 decoded = average.decode(average.moments(held_out)[0]).clamp(-1, 1)
             psnr = -10 * ((decoded - held_out) / 2).square().mean((1, 2, 3)).log10()
-            training.save({"seen": training.step * n * processes.count,
-                           "loss": round(loss.item(), 4), "psnr": round(psnr.mean().item(), 2)})
+            training.save({"seen": training.step * n, "loss": round(loss.item(), 4),
+                           "psnr": round(psnr.mean().item(), 2)})
     with torch.no_grad():
         std = average.moments(held_out)[0].std().item()
     average.config = replace(VAE_CONFIG, scaling_factor=round(1 / std, 5))
@@ -281,13 +257,13 @@ def train_vae(run: Path, plan: Plan, processes: Processes, tokenizer: Tokenizer)
 
 
 @torch.no_grad()
-def encode_pictures(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer) -> list:
-    """This process's share of the training pictures, five tensors with a row per picture: latents' means and
-    spreads (n, c, h, w), unscaled; then ids, places and regions as `Pictures` has them. Small types."""
-    file, device = run / f"latents_{processes.rank}_of_{processes.count}.pt", processes.device
+def encode_pictures(run: Path, plan: Plan, device: str, vae: VAE, tokenizer: Tokenizer) -> list:
+    """The training pictures, five tensors with a row per picture: latents' means and spreads (n, c, h, w),
+    unscaled; then ids, places and regions as `Pictures` has them. Small types."""
+    file = run / "latents.pt"
     if not file.exists():
-        batches, steps = [], range(-(-plan.pictures // (16 * processes.count)))
-        for images, ids, places, regions in pictures(tokenizer, "text2image", steps, 16, processes):
+        batches, steps = [], range(-(-plan.pictures // 16))
+        for images, ids, places, regions in pictures(tokenizer, "text2image", steps, 16, device):
             mean, logvar = vae.moments(images.to(device) * 2 - 1)
             spread = torch.exp(0.5 * logvar)
             batches.append((mean.half().cpu(), spread.half().cpu(), ids.short(), places.short(),
@@ -315,22 +291,18 @@ def attention_loss(attentions: list, places: torch.Tensor, regions: torch.Tensor
     return total / named.sum().clamp(min=1) / len(attentions)
 
 
-def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, tokenizer: Tokenizer,
-                     data: tuple, start: weights_loader.Model | None) -> weights_loader.Model:
+def train_text2image(run: Path, plan: Plan, device: str, vae: VAE, tokenizer: Tokenizer,
+                     data: tuple) -> weights_loader.Model:
     """The U-Net and the text encoder together, with Stable Diffusion's noise schedule and loss, and
     `attention_loss`."""
     torch.manual_seed(1)
     config = replace(TEXT_CONFIG, vocab_size=tokenizer.vocab_size)
-    networks = [UNet(UNET_CONFIG), TextEncoder(config)]
-    if start:
-        for network, finished in zip(networks, (start.unet, start.text_encoder)):
-            network.load_state_dict(finished.state_dict())
-    training = Training("text2image", networks, run, processes)
+    training = Training("text2image", [UNet(UNET_CONFIG), TextEncoder(config)], run, device)
     unet, text_encoder = training.networks
-    schedule, empty = Schedule.sd_v1("v_prediction"), tokenizer.encode([""])[0].to(training.device)
+    schedule, empty = Schedule.sd_v1("v_prediction"), tokenizer.encode([""])[0].to(device)
     model = weights_loader.Model(*training.averages, vae, tokenizer, schedule, "", "tiny", None)
     means, stds, ids, places, regions = data
-    n, losses, device = plan.batch // DRAWS, [], training.device
+    n, losses = plan.batch // DRAWS, []
     while training.step < plan.steps:
         chosen = torch.randint(len(means), (n,), device=device)
         which = torch.randint(CAPTIONS_PER_PICTURE, (n,), device=device)
@@ -355,34 +327,29 @@ def train_text2image(run: Path, plan: Plan, processes: Processes, vae: VAE, toke
         losses.append(torch.stack([loss.detach(), focus.detach()]))
         if training.checkpoint_due(plan.steps):
             mean_loss, mean_focus = torch.stack(losses).mean(0).tolist()
-            training.save({"seen": training.step * plan.batch * processes.count,
-                           "loss": round(mean_loss, 5), "attention_loss": round(mean_focus, 4)})
+            training.save({"seen": training.step * plan.batch, "loss": round(mean_loss, 5),
+                           "attention_loss": round(mean_focus, 4)})
             losses = []
-            if processes.rank == 0:
-                prompts = [prompt for prompt in BASE_PROMPTS[::2] for _ in range(4)]
-                sheet = draw(model, prompts, [k % 4 for k in range(len(prompts))], plan.sheet_steps)
-                path = run / f"sheet_{training.step:06d}.png"
-                Image.fromarray(diffusion.to_bytes(diffusion.grid(sheet, 8))).save(path)
     return model
 
 
-def train_clip(run: Path, plan: Plan, processes: Processes, text_encoder: TextEncoder,
+def train_clip(run: Path, plan: Plan, device: str, text_encoder: TextEncoder,
                tokenizer: Tokenizer) -> clip_image.CLIP:
     """An image tower and two projections, fitted to the frozen text encoder by CLIP's contrastive loss."""
     torch.manual_seed(2)
     clip = clip_image.CLIP(CLIP_CONFIG, text_encoder.requires_grad_(False))
-    training = Training("clip", [clip], run, processes)
+    training = Training("clip", [clip], run, device)
     n, losses = plan.clip_batch, []
-    for batch in pictures(tokenizer, "clip", range(training.step, plan.clip_steps), n, processes):
+    for batch in pictures(tokenizer, "clip", range(training.step, plan.clip_steps), n, device):
         logits = similarities(clip, batch) / TEMPERATURE
-        pairs = torch.arange(n, device=training.device)
+        pairs = torch.arange(n, device=device)
         loss = (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
         loss.backward()
         training.update(learning_rate(training.step, plan.clip_steps, plan.clip_lr))
         losses.append(loss.detach())
         if training.checkpoint_due(plan.clip_steps):
             training.save({"loss": round(torch.stack(losses).mean().item(), 4),
-                           "retrieval": round(retrieval(training.averages[0], tokenizer, processes), 3)})
+                           "retrieval": round(retrieval(training.averages[0], tokenizer, device), 3)})
             losses = []
     return training.averages[0]
 
@@ -394,11 +361,11 @@ def similarities(clip: clip_image.CLIP, batch: tuple) -> torch.Tensor:
 
 
 @torch.no_grad()
-def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, processes: Processes, groups: int = 8,
+def retrieval(clip: clip_image.CLIP, tokenizer: Tokenizer, device: str, groups: int = 8,
               n: int = 64) -> float:
     """Share of held-out pictures whose own caption is the most similar of n."""
     best = torch.stack([similarities(clip, batch).argmax(1).cpu()
-                        for batch in pictures(tokenizer, "held out", range(groups), n, processes)])
+                        for batch in pictures(tokenizer, "held out", range(groups), n, device)])
     return (best == torch.arange(n)).float().mean().item()
 
 
@@ -411,37 +378,33 @@ def export(model: weights_loader.Model, out: Path, captions: int):
     model = weights_loader.load(str(out))
     texts = covariance.built_in_captions(captions, model.tokenizer)
     C = covariance.covariance(model.text_encoder, model.tokenizer, texts)
-    path = covariance.store(C, model, f"built-in {captions}")
-    print(f"covariance of {captions} captions, condition number {covariance.condition_number(C):.1e}: {path}")
+    print(f"covariance of {captions} captions: {covariance.store(C, model, f'built-in {captions}')}")
+
+
+def run(plan: Plan, folder: Path, out: Path, device: str):
+    """All stages. folder: checkpoints and logs."""
+    torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = train_tokenizer(folder)
+    vae = train_vae(folder, plan, device, tokenizer)
+    data = encode_pictures(folder, plan, device, vae, tokenizer)
+    model = train_text2image(folder, plan, device, vae, tokenizer, data)
+    export(model, out, plan.covariance_captions)
+    clip = train_clip(folder, plan, device, model.text_encoder, tokenizer)
+    clip_image.save(clip.cpu(), out / "clip")
 
 
 def main(argv=None):
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
-    add("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints, logs and sheets")
+    add("--workdir", type=Path, default=Path("runs/tiny"), help="checkpoints and logs")
     add("--out", type=Path, default=Path("tiny/weights"), help="folder of the finished weights")
     add("--steps", type=int, default=Plan.steps, help="steps of the U-Net and the text encoder")
-    add("--batch", type=int, default=Plan.batch, help="views per step and process")
-    add("--lr", type=float, default=Plan.lr, help="peak learning rate of that stage")
-    add("--init", metavar="FOLDER", help="finished weights to go on from")
+    add("--batch", type=int, default=Plan.batch, help="views per step")
     add("--device", choices=("cpu", "cuda"), default="cpu", help="where the networks are")
-    add("--smoke", action="store_true", help="every stage for a few steps")
     args = parser.parse_args(argv)
-    plan = SMOKE if args.smoke else Plan(steps=args.steps, batch=args.batch, lr=args.lr)
-    processes = Processes(args.device)
-    torch.set_float32_matmul_precision("high")      # on a GPU: TF32 products
-    args.workdir.mkdir(parents=True, exist_ok=True)
-    start = weights_loader.load(args.init, processes.device) if args.init else None
-
-    tokenizer = start.tokenizer if start else train_tokenizer(args.workdir, processes)
-    vae = start.vae if start else train_vae(args.workdir, plan, processes, tokenizer)
-    data = encode_pictures(args.workdir, plan, processes, vae, tokenizer)
-    model = train_text2image(args.workdir, plan, processes, vae, tokenizer, data, start)
-    if processes.rank == 0:
-        export(model, args.out, plan.covariance_captions)
-    clip = train_clip(args.workdir, plan, processes, model.text_encoder, tokenizer)
-    if processes.rank == 0:
-        clip_image.save(clip.cpu(), args.out / "clip")
+    device = command_line.pick_device(args.device)
+    run(Plan(steps=args.steps, batch=args.batch), args.workdir, args.out, device)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,67 @@
+"""What a training leaves in its folder: the concept, loss.csv, a checkpoint, and previews."""
+
+from pathlib import Path
+
+import torch
+
+import perfusion
+from attention_maps import noised_map
+from concept import Concept
+from diffusion import decode, draw_latents
+from support.files import replacing
+from support.pictures import Data
+from support.plots import draw_preview
+
+PREVIEW_TIMESTEP = 400      # of the attention in a preview: outlines are decided there
+
+
+def write(out: Path, concept: Concept, losses: list[float], state: dict) -> None:
+    """Write NAME.safetensors, loss.csv and checkpoint.pt, each whole; none if a number is not finite."""
+    concept.save(out / f"{concept.token.strip('<>')}.safetensors")
+    rows = "".join(f"{step},{loss:.6g}\n" for step, loss in enumerate(losses, 1))
+    with replacing(out / "loss.csv") as path:
+        path.write_text("step,loss\n" + rows, encoding="utf-8")
+    with replacing(out / "checkpoint.pt") as path:
+        torch.save(state, path)
+
+
+def read_checkpoint(path: Path, identity: dict[str, str]) -> dict:
+    """The state in a checkpoint; ValueError if it is none, or of a training with another identity."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except Exception as error:      # torch raises many kinds for a file that it did not write
+        raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__}") from error
+    for key, value in identity.items():
+        if found.get(key) != value:
+            raise ValueError(f"{path} cannot be resumed: {key} was {found.get(key)}, now is {value}")
+    return state
+
+
+@torch.no_grad()
+def write_preview(out: Path, model, concept: Concept, prompts: tuple[str, ...], steps: int, seed: int,
+                  precision: torch.autocast, data: Data, losses: list[float]) -> None:
+    """Write preview_0123.png, and the concept after that step as steps/NAME_0123.safetensors.
+
+    prompts: with {} in the concept's place; steps: of DDIM; precision: the context that the U-Net runs in.
+    """
+    n = len(losses)
+    (out / "steps").mkdir(exist_ok=True)
+    concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
+    prompts = [prompt.format(concept.token) for prompt in prompts]
+    keys, values, positions, _ = perfusion.condition(model, ["", *prompts], [concept])
+    latents, maps = [], []
+    with precision:
+        for i, found in enumerate(positions[1:], 1):
+            K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
+            latents.append(draw_latents(model.unet, model.schedule, K, V, [seed], data.latents.shape[-2:], steps,
+                                        model.guidance))
+            maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
+                                   [v[1:] for v in V], found[concept.token][0])[0].float().cpu())
+    model.vae.to(model.device)
+    images = decode(model.vae, torch.cat(latents))
+    model.vae.cpu()
+    with replacing(out / f"preview_{n:04d}.png") as path:
+        figure = draw_preview(images, torch.stack(maps), prompts, data.images[0] / 2 + 0.5,
+                              data.masks[0, 0, 0].cpu(), losses)
+        figure.savefig(path, format="png", dpi=100)
