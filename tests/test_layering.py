@@ -15,6 +15,7 @@ ROWS = [row.split() for row in (  # a file may import project files of the rows 
     "concept attention_maps support.weight_names support.clip_image",
     "weights_loader support.pictures diffusers_hook",
     "covariance support.fast_cpu support.explorer support.accumulation support.training_files export",
+    "support.base_model",
     "tiny.world",
     "tiny.make_examples",
     "tiny.judge")]
