@@ -96,8 +96,8 @@ def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_ima
     """A CLIP, its tokenizer and its name, from a folder or the hub; without a text tower, the model's."""
     own = model.folder and Path(model.folder) / "clip"
     source = source or (str(own) if own and own.is_dir() else PUBLIC_CLIP)
-    folder = weights_loader.find(source, "config.json").parent
-    weights_loader.find(source, "model.safetensors", "pytorch_model.bin")
+    need = {"config": [["config.json"]], "weights": [["model.safetensors"], ["pytorch_model.bin"]]}
+    folder = weights_loader.locate(source, need)["config"][0].parent
     _, sizes = clip_image.read_config(folder)
     if sizes is None:
         text_encoder, tokenizer = copy.deepcopy(model.text_encoder).float(), model.tokenizer

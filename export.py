@@ -25,7 +25,7 @@ import weights_loader
 from concept import Concept, prepare
 from support import command_line
 from support.files import replacing
-from support.weight_files import read_tensors, what_is
+from support.weight_files import read, what_is
 
 
 @torch.no_grad()
@@ -62,11 +62,7 @@ def read_embedding(path: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"--init-embedding {path}: there is no such file")
     try:
-        if path.suffix == ".safetensors":
-            content = read_tensors(path)
-        else:       # the original code saved a ParameterDict, the web UI a dict
-            with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path)        # the original code saved a ParameterDict, the web UI a dict
         content = content.get("string_to_param", content)
         embedding, = getattr(content, "_parameters", content).values()
         return torch.atleast_2d(embedding.detach().float())

@@ -21,13 +21,13 @@ from tqdm import tqdm
 
 import covariance
 import perfusion
-import weights_loader
 from concept import KEYS, Concept
 from diffusion import NUM_TIMESTEPS
 from export import read_embedding
 from perfusion import TEMPLATES
-from support import command_line, fast_cpu, training_files
+from support import command_line, training_files
 from support.accumulation import Accumulation
+from support.base_model import open_model
 from support.command_line import DTYPES, between, concept_name, ordinary_words, pick_device
 from support.pictures import Data, digest, list_images, prepare_data
 from support.processes import Processes
@@ -318,9 +318,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         report(f"skipped, not images: {', '.join(skipped)}")
     out.mkdir(parents=True, exist_ok=True)
 
-    model = weights_loader.load(args.weights, processes.device, tokenizer=args.tokenizer,
-                                prediction=args.prediction)
-    fast_cpu.enable(model)
+    model = open_model(args, device=processes.device, dtype=torch.float32)
     model.unet.checkpointing = args.checkpointing
     family, side = defaults(model), args.resolution or model.size[0]
     lr_embedding = INVERSION_LR if args.keys == "none" else family.lr_embedding

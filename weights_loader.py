@@ -10,12 +10,15 @@ a warning of one line.
 """
 
 import contextlib
+import fnmatch
 import hashlib
+import itertools
 import json
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +31,23 @@ import unet
 import vae
 from support import weight_names
 from support.files import replacing
-from support.weight_files import read_tensors
+from support.weight_files import kind, read_json, read_tensors, read_text
 
 NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 TINY = Path(__file__).parent / "tiny" / "weights"
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.ckpt)"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+SINGLE = (".safetensors", ".ckpt")
+GUESSES = {  # what people write -> what they may mean
+    rf".*(?:huggingface\.co|hf\.co)/({HUB_ID})(?:/tree/.*)?/?": r"\1",
+    r"\w+://.*": "the path of the file, once it is downloaded",
+    r"(runwayml/)?(sd|stable[-_ ]?diffusion)[-_ ]?v?1[-_. ]?5": "sd15", "tiny": "tiny"}
 SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
 WEIGHTS = {  # names in the published layout, the preferred first; a variant stands before the suffix
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin")}
+VOCABULARY = {"vocabulary": [["tokenizer/merges.txt", "tokenizer/vocab.json"], ["tokenizer/tokenizer.json"],
+                             ["merges.txt", "vocab.json"], ["tokenizer.json"]]}
 CHUNK = 2**28  # bytes, see fill
 FINGERPRINT = re.compile(r".*(attn2\.to_[kv]|token_embedding)\.weight")  # what Perfusion edits, and the words
 
@@ -96,24 +106,24 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     the full ones, or where there are none those in half precision. prediction: what the U-Net was trained to
     predict, "epsilon" or "v_prediction", instead of what the files say.
     """
-    path = Path(weights)
-    if path.is_file():
-        parts, predicted = open_single_file(path)
-        name, folder, places = path.stem, path.parent, (path.parent, "sd15")
-    else:
-        parts, predicted = open_folder(weights, variant)
-        name, folder, places = str(weights), find(weights, "unet/config.json").parents[1], (weights,)
-    networks, names = {}, {}
-    for part, (config, tensors) in parts.items():
-        networks[part], names[part] = connect(part, config, tensors)
+    path, networks, names = Path(weights), {}, {}
+    single = path.is_file()
+    try:
+        opened = open_single_file(path, tokenizer) if single else open_folder(weights, variant, tokenizer)
+        parts, predicted, vocabulary, folder = opened
+        for part, (config, tensors) in parts.items():
+            networks[part], names[part] = connect(part, config, tensors)
+    except ValueError as error:
+        guess = meant(str(weights))
+        raise ValueError(f"{error}; did you mean {guess}?" if guess else error) from error
     u, v, t = (networks[part].config for part in NETWORKS)
     if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
         raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
-    vocabulary = tokenizer or find_vocabulary(*places)
     tokenizer = clip_text.Tokenizer.load(vocabulary, t.max_length)
     if tokenizer.vocab_size > t.vocab_size:
         raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
     schedule = diffusion.Schedule.sd_v1(prediction or predicted)
+    name = path.stem if single else str(weights)
     if prediction and prediction != predicted:
         warnings.warn(f"{name}: its U-Net is used with {prediction}, its files say {predicted}", stacklevel=2)
     model = Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint="", name=name,
@@ -126,99 +136,142 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     return model
 
 
-def open_folder(weights: str | Path, variant: str | None) -> tuple[dict, str]:
-    """A folder in the diffusers layout -> {part: (config, tensors as from mapped)}, prediction type."""
+def open_folder(weights: str | Path, variant: str | None,
+                tokenizer: str | Path | None) -> tuple[dict, str, str | Path, Path]:
+    """A folder in the diffusers layout, or such a repository of the hub, before any data are read.
+
+    Returns {part: (config, tensors as from mapped)}, prediction type, folder of the vocabulary, folder.
+    """
+    files = locate(weights, needs(variant) | ({} if tokenizer else VOCABULARY))
     parts = {}
     for part in NETWORKS:
-        config = read_json(find(weights, f"{part}/config.json"),
-                           lambda public: weight_names.read_config(part, public))
-        parts[part] = config, mapped(find_weights(weights, part, variant))
-    return parts, read_json(find(weights, "scheduler/scheduler_config.json"), weight_names.read_prediction)
+        config = read_json(*files[f"{part}/config"], lambda public: weight_names.read_config(part, public))
+        parts[part] = config, mapped(files[part])
+    scheduler, = files["scheduler"]
+    predicted = read_json(scheduler, weight_names.read_prediction)
+    return parts, predicted, tokenizer or files["vocabulary"][0].parent, scheduler.parents[1]
 
 
-def open_single_file(path: Path) -> tuple[dict, str]:
+def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple[dict, str, str | Path, Path]:
     """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
-        text = yaml.read_text(encoding="utf-8", errors="replace")
+        text = read_text(yaml, "replace")
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
-    return {part: (config, tensors) for part, config in weight_names.SD_V1.items()}, predicted
-
-
-def find(weights: str | Path, *names: str) -> Path:
-    """The first of these files that there is in a folder, or on the hub and then in the hub's local cache.
-
-    weights: "tiny", "sd15", a folder or a hub id. ValueError where it has none of them.
-    """
-    folder = TINY if weights == "tiny" else Path(weights)
-    if folder.is_dir():
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-        raise ValueError(f"{folder / names[0]}: there is no such file")
-    repo, revision = SD15 if weights == "sd15" else (str(weights), "main")
-    if not re.fullmatch(HUB_ID, repo):
-        raise ValueError(f"{folder}: there is no such file or folder")
-    import huggingface_hub as hub  # takes half a second: only where it is needed
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-    for name in names:
-        try:
-            path = hub.try_to_load_from_cache(repo, name, revision=revision)
-            if path is None:  # neither there nor known to be absent
-                with contextlib.suppress(RemoteEntryNotFoundError):
-                    # this asks once; without a network, hf_hub_download alone would try for 23 seconds
-                    hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision))
-                path = hub.hf_hub_download(repo, name, revision=revision)  # notes in the cache what is absent
-            if isinstance(path, str):
-                return Path(path)
-        except RemoteEntryNotFoundError:
-            pass
-        except Exception as error:  # the errors of several libraries
-            raise ValueError(f"{repo}: neither a folder here, nor is {name} in the local cache or to be had "
-                             f"from the hub ({type(error).__name__})") from error
-    raise ValueError(f"{repo}: there is no file {names[0]} in this hub repository")
-
-
-def find_weights(weights: str | Path, part: str, variant: str | None) -> list[Path]:
-    """The files of a part: fp32 before fp16, .safetensors before .bin, in one piece before in shards."""
-    path = find(weights, *(f"{part}/{file}" for infix in ([f".{variant}"] if variant else ["", ".fp16"])
-                           for name in WEIGHTS[part]
-                           for file in (f"{Path(name).stem}{infix}{Path(name).suffix}",
-                                        f"{name}.index{infix}.json")))
-    if path.suffix != ".json":
-        return [path]
-    shards = read_json(path, lambda index: sorted(set(index["weight_map"].values())))
-    return [find(weights, f"{part}/{shard}") for shard in shards] or [path]
+    parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
+    return parts, predicted, tokenizer or find_vocabulary(path.parent, "sd15"), path.parent
 
 
 def find_vocabulary(place: str | Path, *others: str | Path) -> Path:
-    """The folder of vocab.json and merges.txt, or of tokenizer.json, in the first place that has one."""
+    """The folder of the vocabulary in the first of these places that has one."""
     try:
-        path = find(place, "tokenizer/merges.txt", "tokenizer/tokenizer.json", "merges.txt", "tokenizer.json")
+        return locate(place, VOCABULARY)["vocabulary"][0].parent
     except ValueError:
         if not others:
             raise
         return find_vocabulary(*others)
-    if path.name == "merges.txt":
-        find(place, "tokenizer/vocab.json", "vocab.json")
-    return path.parent
 
 
-def read_json(path: Path, read: Callable[[dict], object]):
-    """What `read` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
+def needs(variant: str | None) -> dict[str, list[list[str]]]:
+    """What there must be of a model: {what: alternatives, the preferred first, each of patterns of names}.
+
+    fp32 comes before fp16, .safetensors before .bin, a file in one piece before one in shards.
+    """
+    need, shard = {}, "[0-9]" * 5
+    for part, names in WEIGHTS.items():
+        need[f"{part}/config"], need[part] = [[f"{part}/config.json"]], []
+        for infix in [f".{variant}"] if variant else ["", ".fp16"]:
+            for name in names:
+                stem, suffix = name.split(".")
+                for end in (infix, f"-{shard}-of-{shard}{infix}", f"{infix}-{shard}-of-{shard}"):
+                    need[part].append([f"{part}/{stem}{end}.{suffix}"])
+    return need | {"scheduler": [["scheduler/scheduler_config.json"]]}
+
+
+def choose(place: str | Path, listed: set[str], need: dict) -> dict[str, list[str]]:
+    """{what: names of the first alternative of which all is listed}; ValueError where there is none."""
+    chosen = {}
+    for what, alternatives in need.items():
+        for patterns in alternatives:
+            found = [sorted(fnmatch.filter(listed, pattern)) for pattern in patterns]
+            if all(names and len(names) == int(names[0].partition("-of-")[2][:5] or 1) for names in found):
+                chosen[what] = [name for names in found for name in names]
+                break
+        else:
+            raise ValueError(f"{place}/{alternatives[0][0]}: there is no such file")
+    return chosen
+
+
+def in_folder(folder: Path, need: dict) -> dict[str, list[Path]]:
+    """{what: its files} in a folder; ValueError where something is missing."""
+    listed = {path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth)
+              if path.is_file()}
+    return {what: [folder / name for name in names] for what, names in choose(folder, listed, need).items()}
+
+
+def fetch(repo: str, revision: str, need: dict) -> Path:
+    """The folder of a hub repository in the local cache, after what is needed has been fetched."""
+    import huggingface_hub as hub  # takes half a second: only where it is needed
+    listed = {file.rfilename for file in hub.HfApi().model_info(repo, revision=revision, timeout=10).siblings}
+    for name in itertools.chain(*choose(repo, listed, need).values()):
+        path = Path(hub.hf_hub_download(repo, name, revision=revision))
+    return path.parents[name.count("/")]
+
+
+def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
+    """{what: its files}, see `needs`; ValueError where something is missing.
+
+    weights: "tiny", "sd15", a folder, or a hub id: what the local cache lacks is fetched, and where that
+    fails, another commit in the cache serves. fp16 is not taken for fp32 before the hub has been asked.
+    """
+    folder = TINY if weights == "tiny" else Path(weights)
+    if folder.is_dir():
+        return in_folder(folder, need)
+    repo, revision = SD15 if weights == "sd15" else (str(weights), "main")
+    if not re.fullmatch(HUB_ID, repo) or repo.lower().endswith(SINGLE):
+        raise ValueError(f"{weights}: there is no such file or folder")
+    from huggingface_hub import constants
+    cache = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    ref = cache / "refs" / revision
+    as_asked = {what: [names for names in alternatives if ".fp16" not in names[0]] or alternatives
+                for what, alternatives in need.items()}
+    wanted = cache / "snapshots" / (ref.read_text() if ref.is_file() else revision)
+    with contextlib.suppress(ValueError):
+        return in_folder(wanted, as_asked)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        return read(value)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is not as it should be: {error}") from error
+        return in_folder(fetch(repo, revision, need), need)
+    except ValueError:
+        raise
+    except Exception as error:  # the errors of several libraries
+        for folder in [wanted, *cache.glob("snapshots/*")]:
+            with contextlib.suppress(ValueError):
+                files = in_folder(folder, need)
+                if folder != wanted:
+                    warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
+                return files
+        first = next(iter(need.values()))[0][0]
+        raise ValueError(f"{repo}: not a folder here, and {first} and what belongs to it is neither in the "
+                         f"local cache nor to be had from the hub ({type(error).__name__})") from error
+
+
+def meant(weights: str) -> str | Path | None:
+    """What someone may have meant by the name of something that cannot be loaded."""
+    for pattern, guess in GUESSES.items():
+        found = re.fullmatch(pattern, weights, re.IGNORECASE)
+        if found and weights != guess:
+            return found.expand(guess)
+    path, whole = Path(weights), "unet/config.json"
+    if (path / "unet").is_dir():
+        return None
+    around = list(path.iterdir()) if path.is_dir() else path.absolute().parents[:2]
+    likely = [other for other in around if other.suffix.lower() in SINGLE or (other / whole).is_file()]
+    return max(likely, key=lambda other: other.stat().st_size, default=None)
 
 
 def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
-    """{key: (path, mapped tensor)} of several files, which hold at least one tensor."""
-    tensors = {key: (path, tensor) for path in paths for key, tensor in read_tensors(path).items()}
+    """{key: (path, tensor without data)} of several files, which hold at least one tensor."""
+    tensors = {key: (path, tensor.to("meta")) for path in paths for key, tensor in read_tensors(path).items()}
     if not tensors:
         raise ValueError(f"{paths[0]}: there are no tensors in it")
     return tensors
@@ -261,7 +314,7 @@ def remarks(model: Model, parts: dict, names: dict, variant: str | None) -> Iter
     if any(key.startswith("model_ema.") for _, key in used):
         yield "its U-Net is the moving average (model_ema), the only one in the file"
     if not variant and any(".fp16." in path.name for path, _ in used):
-        yield "its files are in half precision (fp16), it has no others"
+        yield "its files are in half precision (fp16), there are no others"
     kind = *model.size, model.schedule.prediction_type
     if model.folder != TINY and kind != (512, 512, "epsilon"):
         yield "not as in Stable Diffusion v1: trained for {} x {} pixels, with {}".format(*kind)
@@ -276,14 +329,14 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
          dtype: torch.dtype) -> list[str]:
     """Copy the data of a connected network from its files; returns what makes the fingerprint.
 
-    A file is opened anew after every CHUNK: what was read of a mapped file is counted as memory until then.
+    A mapped file is opened anew after every CHUNK: what was read of it is counted as memory until then.
     """
     parameters, ours = dict(network.named_parameters()), {key: name for name, key in names.items()}
     state, digests, opened, room = {}, [], None, 0
     for key in [key for key in tensors if key in ours]:
         path, name = tensors[key][0], ours[key]
         if path != opened or room <= 0:
-            data, opened, room = read_tensors(path), path, CHUNK
+            data, opened, room = read_tensors(path), path, math.inf if kind(path) == "pickle" else CHUNK
         tensor = data[key].reshape(parameters[name].shape)
         room -= tensor.nbytes
         if not torch.stack(tensor.aminmax()).isfinite().all():

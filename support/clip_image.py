@@ -19,11 +19,15 @@ from torch import Tensor, nn
 
 from clip_text import Layer, TextEncoder
 from support.files import replacing
-from support.weight_files import read_tensors
+from support.weight_files import read_json, read_tensors
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
+BOTH = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+        "intermediate": "intermediate_size"}  # fields of our configs -> published
+VISION = BOTH | {"image_size": "image_size", "patch_size": "patch_size"}
+TEXT = BOTH | {"vocab_size": "vocab_size", "max_length": "max_position_embeddings"}
 
 
 @dataclass(frozen=True)
@@ -109,25 +113,22 @@ class CLIP(nn.Module):
 
 
 def read_config(folder: str | Path) -> tuple[ImageConfig, dict[str, int] | None]:
-    """config.json of a CLIP folder -> (ImageConfig, sizes of its text tower or None)."""
-    try:
-        data = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        vision, text = data["vision_config"], data["text_config"]
-        if {part.get("hidden_act", "quick_gelu") for part in (vision, text)} != {"quick_gelu"}:
-            raise ValueError("its activation is not quick_gelu")
-        config = ImageConfig(image_size=vision["image_size"], patch_size=vision["patch_size"],
-                             width=vision["hidden_size"], layers=vision["num_hidden_layers"],
-                             heads=vision["num_attention_heads"], intermediate=vision["intermediate_size"],
-                             projection=data["projection_dim"], text_width=text["hidden_size"])
-        if "vocab_size" not in text:
-            return config, None
-        return config, {"vocab_size": text["vocab_size"], "width": text["hidden_size"],
-                        "layers": text["num_hidden_layers"], "heads": text["num_attention_heads"],
-                        "intermediate": text["intermediate_size"],
-                        "max_length": text["max_position_embeddings"]}
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{folder} is not a CLIP folder: its config.json is missing or is not OpenAI's "
-                         f"({type(error).__name__}: {error})") from None
+    """config.json of a CLIP folder -> (ImageConfig, sizes of its text tower or None). ValueError."""
+    return read_json(Path(folder) / "config.json", _sizes)
+
+
+def _sizes(public: dict) -> tuple[ImageConfig, dict[str, int] | None]:
+    vision, text = public["vision_config"], public["text_config"]
+    for part in (vision, text):
+        if (part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5)) != ("quick_gelu", 1e-5):
+            raise ValueError("a CLIP of OpenAI's has the activation quick_gelu and a layer_norm_eps of 1e-05")
+    config = ImageConfig(projection=public["projection_dim"], text_width=text["hidden_size"],
+                         **{ours: vision[theirs] for ours, theirs in VISION.items()})
+    if not all(isinstance(size, int) and size > 0 for size in vars(config).values()):
+        raise ValueError(f"the sizes of a CLIP are positive whole numbers, unlike in {config}")
+    if "vocab_size" not in text:
+        return config, None
+    return config, {ours: text[theirs] for ours, theirs in TEXT.items()}
 
 
 def load(folder: str | Path, text_encoder: TextEncoder) -> CLIP:
@@ -155,21 +156,15 @@ def load(folder: str | Path, text_encoder: TextEncoder) -> CLIP:
     return clip.eval().requires_grad_(False)
 
 
-def save(clip: CLIP, folder: str | Path, with_text: bool = False) -> None:
-    """Write a CLIP as the public folders have it, in float16; without the text tower unless with_text."""
-    folder, c = Path(folder), clip.config
+def save(clip: CLIP, folder: str | Path) -> None:
+    """Write a CLIP as the public folders have it, in float16 and without the text tower."""
+    folder, config = Path(folder), clip.config
     folder.mkdir(parents=True, exist_ok=True)
-    text = {"hidden_size": c.text_width}
-    if with_text:
-        t = clip.text_model.config
-        text |= {"vocab_size": t.vocab_size, "num_hidden_layers": t.layers, "num_attention_heads": t.heads,
-                 "intermediate_size": t.intermediate, "max_position_embeddings": t.max_length}
-    data = {"model_type": "clip", "projection_dim": c.projection, "text_config": text,
-            "vision_config": {"image_size": c.image_size, "patch_size": c.patch_size, "hidden_size": c.width,
-                              "num_hidden_layers": c.layers, "num_attention_heads": c.heads,
-                              "intermediate_size": c.intermediate}}
+    data = {"model_type": "clip", "projection_dim": config.projection,
+            "text_config": {"hidden_size": config.text_width},
+            "vision_config": {theirs: getattr(config, ours) for ours, theirs in VISION.items()}}
     state = {name: value.half().contiguous() for name, value in clip.state_dict().items()
-             if with_text or not name.startswith("text_model.")}
+             if not name.startswith("text_model.")}
     with replacing(folder / "config.json") as path:
         path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     with replacing(folder / "model.safetensors") as path:

@@ -1,18 +1,21 @@
-"""Files of tensors, of whatever tool: read without running any code in them."""
+"""Files of tensors and their configs, of whatever tool and name: read without running any code in them."""
 
+import json
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-HEADER_LIMIT = 4_000_000  # bytes; of Stable Diffusion's own safetensors file: 156,444
 HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stand in for them
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
-
+STRANGERS = {  # how a file begins that stands in another's place -> what it is, and what to do
+    b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
+    b"<": "it is a web page: take the link that downloads the file"}
 KINDS = {  # a pattern among the names in a file -> what the file is; the first that is found
     r'"__metadata__":\s*{"concept":': "a concept file",
     r"lora[._](down|up|A|B|unet|te)\b|lora_unet_": "a LoRA, for other tools",
@@ -34,31 +37,82 @@ class Inert:
         pass
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a .safetensors file, or of one of torch.save (under `state_dict`, if there is one).
+def kind(path: str | os.PathLike) -> str:
+    """What a file of tensors is by its first bytes, whatever its name: "safetensors", "zip" or "pickle".
 
-    The tensors are mapped into memory: only what is used is read. What is no tensor is left out; a pickle
-    that asks to run code is refused. ValueError, naming the file, when it cannot be read.
+    The last two are those of torch.save, since version 1.6 and before. ValueError for any other file.
     """
-    path = Path(path)
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{":  # after the length of the header
+        return "safetensors"
+    for mark, name in ((b"PK", "zip"), (b"\x80", "pickle")):
+        if start.startswith(mark):
+            return name
+    refuse_strangers(start)
+    raise ValueError("it is empty" if not start else "it is neither of safetensors nor of torch.save")
+
+
+def refuse_strangers(start: bytes) -> None:
+    """ValueError, with what to do, for a file that begins like one of the STRANGERS."""
+    for mark, what in STRANGERS.items():
+        if start.lstrip().startswith(mark):
+            raise ValueError(what)
+
+
+def read(path: str | os.PathLike) -> object:
+    """What is in a file of tensors, whatever tool wrote it; no code in it is run.
+
+    {name: tensor} of a safetensors file, what was given to torch.save of another, with Inert objects in the
+    place of what is HARMLESS. Tensors are mapped into memory, so only what is used is read, except those of a
+    "pickle". A file that asks to run code is refused. ValueError, naming the file, when it cannot be read.
+    """
     try:
-        if path.suffix == ".safetensors":
-            with open(path, "rb") as file:
-                if int.from_bytes(file.read(8), "little") > HEADER_LIMIT:
-                    raise ValueError(f"its header would have more than {HEADER_LIMIT} bytes")
+        form = kind(path)
+        if form == "safetensors":
             return load_file(path)
-        if any(item.compress_type != zipfile.ZIP_STORED for item in zipfile.ZipFile(path).infolist()):
+        if form == "zip" and any(item.compress_type for item in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is a compressed archive")
-        with torch.serialization.safe_globals([(Inert, name) for name in HARMLESS]):
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if foreign:
-                raise ValueError(f"it asks to run {', '.join(sorted(foreign))}")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {str(name): tensor.detach() for name, tensor in content.get("state_dict", content).items()
-                if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta}
+        mapped = form == "zip" and Path(path).suffix != ".safetensors"  # torch.load would believe the suffix
+        inert = [(Inert, name) for name in HARMLESS]
+        with open(path, "rb") as file, torch.serialization.safe_globals([torch.nn.ParameterDict, *inert]):
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's advice before it is dangerous
+        foreign = re.search(r"GLOBAL (\S+)", text)
+        reason = f"it asks to run {foreign[1]}" if foreign else text.partition("\n")[0][:200]
+        reason = reason or type(error).__name__
         raise ValueError(f"{path} cannot be read as a file of weights: {reason}") from error
+
+
+def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a file as `read` reads it, or of its `state_dict`. What is no tensor is left out."""
+    content = read(path)
+    if isinstance(content, dict):
+        content = content.get("state_dict", content)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read as a file of weights: its content has no names")
+    return {str(name): tensor.detach() for name, tensor in content.items()
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta}
+
+
+def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
+    """A text as editors save it: UTF-8, perhaps with a mark in front, or UTF-16. ValueError, OSError."""
+    data = Path(path).read_bytes()
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
+
+
+def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
+    """What `make` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
+    try:
+        text = read_text(path)
+        refuse_strangers(text[:64].encode())
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        return make(value)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is not as it should be: {error}") from error
 
 
 def what_is(path: str | os.PathLike) -> str:

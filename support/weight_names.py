@@ -47,7 +47,7 @@ def compvis_vae() -> dict[str, str]:
     return table
 
 
-def naming(prefix: str, table: dict[str, str] = {}) -> Callable[[str], str]:
+def naming(prefix: str, table: dict[str, str]) -> Callable[[str], str]:
     """A function: our name -> the prefix, and the name with whole dotted parts replaced as the table says."""
     longest_first = "|".join(re.escape(part) for part in sorted(table, key=len, reverse=True))
     pattern = re.compile(rf"(?<![^.])({longest_first or '(?!)'})(?=\.)")
@@ -58,32 +58,46 @@ UNET = naming("", compvis_unet())
 CONVOLUTIONS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}  # CompVis' VAE
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # diffusers < 0.17
 NAMINGS = {  # of the parts, the preferred first; those with long prefixes are of single files
-    "unet": [naming(""), lambda name: "model.diffusion_model." + UNET(name),
+    "unet": [naming("", {}), lambda name: "model.diffusion_model." + UNET(name),
              lambda name: "model_ema.diffusion_model" + UNET(name).replace(".", "")],  # the moving average
-    "vae": [naming(""), naming("", OLD), *(naming("first_stage_model.", compvis_vae() | attention)
+    "vae": [naming("", {}), naming("", OLD), *(naming("first_stage_model.", compvis_vae() | attention)
                                            for attention in (CONVOLUTIONS, {}, OLD))],
-    "text_encoder": [naming(prefix) for prefix in (
+    "text_encoder": [naming(prefix, {}) for prefix in (
         "text_model.", "",  # transformers 4 and 5, then CompVis and NovelAI
         "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")]}
 
 
-CONSTANTS = {  # entries that our code implements with one value only
+CONSTANTS = {  # entries that our code implements with one value only; what is off in SD v1 needs no row
     "unet": {
         "_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": unet.RESNET_EPS,
-        "downsample_padding": 1, "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
-        "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "use_linear_projection": False, "num_attention_heads": None, "only_cross_attention": False,
-        "dual_cross_attention": False, "transformer_layers_per_block": 1, "class_embed_type": None,
-        "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-        "addition_embed_type": None, "encoder_hid_dim": None},
+        "downsample_padding": 1, "flip_sin_to_cos": True, "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1,
+        "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1, "conv_in_kernel": 3,
+        "conv_out_kernel": 3, "time_embedding_type": "positional", "attention_type": "default"},
     "vae": {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
-        "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None,
-        "latents_std": None},
+        "use_quant_conv": True, "use_post_quant_conv": True},
     "text_encoder": {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "scheduler": {
         "beta_start": diffusion.BETA_START, "beta_end": diffusion.BETA_END, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": diffusion.NUM_TIMESTEPS, "trained_betas": None, "rescale_betas_zero_snr": False}}
+        "num_train_timesteps": diffusion.NUM_TIMESTEPS}}
+WITHOUT_EFFECT = {  # reason -> entries that do not change what our networks and samplers compute
+    "for training": "dropout attention_dropout initializer_factor initializer_range gradient_checkpointing",
+    "of a moving average in training": "decay inv_gamma min_decay optimization_step power update_after_step"
+        " use_ema_warmup",
+    "precision, the caller's choice": "upcast_attention force_upcast torch_dtype dtype",
+    "of a layer that is not there": "addition_embed_type_num_heads projection_dim",
+    "the size is the U-Net's": "sample_size",
+    "the tokenizer knows its marks": "bos_token_id eos_token_id pad_token_id",
+    "said of every model of transformers": "architectures transformers_version return_dict use_cache id2label"
+        " label2id tie_word_embeddings num_beams num_beam_groups num_return_sequences max_length temperature"
+        " top_k top_p typical_p length_penalty repetition_penalty",
+    "of a sampler, for which ours do not ask": "skip_prk_steps set_alpha_to_one steps_offset timestep_spacing"
+        " timestep_type solver_order solver_type solver_p algorithm_type predict_x0 disable_corrector"
+        " lower_order_final euler_at_final final_sigmas_type interpolation_type use_karras_sigmas"
+        " use_exponential_sigmas use_beta_sigmas use_lu_lambdas lambda_min_clipped variance_type clip_sample"
+        " clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value flow_shift"
+        " time_shift_type tensor_format"}
 RENAMED = {  # fields of our configs -> published, where they differ
     "attention_heads": "attention_head_dim", "width": "hidden_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "intermediate": "intermediate_size",
@@ -91,18 +105,25 @@ RENAMED = {  # fields of our configs -> published, where they differ
 
 
 def check(public: dict, expected: dict) -> None:
-    """ValueError where a published config says something else than expected."""
-    for key, value in expected.items():
-        if public.get(key, value) != value:
-            raise ValueError(f"{key} is {public[key]!r}, in Stable Diffusion v1 it is {value!r}")
+    """ValueError where a published config asks for what our code does not do, known to us or not.
+
+    An entry that is not `expected` passes where it is off (null, false, zero, empty), WITHOUT_EFFECT, or a
+    note of its writer (`_name_or_path`).
+    """
+    harmless = " ".join(WITHOUT_EFFECT.values()).split()
+    for key, value in public.items():
+        if key in expected and value != expected[key]:
+            raise ValueError(f"{key} is {value!r}, in Stable Diffusion v1 it is {expected[key]!r}")
+        if key not in expected and value and not key.startswith("_") and key not in harmless:
+            raise ValueError(f"{key} is {value!r}, which is not of Stable Diffusion v1")
 
 
 def read_config(part: str, public: dict):
-    """A published config.json -> the config of our network; what is absent or null is as in SD v1.
+    """A published config.json -> the config of our network; a size that is absent or null is SD v1's.
 
     ValueError, TypeError where it describes another network.
     """
-    public = {key: value for key, value in public.items() if value is not None}
+    public = {key: value for key, value in public.items() if value is not None or key in CONSTANTS[part]}
     fields = {}
     for name, default in vars(SD_V1[part]).items():
         value = public.get(RENAMED.get(name, name), default)
@@ -134,5 +155,6 @@ def write_config(part: str, config) -> dict:
 
 def read_prediction(public: dict) -> str:
     """A published scheduler_config.json -> the prediction type; ValueError where the noise is not SD v1's."""
-    check(public, CONSTANTS["scheduler"])
-    return public.get("prediction_type", "epsilon")
+    prediction = public.get("prediction_type") or "epsilon"
+    check({**public, "prediction_type": prediction}, CONSTANTS["scheduler"] | {"prediction_type": prediction})
+    return prediction

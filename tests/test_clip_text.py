@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import perfusion
 from clip_text import Tokenizer
-from models import assert_parity
+from models import ROOT, assert_parity
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text(encoding="utf-8"))
 ALPHABETS = {
@@ -127,6 +128,34 @@ def test_an_ordinary_word_is_found_whole_and_in_any_case(tokenizer):
     found, = tokenizer.find(prompt, "photorealistic")
     assert "".join(tokenizer.tokens(tokenizer.encode([prompt])[0][0][found])) == "photorealistic"
     assert tokenizer.find(prompt, "dog") == []
+
+
+@pytest.mark.parametrize("prompt, plain, said", [
+    ("a {} (wearing a hat) (on) the beach", "a {} wearing a hat on the beach", "( )"),
+    ("😀 a {} with «a hat»; 日本", "a {} with a hat", None), ("((((: {}, hat", "{}, hat", ": ("),
+    ("a Café {}&hat", "a caf {} hat", "é &")])
+def test_what_the_vocabulary_cannot_spell_is_left_out_and_named_once(prompt, plain, said):
+    tokenizer = Tokenizer.load(ROOT / "tiny" / "weights" / "tokenizer", 48)
+    words = {"<t>": "teddy bear"}
+    with warnings.catch_warnings(record=True) as lines:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            ids, positions = tokenizer.encode([prompt.format("<t>")], words)
+    assert len(lines) == 1 and str(lines[0].message).startswith("unknown to the vocabulary and left out: ")
+    assert said is None or str(lines[0].message).endswith(f": {said}")
+    assert ids.equal(tokenizer.encode([plain.format("<t>")], words)[0])
+    assert positions[0]["<t>"] == tokenizer.find(prompt.format("teddy bear"), "teddy bear")
+    hat, = tokenizer.find(prompt.format("teddy bear"), "hat")
+    assert tokenizer.tokens(ids[0, hat]) == ["hat"] and tokenizer.end not in ids[0, :hat[-1]]
+    assert ids[0, -1] == tokenizer.end
+
+
+def test_words_of_characters_that_are_all_unknown_stand_nowhere():
+    tokenizer = Tokenizer.load(ROOT / "tiny" / "weights" / "tokenizer", 48)
+    with pytest.warns(UserWarning, match="left out"):
+        assert tokenizer.encode(["a <t>"], {"<t>": "日本"})[1] == [{"<t>": []}]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match='the super-category "日本 ;" is empty'):
+        perfusion.super_encoding(None, tokenizer, "日本 ;")
 
 
 def encoder_ids(model):

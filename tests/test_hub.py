@@ -5,9 +5,11 @@ A stand-in for the hub on 127.0.0.1 serves a small model and writes down what it
 
 import hashlib
 import http.server
+import json
 import shutil
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -28,15 +30,20 @@ KINDS = {"bins": bins, "half": half, "shards": shards}
 
 class Answer(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        """/owner/name/resolve/revision/path as huggingface.co answers: the commit and a tag."""
+        """As huggingface.co: /owner/name/resolve/revision/path, and the list of files of a revision."""
         self.server.asked.append((self.command, self.path))
-        repo, _, rest = self.path.lstrip("/").partition("/resolve/")
+        listing = self.path.startswith("/api/models/")
+        repo, _, rest = self.path.removeprefix("/api/models").lstrip("/").partition(
+            "/revision/" if listing else "/resolve/")
         revision, _, name = rest.partition("/")
         owner, _, kind = repo.partition("/")
         known = (repo, revision) == (REPO, REVISION) or (owner, revision) == ("someone", "main")
-        file = self.server.folder / (kind if owner == "someone" else "model") / name
-        found = known and file.is_file()
-        data = file.read_bytes() if found else b""
+        folder = self.server.folder / (kind if owner == "someone" else "model")
+        found = known and (listing or (folder / name).is_file())
+        data = (folder / name).read_bytes() if found and name else b""
+        if found and listing:
+            files = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
+            data = json.dumps({"id": repo, "siblings": [{"rfilename": file} for file in files]}).encode()
         self.send_response(200 if found else 404)
         if not found:
             self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
@@ -69,8 +76,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def fetched(self, repo=REPO, revision=REVISION):
         """The files of the repository that were fetched since the last call; nothing else was asked for."""
         prefix = f"/{repo}/resolve/{revision}/"
-        client = "/api/agent-harnesses"  # which the client asks for, for its own user agent
-        asked = [(method, path) for method, path in self.asked if path != client]
+        asked = [(method, path) for method, path in self.asked if not path.startswith("/api/")]
         assert all(path.startswith(prefix) for _, path in asked), asked
         files = [path.removeprefix(prefix) for method, path in asked if method == "GET"]
         assert len(files) == len(set(files))
@@ -124,11 +130,48 @@ def test_exactly_the_needed_files_at_the_pinned_revision_once(hub, fingerprint, 
     weights = {name.replace(".safetensors", ".fp16.safetensors") for name in WEIGHTS} if variant else WEIGHTS
     assert hub.fetched() == NEEDED | weights
     assert load("sd15", variant) == f"{fingerprint} sd15" and not hub.asked  # not even for something newer
+    if variant:  # while the hub is there, half precision is not taken for full
+        load("sd15")
+        assert {f"/{REPO}/resolve/{REVISION}/{name}" for name in WEIGHTS} <= {path for _, path in hub.asked}
     hub.off()
     assert load("sd15", variant) == f"{fingerprint} sd15"
-    if variant:  # what is there is not taken for what was asked for
-        with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is"):
-            load("sd15")
+
+
+@pytest.fixture
+def cached(folder, tmp_path):
+    """A function: what another program leaves in the cache, of a repository that is one of `folder`'s."""
+    def put(kind, repo, commit, named):
+        cache = tmp_path / "cache" / f"models--{repo.replace('/', '--')}"
+        shutil.copytree(folder / kind, cache / "snapshots" / commit)
+        if named:
+            (cache / "refs").mkdir()
+            (cache / "refs" / "main").write_text(commit)
+    return put
+
+
+@pytest.mark.parametrize("kind, repo, commit, named, said", [
+    ("bins", "someone/bins", "abc", True, []), ("shards", "sd15", REVISION, False, []),
+    ("bins", "gone/away", "abc", False, ["gone/away: out of reach, taken from the local cache, commit abc"]),
+    ("model", "sd15", "abc", True, [f"{REPO}: out of reach, taken from the local cache, commit abc"]),
+    ("half", "sd15", REVISION, False, ["sd15: its files are in half precision (fp16)"])])
+def test_a_complete_model_in_the_cache_is_enough(hub, cached, fingerprint, kind, repo, commit, named, said):
+    cached(kind, REPO if repo == "sd15" else repo, commit, named)
+    if repo != "gone/away":     # which the hub does not know
+        hub.off()
+    with warnings.catch_warnings(record=True) as lines:
+        warnings.simplefilter("always")
+        assert load(repo) == f"{fingerprint} {repo}"
+    assert len(lines) == len(said) and all(words in str(line.message) for line, words in zip(lines, said))
+
+
+def test_what_is_cached_in_parts_is_completed_and_another_commit_does_not_count(hub, cached, fingerprint):
+    cached("model", REPO, "abc", True)
+    cached("shards", "someone/shards", REVISION, True)
+    *_, missing = Path(constants.HF_HUB_CACHE).glob("*shards/**/*-00002-*")
+    missing.unlink()
+    assert load("someone/shards") == f"{fingerprint} someone/shards"
+    assert hub.fetched("someone/shards", "main") == {missing.relative_to(missing.parents[1]).as_posix()}
+    assert load("sd15") == f"{fingerprint} sd15" and WEIGHTS <= hub.fetched()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +179,7 @@ def test_a_repository_with_another_form_of_weights_is_there_offline(hub, folder,
     repo = f"someone/{kind}"
     assert load(repo) == f"{fingerprint} {repo}"
     weights = {str(path.relative_to(folder / kind)) for name in WEIGHTS
-               for path in (folder / kind / name).parent.iterdir() if path.name != "config.json"}
+               for path in (folder / kind / name).parent.iterdir() if path.suffix != ".json"}
     assert hub.fetched(repo, "main") == NEEDED | weights
     hub.off()
     assert load(repo) == f"{fingerprint} {repo}"  # what it lacks is remembered, too
@@ -154,7 +197,7 @@ def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
 def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
     hub.off()
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is unet/config.json in the"):
+    with pytest.raises(ValueError, match=f"{REPO}: not a folder here, and unet/config.json and what"):
         load("sd15")
     assert time.perf_counter() - start < 5  # the client's five retries would take 23
 
@@ -162,5 +205,5 @@ def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
 def test_what_the_hub_does_not_have_is_named(hub):
     with pytest.raises(ValueError, match=r"to be had from the hub \(RepositoryNotFoundError\)$"):
         load("no/such-model")
-    with pytest.raises(ValueError, match=f"{REPO}: there is no file unet/diffusion_pytorch_model.bf16.safe"):
+    with pytest.raises(ValueError, match=f"{REPO}/unet/.*bf16.safetensors: there is no such file$"):
         load("sd15", "bf16")

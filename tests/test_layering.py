@@ -10,12 +10,13 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
-    "support.files support.command_line support.intervals support.plots support.processes support.weight_files",
+    "support.files support.command_line support.intervals support.processes support.weight_files",
     "unet vae clip_text diffusion perfusion",
-    "concept attention_maps support.weight_names support.clip_image",
+    "concept attention_maps support.weight_names support.clip_image support.plots",
     "weights_loader support.pictures diffusers_hook",
-    "covariance support.fast_cpu support.explorer support.accumulation support.training_files export",
-    "support.base_model",
+    "support.fast_cpu support.accumulation support.training_files",
+    "support.base_model support.study",
+    "covariance export support.page",
     "tiny.world",
     "tiny.make_examples",
     "tiny.judge")]

@@ -1,6 +1,7 @@
 """weights_loader.py takes the public files of Stable Diffusion v1 in every form; complete means loadable."""
 
 import dataclasses
+import inspect
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import weights_loader
 from models import (
+    BIN,
     FEW,
     PUBLISHED,
     SMALL,
@@ -95,15 +97,27 @@ def header(name):
             for key, shape in PUBLISHED[name].items()}
 
 
-def write_single(model, path, tensors, **beside):
+def write_single(model, path, tensors, write=None, **beside):
     """A single file with the model's vocabulary; beside the tensors of a .ckpt lies what is given."""
     path.parent.mkdir(exist_ok=True)
     model.tokenizer.save(path.parent)
-    if path.suffix == ".ckpt":
-        torch.save({"state_dict": tensors, **beside} if beside else tensors, path)
-    else:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    write = write or (torch.save if path.suffix == ".ckpt" else save)
+    write({"state_dict": tensors, **beside} if beside else tensors, path)
     return path
+
+
+def save(tensors, path, **options):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, **options)
+
+
+def save_with_captions(tensors, path):
+    """A header of 5 MB: training tools keep all captions there."""
+    save(tensors, path, metadata={"ss_tag_frequency": "teddy, " * 700_000})
+
+
+def save_old(tensors, path):
+    """As torch did before version 1.6."""
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
 
 
 # ---- names: the published files, key by key
@@ -194,6 +208,21 @@ def odd_addresses(model, folder):
     return folder
 
 
+def old_bins(tensors, path):
+    save_old(tensors, path.with_name(BIN[path.name]))
+
+
+def notepad(encoding):
+    """A form: the folder, whose texts were saved with a mark of their encoding in front."""
+    def write(model, folder):
+        texts = [*folder.rglob("*.json"), *folder.rglob("*.txt")]
+        assert len(texts) == 7
+        for path in texts:
+            path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+        return folder
+    return write
+
+
 def tokenizer_json(model, folder):
     model.tokenizer._tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     (folder / "tokenizer" / "merges.txt").unlink()
@@ -235,7 +264,7 @@ DREAMBOOTH = {"embedding_manager.initial_embeddings.x": torch.zeros(1, 8), "lora
               **{f"embedding_manager.string_to_param_dict.{i}": torch.zeros(1, 8) for i in "*+"}}
 TOP_LEVEL = {"global_step": 3, "epoch": 1, "optimizer": {"state": [1]}, "name": "v1", 7: None}
 BUFFERS = "alphas_cumprod* (1)"  # the noise schedule in single files
-HALF = "its files are in half precision (fp16), it has no others"
+HALF = "its files are in half precision (fp16), there are no others"
 FORMS = {  # how a model is kept -> a function that keeps it so, parts of the lines that load() says of it
     "as saved": (lambda model, folder: folder, []),
     "the old names of the VAE's attention": (changed("vae", lambda tensors: {
@@ -245,8 +274,17 @@ FORMS = {  # how a model is kept -> a function that keeps it so, parts of the li
     "position ids": (changed("text_encoder", lambda tensors: tensors | IDS), ["not used: text_model* (2)"]),
     "only bins": (files(bins), []), "only half": (files(half), [HALF]),
     "shards": (files(shards), []), "shards of bins": (files(shards, ".bin"), []),
+    "bins before torch 1.6": (files(old_bins), []),
     "data at any address": (odd_addresses, []), "tokenizer.json": (tokenizer_json, []),
-    "a single file": (single(), [BUFFERS]), "NovelAI, in half": (single(novelai_and_half), [BUFFERS]),
+    "saved by Notepad": (notepad("utf-8-sig"), []), "by PowerShell": (notepad("utf-16"), []),
+    "a single file": (single(), [BUFFERS]),
+    "captions in the header": (single(write=save_with_captions), [BUFFERS]),
+    "a suffix in capitals": (single(name="V1.SAFETENSORS", write=save), [BUFFERS]),
+    "a blob of the hub": (single(name="v1", write=save), [BUFFERS]),
+    "safetensors called .ckpt": (single(name="v1.ckpt", write=save), [BUFFERS]),
+    "a pickle called .safetensors": (single(write=torch.save), [BUFFERS]),
+    "a .ckpt before torch 1.6": (single(name="v1.ckpt", write=save_old), [BUFFERS]),
+    "NovelAI, in half": (single(novelai_and_half), [BUFFERS]),
     "new attention": (single(attention("to_q", "to_k", "to_v", "to_out.0")), [BUFFERS]),
     "old attention": (single(attention("query", "key", "value", "proj_attn")), [BUFFERS]),
     "linear attention": (single(linear_attention), [BUFFERS]),
@@ -267,7 +305,7 @@ def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few,
     loaded, said = load(path)
     model = few if path == folder else model
     assert_equal(model, loaded)
-    assert loaded.fingerprint == fingerprints[path.stem]
+    assert loaded.fingerprint == fingerprints[path.stem.lower()]
     assert loaded.guidance == 4         # narrow text makes a small model, however deep its VAE is
     assert len(said) == len(expected), said
     for line, words in zip(said, expected):
@@ -287,7 +325,7 @@ def test_whole_files_come_before_others_and_a_variant_by_name(few, folder):
     assert_equal(few, load(folder)[0])
     variant, said = load(folder, variant="fp16")
     assert variant.unet.conv_in.weight.equal(few.unet.conv_in.weight + 1) and not said
-    with pytest.raises(ValueError, match="model.bf16.safetensors: there is no such file"):
+    with pytest.raises(ValueError, match="model.bf16.safetensors: there is no such file$"):
         load(folder, variant="bf16")
 
 
@@ -335,14 +373,16 @@ def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_sc
 
 
 @pytest.mark.parametrize("yaml, prediction", [
-    (None, "epsilon"), ('model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
-    ("    parameterization: 'eps'\n", "epsilon"), ("    # parameterization: v\n", "epsilon")])
+    (None, "epsilon"), (b"# \xe9\nparameterization: v", "v_prediction"),
+    *(("parameterization: v".encode(encoding), "v_prediction") for encoding in ("utf-8-sig", "utf-16")),
+    (b'model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
+    (b"    parameterization: 'eps'\n", "epsilon"), (b"    # parameterization: v\n", "epsilon")])
 def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, yaml, prediction):
     path = write_single(model, tmp_path / "v1.5 (tuned).ckpt", {"a": torch.zeros(1)})
     (tmp_path / "v1.5.yaml").write_text("parameterization: v")  # of another file
     if yaml is not None:
-        path.with_suffix(".yaml").write_bytes(yaml.encode())
-    assert weights_loader.open_single_file(path)[1] == prediction
+        path.with_suffix(".yaml").write_bytes(yaml)
+    assert weights_loader.open_single_file(path, None)[1] == prediction
 
 
 def test_the_users_word_goes_before_the_yaml_and_another_type_is_one_sentence(model, tmp_path):
@@ -390,6 +430,59 @@ def test_an_incomplete_or_other_model_is_refused_in_one_sentence(model, tmp_path
     assert "\n" not in str(error.value)
 
 
+def entries(part, reference):
+    """All entries of the config that the reference's newest version writes."""
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return json.loads((reference.folder / part / name).read_text())
+
+
+def read(part, public):
+    if part == "scheduler":
+        return weight_names.read_prediction(public)
+    return weight_names.read_config(part, public)
+
+
+CONFIGS = {"unet": {"time_cond_proj_dim": 256, "attention_type": "gated", "flip_sin_to_cos": None, "new": 1},
+           "vae": {"use_post_quant_conv": False, "latents_mean": [0.1], "new": "fast"},
+           "text_encoder": {"use_attention_mask": True, "layer_norm_eps": 1e-6, "new": 0.5},
+           "scheduler": {"rescale_betas_zero_snr": True, "shift": 3.0, "timestep_scaling": 10.0, "new": True}}
+
+
+@pytest.mark.parametrize("part, key", [(part, key) for part, changes in CONFIGS.items() for key in changes])
+def test_an_entry_that_changes_the_result_is_refused_known_or_not(reference, part, key):
+    public = entries(part, reference)
+    read(part, public | {"new_but_off": False, "other": None, "_written_by": "x", "dropout": 0.1})
+    with pytest.raises(ValueError, match=f"^{key} is"):
+        read(part, public | {key: CONFIGS[part][key]})
+
+
+@pytest.mark.parametrize("part", CONFIGS)
+def test_no_entry_of_the_reference_is_changed_unseen(reference, part):
+    """Each is refused, read, or named in a table as without effect."""
+    public = entries(part, reference)
+    before = read(part, public)
+    for key, value in public.items():
+        other = {bool: not value, str: "other", list: [97]}.get(type(value), 97)
+        try:
+            unseen = read(part, public | {key: other}) == before and not key.startswith("_")
+        except (ValueError, TypeError):
+            continue
+        assert not unseen or key in " ".join(weight_names.WITHOUT_EFFECT.values()).split(), key
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_scheduler_with_the_noise_of_sd_v1_is_read_but_those_of_distilled_models():
+    from diffusers import LCMScheduler, PNDMScheduler
+    noise, count = weight_names.CONSTANTS["scheduler"], 0
+    for kind in PNDMScheduler().compatibles:
+        if "beta_start" in inspect.signature(kind).parameters:
+            assert read("scheduler", kind(**noise).config) == "epsilon"
+            count += 1
+    assert count > 8
+    with pytest.raises(ValueError, match="original_inference_steps is 50, which is not of Stable"):
+        read("scheduler", LCMScheduler(**noise).config)
+
+
 def test_parts_of_two_models_are_refused(folder):
     other = small_model(configs=FEW | {"text_encoder": dataclasses.replace(FEW["text_encoder"], width=32)})
     weights_loader.save(other, folder)
@@ -404,8 +497,35 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_pa
     path = tmp_path / "evil.ckpt"
     evil = wrap(Call(eval, f"open({str(tmp_path / 'was-run')!r}, 'w')"))
     torch.save(evil, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="evil.ckpt.*" + ("asks to run .*eval" if zipped else "not a zip")):
+    with pytest.raises(ValueError, match="evil.ckpt.*asks to run eval$"):
         load(path)
     assert list(tmp_path.iterdir()) == [path]
     torch.load(path, weights_only=False)
     assert (tmp_path / "was-run").exists()      # so it was a real one
+
+
+@pytest.mark.parametrize("given, guess", [
+    ("https://huggingface.co/someone/model/tree/main", "someone/model"), ("hf.co/a/b/", "a/b"),
+    ("https://civitai.com/models/1", "the path of the file, once"), ("SD15", "sd15"), ("sd-v1.5", "sd15"),
+    ("runwayml/stable-diffusion-v1-5", "sd15"), ("Tiny", "tiny"), ("HERE/sd/model_index.json", "HERE/sd"),
+    ("HERE/sd/unet/config.json", "HERE/sd"), ("HERE", "HERE/sd"), ("HERE/one", "HERE/one/v1.ckpt")])
+def test_what_was_meant_is_guessed(folder, given, guess):
+    (folder / "model_index.json").write_text("{}")
+    one = folder.parent / "one"
+    one.mkdir()
+    (one / "v1.ckpt").write_bytes(bytes(9))
+    (one / "style.safetensors").write_bytes(bytes(8))
+    given, guess = (text.replace("HERE", str(folder.parent)) for text in (given, guess))
+    with pytest.raises(ValueError, match=rf"; did you mean {guess}[^/]*\?$"):
+        load(given)
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+                                  "tokenizer/vocab.json"])
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull` fetches the file itself$"),
+    (b"\n<!DOCTYPE html>", "it is a web page: take the link that downloads the file$")])
+def test_what_stands_in_the_place_of_a_file_is_told(folder, name, content, words):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load(folder)
