@@ -114,7 +114,7 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
         "--beta": ["low", "0.1,0.2,0.3"], "--concept": CONCEPT, "--negative": ["'a <dog>'"],
         "--out": ["PICTURE", "BELOW"]},
     "diagnostics": {"--prompt": ["''", "'{} {}'"], "--pair": ["'{}'"], "--super": ["cat"],
-                    "--second": ["EMPTY"], "--out": ["PICTURE"]},
+                    "--concept": ["EMPTY"], "--second": ["EMPTY", "SHORT"], "--out": ["PICTURE"]},
     "evaluate": {
         "--seeds --steps": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
         "--tau": ["0"], "--concept": ["EMPTY"], "--images": ["NOTHING", "'EMPTY EMPTY'"],
@@ -130,8 +130,8 @@ LATER = {  # what can only be seen in the weights, or beside them
         "--resume": ["PICTURE", "TEDDY", "EVIL"]},
     "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"]},
     "diagnostics": {
-        "--concept": ["EMPTY", "OTHER_BASE", "INVERTED"], "--trained": ["TEDDY"], "--inversion": ["TEDDY"],
-        "--second": ["SHORT", "TEDDY"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
+        "--concept": ["OTHER_BASE", "INVERTED"], "--trained": ["TEDDY"], "--inversion": ["TEDDY"],
+        "--second": ["TEDDY"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
         "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
     "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip": ["nowhere", "EMPTY"]},
     "covariance": {}, "export": {"--concept": ["OTHER_BASE"], "--out": ["PICTURE", "BELOW"]}}

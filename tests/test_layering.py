@@ -14,9 +14,9 @@ ROWS = [row.split() for row in (  # a file may import project files of the rows 
     "unet vae clip_text diffusion perfusion",
     "concept attention_maps support.weight_names support.clip_image support.plots",
     "weights_loader support.pictures diffusers_hook",
-    "support.fast_cpu support.accumulation support.training_files",
-    "support.base_model support.study",
-    "covariance export support.page",
+    "support.fast_cpu support.study support.accumulation support.training_files",
+    "support.base_model support.page",
+    "covariance export",
     "tiny.world",
     "tiny.make_examples",
     "tiny.judge")]
