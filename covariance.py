@@ -73,6 +73,7 @@ def inverse(C: Tensor) -> Tensor:
     if seen < len(C):
         raise ValueError(f"the encodings of the captions span only {seen} of {len(C)} dimensions: compute it "
                          "over more, and more varied, captions (covariance.py --captions)")
+    vectors = vectors.contiguous()      # the last bits of the product depend on how it lies in memory
     return vectors / eigenvalues @ vectors.T
 
 

@@ -26,8 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
-from support.study import DRAWING_BETA, DRAWING_TAU, Study, check_room
 from tqdm import tqdm
 
 import diffusion
@@ -39,7 +37,8 @@ from support.base_model import open_model
 from support.command_line import between, unquoted
 from support.files import replacing
 from support.pictures import digest, list_images, read_image
-from support.plots import gates_figure, grid_figure, png
+from support.plots import Figure, gates_figure, grid_figure, png
+from support.study import DRAWING_BETA, DRAWING_TAU, Study, check_room
 
 ROOT = Path(__file__).parent
 SEEDS = {True: 4, False: 2}         # by whether the model is small

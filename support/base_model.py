@@ -5,6 +5,7 @@
 
 import argparse
 import warnings
+from collections.abc import Sequence
 
 import torch
 
@@ -14,7 +15,7 @@ from support import fast_cpu
 from support.command_line import pick_device
 
 
-def open_model(args: argparse.Namespace, concepts: list[Concept] = (), dtype: torch.dtype | None = None,
+def open_model(args: argparse.Namespace, concepts: Sequence[Concept] = (), dtype: torch.dtype | None = None,
                device: str | None = None, variant: str | None = None) -> weights_loader.Model:
     """The Model of --weights, --tokenizer and --prediction, made fast where it is on a CPU.
 
@@ -29,7 +30,7 @@ def open_model(args: argparse.Namespace, concepts: list[Concept] = (), dtype: to
     return model
 
 
-def prediction(given: str | None, concepts: list[Concept]) -> str | None:
+def prediction(given: str | None, concepts: Sequence[Concept]) -> str | None:
     """What the U-Net shall predict: as given, or as in the concepts' training; None if they do not say.
 
     A warning when a concept was trained otherwise than given, ValueError when two were trained differently.

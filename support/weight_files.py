@@ -122,9 +122,10 @@ def what_is(path: str | os.PathLike) -> str:
             start = file.read(LONGEST)
     except OSError:
         start = b""
-    # Of safetensors the header, after its length; of torch.save a pickle, alone or as the first in an archive.
+    # Of safetensors the header, after its length; of torch.save a pickle, alone or first in an archive.
     names = b"" if start[8:9] != b"{" else start[8:8 + int.from_bytes(start[:8], "little")]
     if start.startswith((b"\x80", b"PK")):
         names = start.removeprefix(b"PK").partition(b"PK")[0]
-    found = [kind for pattern, kind in KINDS.items() if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
+    text = names.decode("latin-1")
+    found = [kind for pattern, kind in KINDS.items() if re.search(pattern, text, re.DOTALL)]
     return (found or ["a file of another kind"])[0]

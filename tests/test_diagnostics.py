@@ -11,12 +11,12 @@ import nbformat
 import pytest
 import torch
 from PIL import Image
-from support.study import LOCKS
 
 import diagnostics
 import perfusion
 from attention_maps import share_inside
 from models import ROOT, run_script, write_concept
+from support.study import LOCKS
 from test_full_size import LIMIT_GB, apart, script, write_weights
 
 FIGURES = {"1_gates", "2_locks", "3_keys", "4_layers", "5_beta", "6_two"}

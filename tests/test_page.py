@@ -11,7 +11,6 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
-from support.study import Study, Word, prompt_words, thinned
 
 import covariance
 import diffusion
@@ -21,6 +20,7 @@ from attention_maps import attention, share_inside, word_map
 from concept import Concept
 from models import ROOT, tiny_model
 from support import page as pages
+from support.study import Study, Word, prompt_words, thinned
 
 NAMED = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
 PROMPT = "a photo of a <teddy> next to a <cat>"

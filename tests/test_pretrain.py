@@ -49,20 +49,17 @@ def test_the_attention_loss_is_small_where_the_noun_acts_on_its_object_alone():
     good, bad, leaking = (pretrain.attention_loss([attention_of(x)], places, region).item()
                           for x in (inside, outside, everywhere))
     assert good < 1e-5 and leaking > 0.3 and bad > 3
-    unnamed = pretrain.attention_loss([attention_of(outside)] * 2, torch.tensor([[1], [-1]])[1:], region)
-    assert unnamed == 0
+    assert pretrain.attention_loss([attention_of(outside)], -places, region) == 0    # an unnamed noun
 
 
 def test_the_attention_loss_teaches_the_queries_and_the_text():
-    unet = pretrain.UNet(pretrain.UNET_CONFIG)
-    e = torch.randn(2, 32, 128, requires_grad=True)
+    unet, e = pretrain.UNet(pretrain.UNET_CONFIG), torch.randn(1, 32, 128, requires_grad=True)
     keys = unet.keys(e)
     with pretrain.record_queries(unet) as queries:
-        unet(torch.randn(2, unet.config.in_channels, 16, 16), torch.tensor([100, 900]), keys, unet.values(e))
-    places, regions = torch.tensor([[3, -1], [4, 5]]), torch.rand(2, 2, 16, 16)
-    pretrain.attention_loss(pretrain.attention(queries, keys, 2), places, regions).backward()
-    assert e.grad[0, 3].abs().sum() > 0
-    assert all(layer.to_q.weight.grad.abs().sum() > 0 for layer in unet.cross_attentions)
+        unet(torch.randn(1, unet.config.in_channels, 16, 16), torch.tensor([100]), keys, unet.values(e))
+    maps = pretrain.attention(queries, keys, 2)
+    pretrain.attention_loss(maps, torch.tensor([[3, -1]]), torch.rand(1, 2, 16, 16)).backward()
+    assert e.grad[0, 3].any() and all(layer.to_q.weight.grad.any() for layer in unet.cross_attentions)
 
 
 def test_a_picture_depends_on_its_number_alone(smoke):

@@ -1,10 +1,8 @@
 """The cartoon world: exact masks, honest captions, and combinations that stay out of training."""
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 import make_examples
@@ -42,10 +40,6 @@ def test_the_two_things_of_a_pair_are_equals():
     first, second = (np.array([pair.things[k].pose for pair in pairs], float) for k in (0, 1))
     assert abs(first[:, 2].mean() - second[:, 2].mean()) < 0.01                     # of one size
     assert 0.4 < (first[:, 0] < second[:, 0]).mean() < 0.6                          # on either side
-    texts = [(world.describe(pair, rng), pair) for pair in pairs]
-    earlier = [text.index(pair.things[0].individual.kind) < text.index(pair.things[1].individual.kind)
-               for text, pair in texts]
-    assert 0.4 < np.mean(earlier) < 0.6                                             # in either order
 
 
 def test_a_caption_fits_the_text_encoder_names_everything_and_may_begin_with_the_scene():
@@ -61,44 +55,23 @@ def test_a_caption_fits_the_text_encoder_names_everything_and_may_begin_with_the
     assert 200 < scene_first < 300
 
 
-@pytest.mark.parametrize("size", [32, 64, 128])
-def test_a_picture_has_the_size_asked_for_and_looks_the_same(size):
-    image, _ = world.render(SPECS[1], size)
-    assert image.shape == (size, size, 3) and image.dtype == np.uint8
-    small, reference = (np.asarray(Image.fromarray(x).resize((16, 16), Image.Resampling.BOX), float)
-                        for x in (image, world.render(SPECS[1], 64)[0]))
-    assert np.abs(small - reference).mean() < 6  # of 255: antialiasing differs
-
-
 def test_held_out_combinations_never_occur_in_training():
     rng = random.Random(0)
     assert not any(world.held_out(world.random_spec(rng)) for _ in range(2000))
-    drawn = [world.random_spec(rng, allow_held_out=True) for _ in range(1000)]
-    assert any(world.held_out(spec) for spec in drawn)
     teddy = world.random_individual(rng, "teddy bear")
     assert world.held_out(world.place(rng, [teddy], "snow"))
     assert world.held_out(world.place(rng, [teddy, world.random_individual(rng, "mug")], "room"))
 
 
-def test_an_individual_keeps_its_colours_in_every_scene():
-    rng, me = random.Random(1), make_examples.TEDDY
-    for scene in world.ALL_SCENES:
-        image, masks = world.render(world.place(rng, [me], scene), masks=True)
-        inside = image[masks["first"] == 1].astype(int)
-        for color in ("turquoise", "yellow"):
-            distance = np.abs(inside - world.COLORS[color]).sum(1)
-            assert (distance < 12).mean() > 0.01, (scene, color)
-
-
 def test_the_example_folders_are_what_the_script_draws(tmp_path):
-    for name, (individual, scenes) in make_examples.EXAMPLES.items():
-        make_examples.write_pictures(make_examples.example_specs(individual, scenes, name), tmp_path / name,
-                                     tmp_path / "masks" / name)
-        for kind in (Path(name), Path("masks") / name):
-            drawn, kept = sorted((tmp_path / kind).iterdir()), sorted((ROOT / "examples" / kind).iterdir())
-            assert [path.name for path in drawn] == [path.name for path in kept]
-            for a, b in zip(drawn, kept):
-                assert np.array_equal(np.asarray(Image.open(a)), np.asarray(Image.open(b)))
+    for name in make_examples.EXAMPLES:
+        _, specs = make_examples.individual_and_specs(name)
+        make_examples.write_pictures(specs, tmp_path / name, tmp_path / "masks" / name)
+    drawn = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.png")]
+    assert {*drawn} == {path.relative_to(ROOT / "examples") for path in (ROOT / "examples").rglob("*.png")}
+    for path in drawn:
+        a, b = (np.asarray(Image.open(folder / path)) for folder in (tmp_path, ROOT / "examples"))
+        assert np.array_equal(a, b)
 
 
 def test_unseen_concepts_are_distinct_and_learned_in_other_scenes_than_drawn():
