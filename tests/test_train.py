@@ -20,6 +20,7 @@ import diffusion
 import export
 import perfusion
 import train
+import weights_loader
 from attention_maps import noised_map, share_inside
 from concept import KEYS, Concept, prepare
 from models import ROOT, noise, run_script
@@ -192,6 +193,17 @@ def test_a_training_can_start_from_a_textual_inversion(weights, pictures, tmp_pa
     concept = Concept.load(tmp_path / "my_bear.safetensors")
     assert concept.keys == "none" and concept.i_star is None and concept.o_values == []
     assert 0 < (concept.embedding - 0.5).abs().max() <= 0.0061      # one step of Adam, at its learning rate
+
+
+def test_photographs_given_to_the_cartoon_model_are_told(weights, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights_loader, "TINY", weights)
+    for name, side in (("photos", 60), ("drawings", 20)):
+        (tmp_path / name).mkdir()
+        noise(side, side).save(tmp_path / name / "a.png")
+        code, said, warned = run_script("train.py", *command("tiny", tmp_path / name, tmp_path / f"{name} out",
+                                                             "--steps", 1))
+        assert code == 0 and "base model: tiny, a cartoon model" in said
+        assert ("look like photographs" in warned) == (name == "photos")
 
 
 def test_previews_are_numbered_and_leave_the_training_as_it_was(
