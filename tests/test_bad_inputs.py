@@ -124,7 +124,8 @@ LATER = {  # what can only be seen in the weights, or beside them
     "diagnostics": {
         "--concept": ["OTHER_BASE", "INVERTED"], "--trained": ["TEDDY"], "--inversion": ["TEDDY"],
         "--second": ["TEDDY"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
-        "--weights": ["nowhere"], "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
+        "--weights": ["nowhere"], "--images": ["nowhere --super cat"],
+        "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
     "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip --weights": ["nowhere", "EMPTY"]},
     "covariance": {"--weights": ["nowhere"]},
     "export": {"--concept": ["OTHER_BASE"], "--out": ["PICTURE", "BELOW"], "--weights": ["nowhere"]}}
