@@ -10,6 +10,7 @@ On several processors: torchrun --nproc_per_node=2 train.py ...
 """
 
 import argparse
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -284,16 +285,11 @@ def check_folders(images: Path, path: Path, replace: bool, pictures: str) -> Non
     out = path.parent
     if images.is_dir() and images.resolve() == out.resolve():
         raise ValueError(f"--out {out} is the pictures' folder: the next training would learn its previews")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file: it must be a folder")
     if path.exists() and not replace:
-        try:
-            known = Concept.load(path).metadata.get("pictures")
-        except ValueError:
-            known = None
-        if known != pictures:
-            raise ValueError(f"{path} is the concept of other pictures: give another --token or --out, or "
-                             "replace it with --overwrite")
+        with contextlib.suppress(ValueError):
+            if Concept.load(path).metadata.get("pictures") == pictures:
+                return
+        raise ValueError(f"{path} is of other pictures: give another --token or --out, or --overwrite it")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -309,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     checkpoint = out / "checkpoint.pt" if args.resume == "latest" else args.resume and Path(args.resume)
     resuming = bool(checkpoint) and checkpoint.is_file()
     check_folders(args.images, path, args.overwrite or resuming, origin["pictures"])
-    if checkpoint and args.resume != "latest" and not resuming:
+    if args.resume not in (None, "latest") and not resuming:
         raise ValueError(f"--resume {checkpoint}: there is no such file")
     if args.masks not in ("auto", "none") and not Path(args.masks).is_dir():
         raise ValueError(f"--masks {args.masks} is neither auto nor none nor a folder")
@@ -318,7 +314,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = print if processes.rank == 0 else lambda line: None
     if skipped:
         report(f"skipped, not images: {', '.join(skipped)}")
-    out.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)      # OSError if it is a file
 
     model = open_model(args, device=processes.device, dtype=torch.float32, report=report)
     if model.small and smallest_side(files) > PHOTOGRAPH * model.size[0]:
@@ -349,9 +345,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(training, out if processes.rank == 0 else None,
             family.preview_every if args.preview is None else args.preview, args.checkpoint)
     except FloatingPointError as error:
-        kept = f"{path} and the checkpoint are the last good ones" if path.exists() else "nothing was written"
-        raise ValueError(f"{error} in step {len(training.losses)}: {kept}; try a lower --lr, or --precision "
-                         "fp32") from error
+        raise ValueError(f"{error} in step {len(training.losses)}; what was written before is good: try a "
+                         "lower --lr, or --precision fp32") from error
     except KeyboardInterrupt:
         report("stopped; the same command with --resume continues from the last checkpoint")
         raise
@@ -363,15 +358,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def summary(training: Training) -> str:
     """What is trained, on what, and how big it is."""
-    model, s, side = training.model, training.settings, training.data.images.shape[-1]
+    model, s, (n, _, side, _) = training.model, training.settings, training.data.images.shape
     frozen = sum(p.numel() for network in (model.unet, model.text_encoder) for p in network.parameters())
     keys = {"locked": f'keys locked to "{s.super_category}"', "trained": "keys too", "none": "no edit"}
-    shape, numbers = training.learned[0].shape, sum(x.numel() for x in training.learned)
-    target = {"epsilon": "the noise", "v_prediction": "the velocity"}[model.schedule.prediction_type]
-    return (f"{s.token}: a word embedding of {shape[0]} x {shape[1]} and {len(training.learned) - 1} targets,"
-            f" {numbers:,} numbers in all, {keys[s.keys]}; {frozen:,} frozen parameters predict {target}\n"
-            f"{len(training.data.images)} images of {side} x {side} pixels, {s.steps} steps of {s.batch}, "
-            f"lr {s.lr} (embedding {s.lr_embedding}), {s.precision} on {model.device}")
+    (k, d), numbers = training.learned[0].shape, sum(x.numel() for x in training.learned)
+    return (f"{s.token}: a word embedding of {k} x {d} and {len(training.learned) - 1} targets, {numbers:,} "
+            f"numbers in all, {keys[s.keys]}; {frozen:,} frozen ({model.schedule.prediction_type})\n"
+            f"{n} images of {side} x {side} pixels, {s.steps} steps of {s.batch}, lr {s.lr} (embedding "
+            f"{s.lr_embedding}), {s.precision} on {model.device}")
 
 
 if __name__ == "__main__":
