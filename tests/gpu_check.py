@@ -56,8 +56,7 @@ TRAIN = "train.py --images {examples}/teddy --super teddy --preview 0 --precisio
 # the folder that it writes: the command; {fp32} is the concept in the folder fp32
 SCRIPTS = {
     "fp32": f"{TRAIN} fp32", "bf16": f"{TRAIN} bf16", "fp16": f"{TRAIN} fp16",
-    "on-cpu": f"{TRAIN} fp32 --device cpu",
-    "in-two": f"{TRAIN} fp32 --device cpu --accumulate 2",
+    "on-cpu": f"{TRAIN} fp32 --device cpu", "in-two": f"{TRAIN} fp32 --device cpu --accumulate 2",
     "trained": f"{TRAIN} bf16 --keys trained", "none": f"{TRAIN} bf16 --keys none --preview 4",
     "cat": "train.py --images {examples}/cat --super cat --preview 0 --precision bf16",
     "drawn": "sample.py {prompt} --concept {fp32} --precision fp32 --steps 20",
@@ -223,8 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         args.folder = Path(folder)
         if args.small:
             args.configs, args.latent, args.shapes = models.TINY, 8, SMALL_SHAPES
-            args.weights = models.write_weights(args.folder / "weights", captions=200)
             warnings.filterwarnings("ignore", ".*not as in Stable Diffusion v1")
+            args.weights = models.write_weights(args.folder / "weights", captions=200)
         card = torch.cuda.get_device_name() if args.device == "cuda" else args.device
         print(f"{card}, torch {torch.__version__}\n\n| what | result | |\n|---|---|---|")
         for check in [check for check in CHECKS if check.__name__ in args.checks]:
