@@ -107,6 +107,14 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
     return images, [file.name for file in files if file not in images]
 
 
+def smallest_side(files: list[Path]) -> int:
+    """The smallest side in pixels of any of these pictures; what cannot be read counts as 0."""
+    try:
+        return min(min(Image.open(file).size) for file in files)
+    except OSError:         # `open_image` says what is wrong
+        return 0
+
+
 def open_image(path: Path) -> tuple[Image.Image, set[str]]:
     """An image file as RGBA in sRGB, turned as its EXIF says; and in words what was changed.
 

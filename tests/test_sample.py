@@ -37,7 +37,7 @@ def test_numbered_pictures_and_a_grid_of_the_size_asked_for(drawn):
     assert Image.open(drawn / "grid_0000-0002.png").size == (52, 36)     # with gaps of 4
 
 
-def test_text_fields_and_the_first_line_hold_what_draws_the_picture_again(weights, concept_files, tmp_path):
+def test_text_fields_and_the_second_line_hold_what_draws_the_picture_again(weights, concept_files, tmp_path):
     concept = concept_files["cat"]
     stdout, _ = draw(weights, tmp_path, "a <cat>", "--concept", concept, "--seed", 3, "--negative", "-dark, 熊")
     expected = {"prompt": "a <cat>", "negative": "-dark, 熊", "steps": 2, "sampler": "ddim", "guidance": 4.0,
@@ -48,7 +48,7 @@ def test_text_fields_and_the_first_line_hold_what_draws_the_picture_again(weight
         "a <cat>", "Negative prompt: -dark, 熊",
         "Steps: 2, Sampler: DDIM, CFG scale: 4.0, Seed: 3, Size: 24x16, Model: weights"]
     assert json.loads(fields.pop("perfusion")) == expected | {"seed": 3} and not fields
-    assert stdout.splitlines() == ["; ".join(f"{key}: {value}" for key, value in expected.items()),
+    assert stdout.splitlines()[1:] == ["; ".join(f"{key}: {value}" for key, value in expected.items()),
                                    str(tmp_path / "0000.png")]
 
 
