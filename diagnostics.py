@@ -21,7 +21,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,16 +29,18 @@ import torch
 from tqdm import tqdm
 
 import diffusion
+import perfusion
 from attention_maps import share_inside
 from concept import Concept, prepare
 from diffusion import ddim_timesteps
+from perfusion import DRAWING_BETA, DRAWING_TAU
 from support import command_line, page
 from support.base_model import open_model
-from support.command_line import between, unquoted
+from support.command_line import between, concept_name, unquoted
 from support.files import replacing
 from support.pictures import digest, list_images, read_image
 from support.plots import Figure, gates_figure, grid_figure, png
-from support.study import DRAWING_BETA, DRAWING_TAU, Study, check_room
+from support.study import Study, check_room
 
 ROOT = Path(__file__).parent
 SEEDS = {True: 4, False: 2}         # by whether the model is small
@@ -47,6 +49,14 @@ PICTURES = {1: 15, 2: 22}           # drawn per seed, for one concept and for tw
 TRAINING_COST = 9                   # of a training step, in guided drawing steps; measured
 VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock in training
 RECORDS = ROOT / "tiny" / "records.json"
+
+
+@dataclass
+class Source:
+    """Where a concept comes from: files {lock in training: file}, or pictures and ordinary words to train on."""
+    files: dict[str, Path]
+    pictures: Path | None = None
+    words: str | None = None
 
 
 def arguments(argv: Sequence[str] | None):
@@ -68,7 +78,7 @@ def arguments(argv: Sequence[str] | None):
     add("--guidance", type=between(-1000, 1000, float),
         help="weight of the prompt, 1 for no guidance (default: what suits the model)")
     add("--training-steps", type=between(1, 10 ** 6), metavar="N",
-        help="of train.py (default: 160 for tiny, 400 for SD v1)")
+        help="of train.py (default: what suits the model)")
     command_line.add_model(parser)
     add = parser.add_argument_group("finished files, instead of training").add_argument
     add("--concept", type=Path, metavar="FILE", help="concept with locked keys")
@@ -83,48 +93,47 @@ def arguments(argv: Sequence[str] | None):
         parser.error("give --images with --super, or a finished --concept")
     if args.second and (args.second.suffix == ".safetensors") == bool(args.second_super):
         parser.error("--second is a folder of pictures, with --second-super, or a finished file without it")
+    given = {lock: file for option, lock in VERSIONS.items() if (file := getattr(args, option))}
+    args.sources = [Source(given, args.images, args.super_category)]
+    if args.second:
+        args.sources.append(Source({}, args.second, args.second_super) if args.second_super else
+                            Source({"locked": args.second}))
     return args
 
 
 # ------------------------------------------------------------------------ what is given, and what is trained
 
-def concept_files(args, model) -> tuple[list[dict], list[tuple]]:
-    """For each concept {lock: its file, or the folder of its training}; the trainings that are missing."""
-    given = {lock: file for option, lock in VERSIONS.items() if (file := getattr(args, option))}
-    sources = [(given, args.images, args.super_category)]
-    if args.second:
-        sources.append(({}, args.second, args.second_super) if args.second_super else
-                       ({"locked": args.second}, None, None))
+def missing_trainings(args, model) -> list[tuple[Source, str, Path]]:
+    """What is to be trained: (source, lock, file). Afterwards every source has the files of all its locks."""
     missing = []
-    for files, pictures, words in sources:
-        for lock in VERSIONS.values() if pictures else ():
-            if lock not in files:
-                files[lock] = training_folder(args, model, pictures, words, lock)
-                if not finished(files[lock], args.training_steps):
-                    missing.append((files[lock], pictures, words, lock))
-    return [files for files, _, _ in sources], missing
+    for source in args.sources:
+        for lock in VERSIONS.values() if source.pictures else ():
+            if lock not in source.files:
+                source.files[lock] = file = trained_file(args, model, source, lock)
+                missing += [] if finished(file, args.training_steps) else [(source, lock, file)]
+    return missing
 
 
-def training_folder(args, model, pictures: Path, words: str, lock: str) -> Path:
-    """Where a training is kept: another name for other pictures, words, weights or another length."""
-    differs = f"{words}|{model.fingerprint}|{args.training_steps}|{digest(list_images(pictures)[0])}"
-    name = f"{pictures.resolve().stem}-{lock}-{hashlib.sha256(differs.encode()).hexdigest()[:8]}"
-    return args.out / "trained" / name
+def trained_file(args, model, source: Source, lock: str) -> Path:
+    """What a training makes: in another folder for other pictures, words, weights or another length."""
+    pictures = digest(list_images(source.pictures)[0])
+    differs = f"{source.words}|{model.fingerprint}|{args.training_steps}|{pictures}"
+    folder = f"{source.pictures.resolve().stem}-{lock}-{hashlib.sha256(differs.encode()).hexdigest()[:8]}"
+    return args.out / "trained" / folder / f"{concept_name(None, source.pictures)}.safetensors"
 
 
-def finished(folder: Path, steps: int) -> bool:
-    """Whether a folder holds a concept whose training was not stopped early."""
-    return any(Concept.load(path).metadata.get("steps") == steps for path in folder.glob("*.safetensors"))
+def finished(file: Path, steps: int) -> bool:
+    """Whether a file is a concept whose training was not stopped early."""
+    return file.is_file() and Concept.load(file).metadata.get("steps") == steps
 
 
-def train(args, folder: Path, pictures: Path, words: str, lock: str) -> None:
-    """Run train.py into the folder; a training that was stopped goes on. Its bar and its errors are shown."""
-    command = [sys.executable, ROOT / "train.py", "--images", pictures, "--super", words, "--keys", lock,
-               "--steps", str(args.training_steps), "--preview", "0", "--out", folder,
-               "--weights", args.weights]
+def train(args, source: Source, lock: str, file: Path) -> None:
+    """Run train.py; a training that was stopped goes on. Its bar and its errors are shown."""
+    command = [sys.executable, ROOT / "train.py", "--images", source.pictures, "--super", source.words,
+               "--keys", lock, "--steps", str(args.training_steps), "--preview", "0", "--resume",
+               "--out", file.parent, "--weights", args.weights]
     for option in ("tokenizer", "prediction", "device"):
         command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
-    command += ["--resume"] if (folder / "checkpoint.pt").exists() else []
     code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
     if code < 0:
         raise ValueError(f"train.py was ended by signal {-code}, perhaps for want of memory: the same "
@@ -135,11 +144,10 @@ def train(args, folder: Path, pictures: Path, words: str, lock: str) -> None:
 
 def announce(args, model, trainings: int) -> None:
     """Say how long it will take, from the time of a step on this machine."""
-    pictures = SEEDS[model.small] * PICTURES[1 + bool(args.second)]
-    ids, _ = model.tokenizer.encode(["", ""])
-    e = model.text_encoder(model.text_encoder.embed(ids))
+    pictures = SEEDS[model.small] * PICTURES[len(args.sources)]
+    given = perfusion.condition(model, ["", ""], [])
     start = time.perf_counter()
-    diffusion.draw(model, model.unet.keys(e), model.unet.values(e), [0], model.size, 3, model.guidance)
+    diffusion.draw(model, given.keys, given.values, [0], model.size, 3, model.guidance)
     step = (time.perf_counter() - start) / 3
     seconds = step * (pictures * args.steps + trainings * args.training_steps * TRAINING_COST)
     minutes = max(1, round(seconds / 60))
@@ -151,7 +159,7 @@ def read_concepts(model, files: dict) -> dict:
     """{lock: Concept} of one concept, ready for the model; ValueError when its files do not fit together."""
     concepts = {}
     for lock, path in files.items():
-        concepts[lock], = prepare([Concept.load(concept_file(path))], model)
+        concepts[lock], = prepare([Concept.load(path)], model)
         if concepts[lock].keys != lock:
             raise ValueError(f"{path} was trained with --keys {concepts[lock].keys}: here one trained with "
                              f"--keys {lock} is needed")
@@ -160,24 +168,13 @@ def read_concepts(model, files: dict) -> dict:
     return concepts
 
 
-def concept_file(path: Path) -> Path:
-    """A concept's file, given itself or as the folder of its training."""
-    return path if path.is_file() else next(path.glob("*.safetensors"))
-
-
 @dataclass
 class Run:
-    """The model, the study of one concept, that of two or None, the page's study, and a bar of pictures."""
+    """The options, the study of one concept, that of two or None, and a bar of pictures."""
     args: object
-    model: object
     one: Study
     pair: Study | None
     bar: tqdm
-    drawing: str                    # the command that draws with the locked concepts
-
-    @property
-    def main(self) -> Study:
-        return self.pair or self.one
 
 
 def start(argv: Sequence[str] | None = None) -> Run:
@@ -185,33 +182,31 @@ def start(argv: Sequence[str] | None = None) -> Run:
     args = arguments(argv)
     for folder in (args.out, args.page.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    given = [args.concept, args.trained, args.inversion, None if args.second_super else args.second]
-    given = [Concept.load(file) for file in given if file]      # what is wrong is said before minutes go by
+    # What is wrong with a file is said before minutes go by.
+    given = [Concept.load(file) for source in args.sources for file in source.files.values()]
     model = open_model(args, given)
-    args.training_steps = args.training_steps or (160 if model.small else 400)
+    args.training_steps = args.training_steps or model.training_steps
     args.guidance = model.guidance if args.guidance is None else args.guidance
     if args.super_category:
         check_room(model, args.prompt, [args.super_category])
-    files, missing = concept_files(args, model)
+    missing = missing_trainings(args, model)
     announce(args, model, len(missing))
     if missing:
         del model                   # two at once would take twice the memory
-        for n, training in enumerate(missing, 1):
-            print(f"training {n} of {len(missing)}: {training[2]}, --keys {training[3]}", flush=True)
-            train(args, *training)
+        for n, (source, lock, file) in enumerate(missing, 1):
+            print(f"training {n} of {len(missing)}: {source.words}, --keys {lock}", flush=True)
+            train(args, source, lock, file)
         model = open_model(args, given)
-    concepts = [read_concepts(model, own) for own in files]
-
-    def study(template, concepts):
-        return Study(model, template, concepts, args.steps, args.guidance,
-                     range(args.seed, args.seed + SEEDS[model.small]), lambda n: bar.update(n))
-    one, pair = study(args.prompt, concepts[:1]), study(args.pair, concepts) if len(concepts) == 2 else None
-    for word in args.words:
-        one.rows(word)
-    options = [word for own in files for word in ("--concept", concept_file(own["locked"]))]
-    drawing = command_line.command(args, "sample.py", (pair or one).prompt, *options)
+    concepts = [read_concepts(model, source.files) for source in args.sources]
     bar = tqdm(unit="picture", desc="drawing", delay=1)
-    return Run(args, model, one, pair, bar, drawing)
+
+    def study(template: str, concepts: list[dict]) -> Study:
+        seeds = range(args.seed, args.seed + SEEDS[model.small])
+        return Study(model, template, concepts, args.steps, args.guidance, seeds, bar.update)
+    run = Run(args, study(args.prompt, concepts[:1]), study(args.pair, concepts) if args.second else None, bar)
+    for word in args.words:
+        run.one.rows(word)
+    return run
 
 
 # ---------------------------------------------------------------------------- the figures, with their numbers
@@ -233,36 +228,36 @@ def figure_gates(run: Run) -> tuple:
     return gates_figure(prompts, title), ("prompt", "place", "token", "concept", "gate"), table
 
 
-def maps_figure(pictures: Sequence, maps: list, masks: list, rows: list, columns: list, title: str,
-                one_scale: bool = False) -> tuple:
-    """Pictures beside maps [row][column], with masks (h, w) or None of their objects, and the shares on them.
+def maps_figure(title: str, columns: list, rows: dict, one_scale: bool = False) -> tuple:
+    """Pictures beside maps, with the outlines of their objects, and the shares of the maps on them.
 
-    columns: what is above the pictures, then above each column of maps; a scale for each, or one for all.
+    columns: what is above the pictures, then above each column of maps; rows {label: (picture, maps, masks)},
+    a map and a mask (h, w) or None for each column. A scale for each column, or one for all.
     """
     above, *columns = columns
-    tops = [max(row[c].max().item() for row in maps) for c in range(len(columns))]
+    tops = [max(maps[c].max().item() for _, maps, _ in rows.values()) for c in range(len(columns))]
     tops = [max(tops)] * len(tops) if one_scale else tops
-    objects, table = [], []
-    for row, cells, own in zip(rows, maps, masks):
-        shares = [None if mask is None else share_inside(cell[None], mask[None]).item()
-                  for cell, mask in zip(cells, own)]
-        objects.append([None, *(mask is not None and (mask, f"{share:.0%} on its object")
-                                for mask, share in zip(own, shares))])
-        table += [(row, column, f"{cell.mean():.5f}", "" if share is None else f"{share:.4f}")
-                  for column, cell, share in zip(columns, cells, shares)]
+    cells, objects, table = [], [], []
+    for row, (picture, maps, masks) in rows.items():
+        cells.append([picture, *maps])
+        objects.append([None])
+        for column, cell, mask in zip(columns, maps, masks):
+            share = None if mask is None else share_inside(cell[None], mask[None]).item()
+            objects[-1].append(None if mask is None else (mask, f"{share:.0%} on its object"))
+            table.append((row, column, f"{cell.mean():.5f}", "" if mask is None else f"{share:.4f}"))
     heads = [above, *(f"{column}\n0 to {top:.0%}" for column, top in zip(columns, tops))]
-    figure = grid_figure([[picture, *row] for picture, row in zip(pictures, maps)], rows, heads, title,
-                         [0, *tops], objects)
+    figure = grid_figure(cells, list(rows), heads, title, [0, *tops], objects)
     return figure, ("row", "column", "mean share of attention", "share on its object"), table
 
 
 def words_figure(study: Study, drawn: dict, words: list, title: str) -> tuple:
     """Drawings {row: Drawn}, and the maps of words: the mean over steps, layers and heads."""
-    masks = [[row.masks[study.tokens.index(word)] if word in study.tokens else None for word in words]
-             for row in drawn.values()]
-    maps = [[study.map_of(word, row.maps[0]).mean(0) for word in words] for row in drawn.values()]
-    return maps_figure([row.picture for row in drawn.values()], maps, masks, list(drawn), ["picture", *words],
-                       f"{title}\n{study.prompt}")
+    rows = {}
+    for row, drawing in drawn.items():
+        masks = dict(zip(study.tokens, drawing.masks))
+        maps = [study.map_of(word, drawing.maps[0]).mean(0) for word in words]
+        rows[row] = drawing.picture, maps, [masks.get(word) for word in words]
+    return maps_figure(f"{title}\n{study.prompt}", ["picture", *words], rows)
 
 
 def figure_locks(run: Run) -> tuple:
@@ -271,39 +266,36 @@ def figure_locks(run: Run) -> tuple:
     return words_figure(run.one, drawn, [*run.one.tokens, *run.args.words], "Where words act under each lock")
 
 
-def steps_figure(run: Run, columns: dict, title: str) -> tuple:
-    """What the U-Net saw at several steps of the locked drawing, beside maps {column: (steps, h, w)}."""
-    of, locked = run.args.steps, run.one.drawn("locked keys", run.args.seed)
-    steps = torch.linspace(0, of - 1, min(ROWS, of)).round().int()
-    seen = diffusion.decode(run.model.vae, locked.seen[steps].to(run.model.device))
-    maps = [[maps[k] for maps in columns.values()] for k in steps]
-    return maps_figure(seen, maps, [[locked.masks[0]] * len(columns)] * len(steps),
-                       [f"t = {ddim_timesteps(of)[k]}" for k in steps], ["what the U-Net saw", *columns],
-                       title, one_scale=True)
+def steps_figure(run: Run, levels: dict, title: str) -> tuple:
+    """What the U-Net saw at some steps of the locked drawing, beside its word's maps in levels of `Drawn.maps`."""
+    one, of, rows = run.one, run.args.steps, {}
+    locked = one.drawn("locked keys", run.args.seed)
+    columns = {name: one.map_of(one.tokens[0], level) for name, level in levels.items()}
+    for k in torch.linspace(0, of - 1, min(ROWS, of)).round().int().tolist():
+        seen, = diffusion.decode(one.model.vae, locked.seen[[k]].to(one.model.device))
+        maps = [steps[k] for steps in columns.values()]
+        rows[f"t = {ddim_timesteps(of)[k]}"] = seen, maps, [locked.masks[0]] * len(maps)
+    return maps_figure(title, ["what the U-Net saw", *columns], rows, one_scale=True)
 
 
 def figure_keys(run: Run) -> tuple:
     """3. The pure effect of the key: the queries of one drawing meet locked keys and trained keys."""
-    one, seed = run.one, run.args.seed
-    columns = {"locked keys": one.drawn("locked keys", seed),
-               "trained keys": one.drawn("locked keys", seed, map_version="trained")}
-    columns = {name: one.map_of(one.tokens[0], drawn.maps[0]) for name, drawn in columns.items()}
-    return steps_figure(run, columns, f"The same queries under two keys:\nattention to {one.tokens[0]}")
+    levels = {"locked keys": run.one.drawn("locked keys", run.args.seed).maps[0],
+              "trained keys": run.one.drawn("locked keys", run.args.seed, "trained keys").maps[0]}
+    return steps_figure(run, levels, f"The same queries under two keys:\nattention to {run.one.tokens[0]}")
 
 
 def figure_layers(run: Run) -> tuple:
     """4. Over steps and layers: the concept's word in every cross-attention layer."""
-    one = run.one
-    levels = one.drawn("locked keys", run.args.seed).maps[1:]
-    columns = {name: one.map_of(one.tokens[0], level)
-               for name, level in zip(run.model.unet.layer_names(), levels)}
-    return steps_figure(run, columns, f"Attention to {one.tokens[0]} in every layer, with locked keys")
+    maps = run.one.drawn("locked keys", run.args.seed).maps
+    levels = dict(zip(run.one.model.unet.layer_names(), maps[1:]))
+    return steps_figure(run, levels, f"Attention to {run.one.tokens[0]} in every layer, with locked keys")
 
 
 def figure_beta(run: Run) -> tuple:
     """5. The knob: beta is where a gate is half open. Lower: more of the concept; higher: of the prompt."""
     one, t = run.one, run.one.named[0].tokens[-1]
-    gates = [one.condition("locked", beta=beta).gates[1, t, 0].item() for beta in page.BETAS]
+    gates = [one.condition("locked keys", beta).gates[1, t, 0].item() for beta in page.BETAS]
     rows = zip(*(one.moved(beta=beta) for beta in page.BETAS))
     figure = grid_figure(list(rows), [f"seed {seed}" for seed in one.seeds],
                          [f"beta {beta:g}\ngate {x:.0%}" for beta, x in zip(page.BETAS, gates)],
@@ -318,20 +310,17 @@ def figure_two(run: Run) -> tuple:
     return words_figure(run.pair, drawn, run.pair.tokens, "Where the words of two concepts act")
 
 
-def figures(run: Run) -> Iterator[tuple[str, tuple]]:
-    """The names of the figures that can be drawn; each one's figure, and the header and rows of its table."""
-    yield "1_gates", figure_gates(run)
-    yield "2_locks", figure_locks(run)
-    if run.one.has("trained"):
-        yield "3_keys", figure_keys(run)
-    else:
+def figures(run: Run) -> dict[str, Callable]:
+    """The figures that can be drawn, by name; a line says what another one needs."""
+    possible = {"1_gates": figure_gates, "2_locks": figure_locks, "3_keys": figure_keys,
+                "4_layers": figure_layers, "5_beta": figure_beta, "6_two": figure_two}
+    if "trained keys" not in run.one.locks:
+        del possible["3_keys"]
         run.bar.write("figure 3 needs --trained, or --images to train it")
-    yield "4_layers", figure_layers(run)
-    yield "5_beta", figure_beta(run)
-    if run.pair:
-        yield "6_two", figure_two(run)
-    else:
+    if not run.pair:
+        del possible["6_two"]
         run.bar.write("figure 6 shows two concepts: give --second")
+    return possible
 
 
 def save(folder: Path, name: str, figure: Figure, header: tuple, table: list) -> None:
@@ -346,31 +335,35 @@ def save(folder: Path, name: str, figure: Figure, header: tuple, table: list) ->
 
 def write_page(run: Run) -> Path:
     """Write the page of the study of two concepts, or of the one there is."""
-    args, study = run.args, run.main
+    args, study = run.args, run.pair or run.one
+    model = study.model
     objects = " and ".join(f'"{words}"' for words in study.names)
-    made = (f"Model {run.model.name} ({run.model.fingerprint}), seeds {study.seeds[0]} to {study.seeds[-1]}, "
+    made = (f"Model {model.name} ({model.fingerprint}), seeds {study.seeds[0]} to {study.seeds[-1]}, "
             f"{args.steps} DDIM steps, guidance {args.guidance:g}; beta {DRAWING_BETA['local']}, with the "
             f"global lock {DRAWING_BETA['global']}; tau {DRAWING_TAU}. The base model finds the objects: "
             f"where its attention to {objects}, over the finished picture with noise added, is above the "
             "middle of its range. So the judge is the same for every lock, but it is attention too.")
-    about = {"fingerprint": run.model.fingerprint, "made": made}
-    folders = [args.images, args.second][:len(study.concepts)]
-    files = [list_images(path)[0][:10] if path and path.suffix != ".safetensors" else [] for path in folders]
-    training = [[read_image(file, run.model.size[0])[0] / 2 + 0.5 for file in own] for own in files]
+    training = []
+    for source in args.sources:
+        files = list_images(source.pictures)[0][:10] if source.pictures else []
+        training.append([read_image(file, model.size[0])[0] / 2 + 0.5 for file in files])
     records = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else None
     with replacing(args.page) as path:
-        path.write_text(page.page(study, training, about, records), encoding="utf-8")
+        path.write_text(page.page(study, training, made, records), encoding="utf-8")
     return args.page
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     run = start(argv)
-    for name, drawn in figures(run):
-        save(run.args.out, name, *drawn)
+    for name, figure in figures(run).items():
+        save(run.args.out, name, *figure(run))
         run.bar.write(str(run.args.out / f"{name}.png"))
     path = write_page(run)
     run.bar.close()
-    print(f"{path}: open it in a browser\ndraw with it:\n  {run.drawing}")
+    files = [word for source in run.args.sources for word in ("--concept", source.files["locked"])]
+    prompt = (run.pair or run.one).prompt
+    print(f"{path}: open it in a browser\ndraw with it:\n  "
+          + command_line.command(run.args, "sample.py", prompt, *files))
 
 
 if __name__ == "__main__":

@@ -37,8 +37,7 @@ from support.processes import Processes
 
 @dataclass(frozen=True)
 class Defaults:
-    """What differs between the model families."""
-    steps: int
+    """What differs between the model families, besides `Model.training_steps` and `Model.guidance`."""
     lr: float                   # of the value targets (and of trained keys)
     lr_embedding: float
     preview_every: int
@@ -47,12 +46,11 @@ class Defaults:
 
 
 SD_V1 = Defaults(
-    steps=400, lr=0.03, lr_embedding=0.006,     # paper, section 4
+    lr=0.03, lr_embedding=0.006,                # paper, section 4
     preview_every=100,          # the best step can be early: four to choose from
     preview_steps=25,           # the preview is a glance; sample.py takes 30, the paper 50
     prompts=("a photo of a {}", "a {} on the beach", "a painting of a {}", "a {} wearing a hat"))
 EMBEDDED = Defaults(
-    steps=160,                  # under a minute; 400 steps change little (RESULTS.md)
     lr=0.1,                     # of the four hardest concepts 0.05 shows 47 %, 0.1 56 %
     lr_embedding=3e-4,          # at 0.001 the word leaves i_star when it stands behind another concept's word
     preview_every=160, preview_steps=20,        # one preview, at the end: it takes as long as 20 steps
@@ -79,7 +77,7 @@ class Settings:
     """
     super_category: str
     token: str
-    steps: int = EMBEDDED.steps
+    steps: int = DECAY_STEPS
     batch: int = BATCH
     lr: float = EMBEDDED.lr
     lr_embedding: float = EMBEDDED.lr_embedding
@@ -249,7 +247,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--out", "--output_dir", type=Path, metavar="DIR", help="output folder (default: out/NAME)")
     command_line.add_model(parser)
     add("--steps", "--max_train_steps", type=between(1, 10 ** 6),
-        help=f"(default: {EMBEDDED.steps} for tiny, {SD_V1.steps} for SD v1)")
+        help="(default: what suits the model)")
     add("--masks", default="auto", metavar="auto|none|DIR",
         help="on the loss: the model's attention, nothing, or a folder of white on black")
     add("--no-flip", action="store_true", help="for things whose left and right differ")
@@ -326,7 +324,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if side % model.size_step:
         raise ValueError(f"--resolution {side} must be a multiple of {model.size_step}")
     settings = Settings(
-        super_category=args.super_category, token=f"<{name}>", steps=args.steps or family.steps,
+        super_category=args.super_category, token=f"<{name}>", steps=args.steps or model.training_steps,
         batch=args.batch, lr=args.lr or family.lr, lr_embedding=args.lr_embedding or lr_embedding,
         seed=args.seed, keys=args.keys, beta=args.beta, flips=not args.no_flip,
         precision=args.precision or ("fp32" if model.device.type == "cpu" else "bf16"),

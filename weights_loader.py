@@ -94,6 +94,12 @@ class Model:
         """The guidance weight that suits the model: SD v1's customary 7.5; 4 for the small one."""
         return 4.0 if self.small else 7.5
 
+    @property
+    def training_steps(self) -> int:
+        """The steps that suit a concept's training: the paper's 400, or 160, in which the small one changes
+        little more (RESULTS.md) and which take it under a minute."""
+        return 160 if self.small else 400
+
 
 def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype = torch.float32,
          tokenizer: str | Path | None = None, variant: str | None = None,

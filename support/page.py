@@ -1,6 +1,6 @@
 """One HTML file that explains the lock: the story of a study, and everything in it to explore.
 
-    text = page(study, training, about, records)        # from page.html
+    text = page(study, training, made, records)         # from page.html
 
 What the page computes itself: keys are linear in the gates, so with q a query, scaled by 1 / sqrt(width of a
 head), a place's logits over the tokens are
@@ -24,8 +24,9 @@ from torch import Tensor
 
 import diffusion
 from diffusion import ddim_timesteps
+from perfusion import DRAWING_BETA, DRAWING_TAU
 from support.plots import palette
-from support.study import DRAWING_BETA, DRAWING_TAU, LOCKS, Study, shrink
+from support.study import LOCKS, Study, shrink
 
 PICTURE_SIDE, STEP_SIDE = 256, 128          # pixels: the longer side of what the page holds, at most
 STEPS_SHOWN, MAP_BYTES = 8, 2_500_000       # in the explorer, at most: rather fewer steps than more bytes
@@ -34,18 +35,19 @@ SLIDES = (0, 0.25, 0.5, 0.75, 1)            # lambda of the pictures: from locke
 BETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
 
-def page(study: Study, training: list[list[Tensor]], about: dict, records: dict | None) -> str:
-    """The page as text. training: per concept its pictures (3, H, W) in [0, 1]. about: "made", how it was
-    made, and "fingerprint" of the weights. records: what was measured, as tiny/records.json, or None."""
-    trained = study.has("trained")
-    data = about | {
+def page(study: Study, training: list[list[Tensor]], made: str, records: dict | None) -> str:
+    """The page as text. training: per concept its pictures (3, H, W) in [0, 1]. made: how it was made, in
+    words. records: what was measured, as tiny/records.json, or None."""
+    data = {
+        "fingerprint": study.model.fingerprint, "made": made,
         "concepts": [{"token": token, "words": words, "training": uris(pictures)}
                      for token, words, pictures in zip(study.tokens, study.names, training)],
         "prompt": study.prompt, "ordinary": study.ordinary, "words": [vars(word) for word in study.words],
         "seeds": list(study.seeds), "palette": palette(), "beta": DRAWING_BETA["local"], "tau": DRAWING_TAU,
         "locks": {name: uris(study.pictures(name))
                   for name in ("locked keys", "trained keys", "ordinary words") if name in study.locks},
-        "slides": SLIDES, "slid": [uris(study.moved(slide=x)) for x in SLIDES] if trained else None,
+        "slides": SLIDES,
+        "slid": [uris(study.moved(slide=x)) for x in SLIDES] if "trained keys" in study.locks else None,
         "betas": BETAS, "swept": [uris(study.moved(beta=beta)) for beta in BETAS],
         "live": live(study), "explorer": explorer(study), "records": records}
     template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")

@@ -63,21 +63,20 @@ def prompt_words(tokenizer, prompt: str, concepts: list) -> list[Word]:
     """The words of a prompt in order, a concept named in it as one word, and the marks around them."""
     ids, (found,) = tokenizer.encode([prompt], {concept.token: concept.words for concept in concepts})
     ids, pieces = ids[0].tolist(), tokenizer.tokens(ids[0])
-    names = {i: name for name, i in tokenizer.vocabulary.items()}
     owner = {t: (j, place[0]) for j, concept in enumerate(concepts)
              for place in found[concept.token] for t in place}
+    last = {i for name, i in tokenizer.vocabulary.items() if name.endswith(WORD_END)} | {tokenizer.start}
     words, end = [Word("start", [0], ["start"], mark=True)], ids.index(tokenizer.end)
     for t in range(1, end):
-        mine, last = owner.get(t), owner.get(t - 1)
-        same = mine == last if mine or last else t > 1 and not names[ids[t - 1]].endswith(WORD_END)
-        if not same:
-            words.append(Word("", [], [], mine and mine[0]))
+        mine = owner.get(t)
+        if mine != owner.get(t - 1) or not mine and ids[t - 1] in last:
+            words.append(Word(concepts[mine[0]].token if mine else "", [], [], mine and mine[0]))
         words[-1].tokens.append(t)
         words[-1].pieces.append(pieces[t])
-        words[-1].label = concepts[mine[0]].token if mine else "".join(words[-1].pieces)
+        words[-1].label += "" if mine else pieces[t]
+    words.append(Word("end", [end], ["end"], mark=True))
     padding = list(range(end + 1, len(ids)))
-    return words + [Word("end", [end], ["end"], mark=True),
-                    Word("padding", padding, ["padding"], mark=True)][:1 + bool(padding)]
+    return words + [Word("padding", padding, ["padding"], mark=True)] * bool(padding)
 
 
 def shrink(maps: Tensor) -> Tensor:
@@ -121,7 +120,8 @@ class Study:
                  seeds: Sequence[int], on_picture: Callable = lambda n: None):
         self.model, self.template, self.concepts = model, template, concepts
         self.steps, self.guidance, self.seeds, self.on_picture = steps, guidance, seeds, on_picture
-        self.locks = [name for name, (version, _, _) in LOCKS.items() if self.has(version)]
+        self.locks = [name for name, (version, _, _) in LOCKS.items()
+                      if all(version in (None, *versions) for versions in concepts)]
         self.locked = prepare([versions["locked"] for versions in concepts], model)
         self.tokens, self.names = [c.token for c in self.locked], [c.words for c in self.locked]
         check_room(model, template, self.names)
@@ -130,20 +130,17 @@ class Study:
         self.named = [next(word for word in self.words if word.concept == j) for j in range(len(concepts))]
         self.drawn, self.moved = functools.cache(self._drawn), functools.cache(self._moved)
 
-    def has(self, version: str | None) -> bool:
-        """Whether every concept was trained with this lock."""
-        return version is None or all(version in versions for versions in self.concepts)
-
-    def condition(self, version: str | None, lock: str = "local", beta: float | None = None,
-                  tau: float = DRAWING_TAU, slide: float = 0) -> perfusion.Conditioning:
-        """Keys and values of ["", prompt] and the gates, with concepts of one lock in training, None: with
-        the ordinary words. slide: how far the keys are moved from this version's to the trained ones."""
-        mine = [versions[version] for versions in self.concepts if version]
-        if slide:
-            mine = [dataclasses.replace(a, o_keys=[torch.lerp(x, y, slide) for x, y in zip(
-                a.o_keys, versions["trained"].o_keys)]) for a, versions in zip(mine, self.concepts)]
-        prompt = self.prompt if mine else self.ordinary
-        return perfusion.condition(self.model, ["", prompt], mine, beta, tau, lock)
+    def condition(self, name: str, beta: float | None = None, tau: float = DRAWING_TAU,
+                  slide: float = 0) -> perfusion.Conditioning:
+        """Keys and values of ["", prompt] and the gates, under one of LOCKS. slide: how far the concepts' keys
+        are moved to the trained ones."""
+        version, lock, _ = LOCKS[name]
+        concepts = [versions[version] for versions in self.concepts] if version else []
+        for j, versions in enumerate(self.concepts if slide else ()):
+            ends = zip(concepts[j].o_keys, versions["trained"].o_keys)
+            concepts[j] = dataclasses.replace(concepts[j], o_keys=[torch.lerp(a, b, slide) for a, b in ends])
+        prompt = self.prompt if concepts else self.ordinary
+        return perfusion.condition(self.model, ["", prompt], concepts, beta, tau, lock)
 
     def pictures(self, name: str) -> Tensor:
         """Pictures (seeds, 3, H, W) under one of LOCKS."""
@@ -153,7 +150,7 @@ class Study:
         """`moved`: pictures (seeds, 3, H, W) of the locked concepts with keys that slid, or another beta."""
         if (slide, beta) == (0, DRAWING_BETA["local"]):
             return self.pictures("locked keys")
-        given, pictures = self.condition("locked", beta=beta, slide=slide), []
+        given, pictures = self.condition("locked keys", beta, slide=slide), []
         for seed in self.seeds:         # one at a time, to spare memory
             pictures.append(diffusion.draw(self.model, given.keys, given.values, [seed], self.model.size,
                                            self.steps, self.guidance))
@@ -161,41 +158,43 @@ class Study:
         return torch.cat(pictures)
 
     @torch.no_grad()
-    def _drawn(self, name: str, seed: int, map_version: str | None = None) -> Drawn:
-        """`drawn`: one seed under one of LOCKS, with its attention: that of the keys that draw, or of those
-        of another version."""
-        version, lock, _ = LOCKS[name]
-        model, given = self.model, self.condition(version, lock)
-        map_keys = self.condition(map_version, lock).keys if map_version else given.keys
+    def _drawn(self, name: str, seed: int, keys_of: str | None = None) -> Drawn:
+        """`drawn`: one seed under one of LOCKS, with the attention of its keys, or of another lock's."""
+        model, given = self.model, self.condition(name)
+        keys = [k[1:] for k in (self.condition(keys_of) if keys_of else given).keys]
         size = tuple(side // model.vae.factor for side in model.size)
-        tokens_of = torch.zeros(given.keys[0].shape[1], len(self.words), device=given.keys[0].device)
-        for w, word in enumerate(self.words):
-            tokens_of[word.tokens, w] = 1
-        kept, seen, middle = [], [seeded_noise(seed, (model.unet.config.in_channels, *size))], []
+        maps, seen, middle = [], [seeded_noise(seed, (model.unet.config.in_channels, *size))], []
 
         def keep(z: Tensor) -> None:
-            layers, mine = [], [q[-1:] for q in queries]
-            for a in attention(mine, [k[-1:] for k in map_keys], model.unet.config.attention_heads):
-                height = round((a.shape[2] * size[0] / size[1]) ** 0.5)
-                layers.append((a[0].mean(0) @ tokens_of).T.unflatten(1, (height, -1)))
+            own = [q[1:] for q in queries]
+            layers = self.layer_maps(own, keys, size)
             mean = torch.stack([F.interpolate(x[None], size, mode="bilinear")[0] for x in layers]).mean(0)
-            kept.append([shrink(x).cpu() for x in (mean, *layers)])
-            if len(kept) == self.steps // 2 + 1:
-                middle.extend(thinned(q[0], x.shape[-2:]) for q, x in zip(mine, layers))
+            maps.append([shrink(x).cpu() for x in (mean, *layers)])
+            if len(maps) == self.steps // 2 + 1:
+                middle.extend(thinned(q[0], x.shape[-2:]) for q, x in zip(own, layers))
             seen.append(z.cpu())
 
         with record_queries(model.unet) as queries:
             latents = diffusion.draw_latents(model.unet, model.schedule, given.keys, given.values, [seed],
                                              size, self.steps, self.guidance, on_step=keep)
         self.on_picture(1)
-        return Drawn(diffusion.decode(model.vae, latents)[0], [torch.stack(level) for level in zip(*kept)],
-                     torch.cat(seen[:-1]), self.masks(latents),
-                     None if given.gates is None else given.gates[1].cpu(), middle)
+        gates = None if given.gates is None else given.gates[1].cpu()
+        return Drawn(diffusion.decode(model.vae, latents)[0], [torch.stack(level) for level in zip(*maps)],
+                     torch.cat(seen[:-1]), self.masks(latents), gates, middle)
+
+    def layer_maps(self, queries: list[Tensor], keys: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
+        """Of one picture of `size`, per layer the words' shares of the attention (words, h, w)."""
+        word_of = torch.tensor([w for w, word in enumerate(self.words) for _ in word.tokens])
+        maps = []
+        for a in attention(queries, keys, self.model.unet.config.attention_heads):
+            height = round((a.shape[2] * size[0] / size[1]) ** 0.5)
+            maps.append((a[0].mean(0) @ F.one_hot(word_of).to(a)).T.unflatten(1, (height, -1)))
+        return maps
 
     @torch.no_grad()
     def masks(self, latents: Tensor) -> Tensor:
         """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
-        ordinary = self.condition(None)
+        ordinary = self.condition("ordinary words")
         keys, values = [k[1:] for k in ordinary.keys], [v[1:] for v in ordinary.values]
         maps = torch.stack([torch.cat([noised_map(self.model, latents, t, keys, values, word.tokens)
                                        for word in self.named]) for t in MASK_TIMESTEPS]).mean(0)
@@ -218,10 +217,11 @@ class Study:
         """What the prompt's keys are made of, float32 on the CPU: sim / energy (T, n) of every token with
         every concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and,
         where there are such, trained: lists over layers of (n, width)."""
-        e, _, _ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
-        e_perp, ratio = perfusion.split(e, *(torch.stack([getattr(concept, name) for concept in self.locked])
-                                             for name in ("i_star", "d_star")))
-        sides = [zip(*(own[side].o_keys for own in self.concepts), strict=True)
-                 for side in ("locked", "trained") if self.has(side)]
-        return (ratio[0].cpu(), [k[0].float().cpu() for k in self.model.unet.keys(e_perp)],
-                [[torch.stack(layer).float().cpu() for layer in side] for side in sides])
+        e, *_ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
+        I, D = (torch.stack([getattr(concept, name) for concept in self.locked]) for name in ("i_star", "d_star"))
+        e_perp, ratio = perfusion.split(e, I, D)
+        sides = []
+        for side in ("locked", "trained")[:1 + ("trained keys" in self.locks)]:
+            layers = zip(*(versions[side].o_keys for versions in self.concepts), strict=True)
+            sides.append([torch.stack(layer).float().cpu() for layer in layers])
+        return ratio[0].cpu(), [k[0].float().cpu() for k in self.model.unet.keys(e_perp)], sides
