@@ -21,7 +21,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,7 +53,7 @@ RECORDS = ROOT / "tiny" / "records.json"
 
 @dataclass
 class Source:
-    """Where a concept comes from: files {lock in training: file}, or pictures and ordinary words to train on."""
+    """Where a concept comes from: files {lock in training: file}, or pictures and ordinary words."""
     files: dict[str, Path]
     pictures: Path | None = None
     words: str | None = None
@@ -157,11 +157,10 @@ def announce(args, model, trainings: int) -> None:
 
 def read_concepts(model, files: dict) -> dict:
     """{lock: Concept} of one concept, ready for the model; ValueError when its files do not fit together."""
-    concepts = {}
-    for lock, path in files.items():
-        concepts[lock], = prepare([Concept.load(path)], model)
-        if concepts[lock].keys != lock:
-            raise ValueError(f"{path} was trained with --keys {concepts[lock].keys}: here one trained with "
+    concepts = {lock: prepare([Concept.load(path)], model)[0] for lock, path in files.items()}
+    for lock, concept in concepts.items():
+        if concept.keys != lock:
+            raise ValueError(f"{files[lock]} was trained with --keys {concept.keys}: here one trained with "
                              f"--keys {lock} is needed")
     if len({concept.words for concept in concepts.values()}) > 1:
         raise ValueError("--concept, --trained and --inversion are not of one super-category")
@@ -203,10 +202,10 @@ def start(argv: Sequence[str] | None = None) -> Run:
     def study(template: str, concepts: list[dict]) -> Study:
         seeds = range(args.seed, args.seed + SEEDS[model.small])
         return Study(model, template, concepts, args.steps, args.guidance, seeds, bar.update)
-    run = Run(args, study(args.prompt, concepts[:1]), study(args.pair, concepts) if args.second else None, bar)
+    one, pair = study(args.prompt, concepts[:1]), study(args.pair, concepts) if args.second else None
     for word in args.words:
-        run.one.rows(word)
-    return run
+        one.rows(word)
+    return Run(args, one, pair, bar)
 
 
 # ---------------------------------------------------------------------------- the figures, with their numbers
@@ -267,7 +266,7 @@ def figure_locks(run: Run) -> tuple:
 
 
 def steps_figure(run: Run, levels: dict, title: str) -> tuple:
-    """What the U-Net saw at some steps of the locked drawing, beside its word's maps in levels of `Drawn.maps`."""
+    """What the U-Net saw at some steps of the locked drawing, beside its word's maps {column: level}."""
     one, of, rows = run.one, run.args.steps, {}
     locked = one.drawn("locked keys", run.args.seed)
     columns = {name: one.map_of(one.tokens[0], level) for name, level in levels.items()}
@@ -296,12 +295,12 @@ def figure_beta(run: Run) -> tuple:
     """5. The knob: beta is where a gate is half open. Lower: more of the concept; higher: of the prompt."""
     one, t = run.one, run.one.named[0].tokens[-1]
     gates = [one.condition("locked keys", beta).gates[1, t, 0].item() for beta in page.BETAS]
-    rows = zip(*(one.moved(beta=beta) for beta in page.BETAS))
-    figure = grid_figure(list(rows), [f"seed {seed}" for seed in one.seeds],
-                         [f"beta {beta:g}\ngate {x:.0%}" for beta, x in zip(page.BETAS, gates)],
+    heads = [f"beta {beta:g}\ngate {gate:.0%}" for beta, gate in zip(page.BETAS, gates)]
+    figure = grid_figure(list(zip(*(one.moved(beta=beta) for beta in page.BETAS))),
+                         [f"seed {seed}" for seed in one.seeds], heads,
                          f"Beta: from more of the concept to more of the prompt\n{one.prompt}")
-    return figure, ("beta", "tau", "gate of the concept's word"), [
-        (beta, DRAWING_TAU, f"{x:.4f}") for beta, x in zip(page.BETAS, gates)]
+    table = [(beta, DRAWING_TAU, f"{gate:.4f}") for beta, gate in zip(page.BETAS, gates)]
+    return figure, ("beta", "tau", "gate of the concept's word"), table
 
 
 def figure_two(run: Run) -> tuple:
@@ -310,24 +309,15 @@ def figure_two(run: Run) -> tuple:
     return words_figure(run.pair, drawn, run.pair.tokens, "Where the words of two concepts act")
 
 
-def figures(run: Run) -> dict[str, Callable]:
-    """The figures that can be drawn, by name; a line says what another one needs."""
-    possible = {"1_gates": figure_gates, "2_locks": figure_locks, "3_keys": figure_keys,
-                "4_layers": figure_layers, "5_beta": figure_beta, "6_two": figure_two}
-    if "trained keys" not in run.one.locks:
-        del possible["3_keys"]
-        run.bar.write("figure 3 needs --trained, or --images to train it")
-    if not run.pair:
-        del possible["6_two"]
-        run.bar.write("figure 6 shows two concepts: give --second")
-    return possible
+FIGURES = (figure_gates, figure_locks, figure_keys, figure_layers, figure_beta, figure_two)
 
 
-def save(folder: Path, name: str, figure: Figure, header: tuple, table: list) -> None:
+def save(path: Path, figure: Figure, header: tuple, table: list) -> None:
     """Write a figure as PNG and its numbers as CSV beside it."""
-    with replacing(folder / f"{name}.png") as path:
-        path.write_bytes(png(figure))
-    with replacing(folder / f"{name}.csv") as path, open(path, "w", encoding="utf-8", newline="") as file:
+    with replacing(path) as partial:
+        partial.write_bytes(png(figure))
+    with replacing(path.with_suffix(".csv")) as partial, \
+            open(partial, "w", encoding="utf-8", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *table])
 
 
@@ -355,9 +345,15 @@ def write_page(run: Run) -> Path:
 
 def main(argv: Sequence[str] | None = None) -> None:
     run = start(argv)
-    for name, figure in figures(run).items():
-        save(run.args.out, name, *figure(run))
-        run.bar.write(str(run.args.out / f"{name}.png"))
+    for n, draw in enumerate(FIGURES, 1):
+        if draw is figure_keys and "trained keys" not in run.one.locks:
+            run.bar.write("figure 3 needs --trained, or --images to train it")
+        elif draw is figure_two and not run.pair:
+            run.bar.write("figure 6 shows two concepts: give --second")
+        else:
+            path = run.args.out / f"{n}_{draw.__name__.removeprefix('figure_')}.png"
+            save(path, *draw(run))
+            run.bar.write(str(path))
     path = write_page(run)
     run.bar.close()
     files = [word for source in run.args.sources for word in ("--concept", source.files["locked"])]

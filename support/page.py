@@ -69,12 +69,12 @@ def live(study: Study, limit: int = LIVE_BYTES) -> dict:
     packed = []
     for drawn in every:
         parts = []
-        for layer, q in enumerate(drawn.queries):
+        for q, k, *targets in zip(drawn.queries, plain, *sides):
             q = q.flatten(0, 1).unflatten(1, (heads, -1)) * (q.shape[-1] // heads) ** -0.5
-            a = against(q, plain[layer])
+            a = against(q, k)
             if last.label == "padding":
                 a = torch.cat([a[..., :first], a[..., first:].logsumexp(-1, keepdim=True)], -1)
-            parts += [part.flatten() for part in (a, *(against(q, side[layer]) for side in sides))]
+            parts += [a.flatten(), *(against(q, o).flatten() for o in targets)]
         packed.append(torch.cat(parts))
     shown = min(len(packed), max(1, limit // (2 * len(packed[0]))))
     numbers, size = torch.cat(packed[:shown]), every[0].queries[0].shape[:2]

@@ -27,26 +27,32 @@ def label(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def draw_curve(axes: Axes, points: list[tuple], marks: list[str], name: str, color) -> None:
-    """Points (x, y, half of x's interval, half of y's), joined, a mark at each; crosses if there are no marks."""
-    x, y, x_half, y_half = zip(*points)
-    axes.errorbar(x, y, y_half, x_half, color=color, label=label(name), linewidth=1.5, elinewidth=0.6,
-                  marker="o" if marks else "X", markersize=5 if marks else 9)
-    for mark, place in zip(marks, zip(x, y)):
-        axes.annotate(label(mark), place, fontsize=7, xytext=(4, 4), textcoords="offset points")
-
-
 def pareto(curves: dict[str, tuple[list, list]], x: str, y: str, title: str, caption: str) -> Figure:
-    """Curves {name: (points, marks)}, as in `draw_curve`, over two measures x and y."""
+    """Curves over two measures x and y, {name: (points, marks)}: points (x, y, half of x's interval, half of
+    y's), joined, and a mark at each; crosses if there are no marks."""
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
     for (name, (points, marks)), color in zip(curves.items(), colors):
-        draw_curve(axes, points, marks, name, color)
+        across, up, across_half, up_half = zip(*points)
+        axes.errorbar(across, up, up_half, across_half, color=color, label=label(name), linewidth=1.5,
+                      elinewidth=0.6, marker="o" if marks else "X", markersize=5 if marks else 9)
+        for mark, place in zip(marks, zip(across, up)):
+            axes.annotate(label(mark), place, fontsize=7, xytext=(4, 4), textcoords="offset points")
     axes.set(xlabel=x, ylabel=y, title=label(title))
     axes.legend(fontsize=8)
     figure.supxlabel(label(caption), fontsize=8)
     return figure
+
+
+def panel(axes: Axes, cell: Tensor, title: str = "", top: float = 1) -> None:
+    """A picture (3, H, W) in [0, 1], or a map (h, w) in colours from 0 to top."""
+    if cell.ndim == 3:
+        axes.imshow(to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
+    else:
+        axes.imshow(cell.numpy(), cmap="magma", vmin=0, vmax=top, extent=(0, 1, 1, 0))
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(label(title), fontsize=8)
 
 
 def draw_preview(images: Tensor, maps: Tensor, titles: list[str], picture: Tensor, mask: Tensor,
@@ -56,17 +62,11 @@ def draw_preview(images: Tensor, maps: Tensor, titles: list[str], picture: Tenso
     n = len(images)
     figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
     places = figure.add_gridspec(3, n)
-
-    def show(place, picture, title, largest=None):
-        panel = figure.add_subplot(place)
-        panel.imshow(picture, cmap="magma", vmin=0, vmax=largest)      # these change no picture in colours
-        panel.set_title(label(title), fontsize=8)
-        panel.axis("off")
     for i in range(n):
-        show(places[0, i], images[i].permute(1, 2, 0), titles[i])
-        show(places[1, i], maps[i], "" if i else "attention of the word", maps.max())
-    show(places[2, 0], picture.permute(1, 2, 0), "training picture")
-    show(places[2, 1], mask, "its mask on the loss", 1)
+        panel(figure.add_subplot(places[0, i]), images[i], titles[i])
+        panel(figure.add_subplot(places[1, i]), maps[i], "" if i else "attention of the word", maps.max())
+    panel(figure.add_subplot(places[2, 0]), picture, "training picture")
+    panel(figure.add_subplot(places[2, 1]), mask, "its mask on the loss")
     curve = figure.add_subplot(places[2, 2:])
     curve.plot(losses, color="0.8", linewidth=0.8)
     if len(losses) >= LOSS_WINDOW:
@@ -102,14 +102,9 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
     figure = Figure(figsize=(1.4 * C + 0.5, 1.65 * R + 0.7), layout="constrained")
     axes = figure.subplots(R, C, squeeze=False)
     for r, c in itertools.product(range(R), range(C)):
-        axis, cell = axes[r, c], cells[r][c]
-        axis.set(xticks=[], yticks=[])
-        axis.set_title(label(columns[c]) if r == 0 else "", fontsize=8)
-        axis.set_ylabel(label(rows[r]) if c == 0 else "", fontsize=8)
-        if cell.ndim == 3:
-            axis.imshow(to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
-        else:
-            axis.imshow(cell.numpy(), cmap="magma", vmin=0, vmax=tops[c], extent=(0, 1, 1, 0))
+        axis = axes[r, c]
+        panel(axis, cells[r][c], "" if r else columns[c], tops[c] if tops else 1)
+        axis.set_ylabel("" if c else label(rows[r]), fontsize=8)
         if objects and objects[r][c]:
             mask, text = objects[r][c]
             across, down = ((np.arange(n) + 0.5) / n for n in reversed(mask.shape))

@@ -34,16 +34,17 @@ def result(weights, tmp_path_factory):
             ("--second", "cat", "cat", "locked")):
         command += [option, write_concept(weights, files / f"{name}.safetensors", words, lock)]
 
-    def run(command, stdout):
+    def train(command, stdout):
         """Here in this process: importing torch anew takes seconds."""
         assert stdout == subprocess.DEVNULL
         return SimpleNamespace(returncode=run_script("train.py", *command[2:])[0])
-    runs, said, start = [], io.StringIO(), diagnostics.start
+    said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(subprocess, "run", run)
-        patch.setattr(diagnostics, "start", lambda argv: runs.append(start(argv)) or runs[0])
-        diagnostics.main([str(word) for word in command])
-    return runs[0], out, said.getvalue()
+        patch.setattr(subprocess, "run", train)
+        run = diagnostics.start([str(word) for word in command])
+        patch.setattr(diagnostics, "start", lambda argv: run)
+        diagnostics.main()
+    return run, out, said.getvalue()
 
 
 def rows(out, name):
@@ -74,30 +75,24 @@ def test_the_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(r
         [torch.sigmoid((ratio[place] - float(row["beta"])) / 0.15).item() for row in swept], abs=1e-4)
 
 
-def test_every_lock_has_a_row_and_only_the_concepts_word_a_share(result):
+def test_every_lock_has_a_row_and_a_word_its_share_on_its_own_object(result):
     run, out, _ = result
     assert run.one.locks == list(LOCKS)
     assert set(LOCKS) - set(run.pair.locks) == {"trained keys", "textual inversion"}
     table = rows(out, "2_locks")
-    assert [(row["row"], row["column"]) for row in table] == [
-        (lock, word) for lock in LOCKS for word in ("<teddy>", "hat", "beach")]
-    for row in table:
-        assert bool(row["share on its object"]) == (row["column"] == "<teddy>")
+    assert [(row["row"], row["column"], bool(row["share on its object"])) for row in table] == [
+        (lock, word, word == "<teddy>") for lock in LOCKS for word in ("<teddy>", "hat", "beach")]
+    drawn = run.pair.drawn("locked keys", 0)
+    for row, word, j in zip(rows(out, "6_two"), (5, 9), (0, 1)):
+        assert row["column"] == run.pair.words[word].label
+        share = share_inside(drawn.maps[0][:, word].mean(0)[None], drawn.masks[j:j + 1]).item()
+        assert float(row["share on its object"]) == pytest.approx(share, abs=1e-4)
 
 
 def test_figure_3_changes_the_keys_alone(result):
-    locked, other = (result[0].one.drawn("locked keys", 0, version) for version in (None, "trained"))
+    locked, other = (result[0].one.drawn("locked keys", 0, *keys) for keys in ((), ("trained keys",)))
     assert torch.equal(other.picture, locked.picture)
     assert not torch.allclose(other.maps[0], locked.maps[0])
-
-
-def test_each_of_two_concepts_is_measured_on_its_own_object(result):
-    pair, table = result[0].pair, rows(result[1], "6_two")
-    drawn = pair.drawn("locked keys", 0)
-    for row, word, j in ((table[0], 5, 0), (table[1], 9, 1)):
-        assert row["column"] == pair.words[word].label
-        share = share_inside(drawn.maps[0][:, word].mean(0)[None], drawn.masks[j:j + 1]).item()
-        assert float(row["share on its object"]) == pytest.approx(share, abs=1e-4)
 
 
 def test_without_optional_files_the_other_figures_are_drawn(weights, concept_files, tmp_path):
@@ -112,24 +107,23 @@ def test_without_optional_files_the_other_figures_are_drawn(weights, concept_fil
 
 def test_what_is_missing_is_trained_once_and_kept(result):
     run, out, _ = result
-    assert run.one.concepts[0]["none"].metadata["steps"] == 1
-    assert len(list((out / "trained").iterdir())) == 1
-    assert diagnostics.concept_files(run.args, run.model)[1] == []
+    trained, = (out / "trained").iterdir()
+    file = run.args.sources[0].files["none"]
+    assert file.parent == trained and run.one.concepts[0]["none"].metadata["steps"] == 1
+    assert diagnostics.finished(file, 1) and not diagnostics.finished(file, 2)
 
 
 def test_other_pictures_words_weights_or_steps_are_another_training(result, tmp_path, monkeypatch):
-    run, folder = result[0], tmp_path / "pictures"
-
-    def kept(words="teddy bear", lock="locked"):
-        return diagnostics.training_folder(run.args, run.model, folder, words, lock)
+    (run, *_), folder, seen = result, tmp_path / "teddy", []
+    args, model, source = run.args, run.one.model, run.args.sources[0]
     shutil.copytree(TEDDY, folder)
-    seen = {kept(), kept("bear"), kept(lock="none")}
-    Image.open(folder / "0.png").rotate(90).save(folder / "0.png")
-    seen.add(kept())
-    for owner, name, value in ((run.args, "training_steps", 7), (run.model, "fingerprint", "x")):
+    for owner, name, value in ((args, "steps", 3), (source, "pictures", folder), (source, "words", "bear"),
+                               (args, "training_steps", 7), (model, "fingerprint", "x")):
         monkeypatch.setattr(owner, name, value)
-        seen.add(kept())
-    assert len(seen) == 6
+        seen.append(diagnostics.trained_file(args, model, source, "none"))
+    Image.open(folder / "0.png").rotate(90).save(folder / "0.png")
+    seen += [diagnostics.trained_file(args, model, source, lock) for lock in ("none", "locked")]
+    assert seen[0] == seen[1] == source.files["none"] and len(set(seen)) == 6
 
 
 @pytest.mark.slow

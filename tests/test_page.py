@@ -25,27 +25,26 @@ from support.study import Study, Word, prompt_words, thinned
 
 NAMED = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
 PROMPT = "a photo of a <teddy> next to a <cat>"
-ABOUT = {"fingerprint": "f", "made": "made"}
+MADE = "</script><b>"                       # a prompt can be anything
 
 
-def concept(model, C_inverse, name, words, keys):
+def concept(model, name, words, keys):
     """A concept of the embedded model that is its ordinary word; its trained keys are somewhere else."""
     i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, words)
-    e = model.text_encoder.embed(model.tokenizer.encode([words])[0])[0, 1:1 + len(words.split())]
-    locked = perfusion.locked_keys(model, words)
-    moved = [k + (keys == "trained") * torch.randn_like(k) for k in locked]
-    return Concept(name, words, e, i_super, (C_inverse @ i_super.double()).float(),
-                   model.unet.values(i_super), moved, keys=keys, metadata={"base": model.fingerprint})
+    d_star = covariance.inverse(covariance.cached(model)) @ i_super.double()
+    embedding = model.text_encoder.embed(model.tokenizer.encode([words])[0])[0, 1:1 + len(words.split())]
+    moved = [k + (keys == "trained") * torch.randn_like(k) for k in perfusion.locked_keys(model, words)]
+    return Concept(name, words, embedding, i_super, d_star.float(), model.unet.values(i_super), moved, keys=keys,
+                   metadata={"base": model.fingerprint})
 
 
 @pytest.fixture(scope="module")
 def study():
     torch.manual_seed(0)
     model = weights_loader.load("tiny")
-    C_inverse = covariance.inverse(covariance.cached(model))
-    concepts = [{keys: concept(model, C_inverse, name, words, keys) for keys in ("locked", "trained")}
+    concepts = [{keys: concept(model, name, words, keys) for keys in ("locked", "trained")}
                 for name, words in (("<teddy>", "teddy bear"), ("<cat>", "cat"))]
-    return Study(model, "a photo of a {} next to a {}", concepts, steps=4, guidance=2.0, seeds=[3, 5])
+    return Study(model, "a photo of a {} next to a {}", concepts, steps=2, guidance=2.0, seeds=[3, 5])
 
 
 RECORDS = {"fingerprint": "f", "command": "measure", "rows": {     # of two pairs and three seeds
@@ -60,7 +59,7 @@ def file(study, tmp_path_factory):
     """The page of that study."""
     path = tmp_path_factory.mktemp("page") / "index.html"
     training = [study.pictures("ordinary words")] * 2
-    path.write_text(pages.page(study, training, ABOUT, RECORDS), encoding="utf-8")
+    path.write_text(pages.page(study, training, MADE, RECORDS), encoding="utf-8")
     return path
 
 
@@ -84,7 +83,7 @@ def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word():
 
 
 def test_watching_does_not_change_the_picture(study):
-    given, model = study.condition("locked"), study.model
+    given, model = study.condition("locked keys"), study.model
     unwatched = diffusion.draw(model, given.keys, given.values, [3], model.size, study.steps, study.guidance)
     drawn = study.drawn("locked keys", 3)
     assert torch.equal(drawn.picture, unwatched[0]) and len(drawn.seen) == study.steps
@@ -92,8 +91,7 @@ def test_watching_does_not_change_the_picture(study):
 
 
 def test_sliding_moves_the_keys_alone_from_locked_to_trained(study):
-    ends = study.condition("locked"), study.condition("trained")
-    half = study.condition("locked", slide=0.5)
+    ends, half = [study.condition(name) for name in study.locks[:2]], study.condition("locked keys", slide=0.5)
     for middle, *keys in zip(half.keys, *(end.keys for end in ends)):
         assert torch.allclose(middle, sum(keys) / 2, atol=1e-4) and not torch.allclose(*keys, atol=0.1)
     assert all(map(torch.equal, half.values, ends[0].values))
@@ -105,15 +103,9 @@ def test_the_queries_of_a_large_layer_are_some_of_its_own():
 
 
 def test_fewer_steps_and_seeds_are_shown_rather_than_more_bytes(study):
-    per_step = 4 * sum(level[0].numel() for level in study.drawn("locked keys", 3).maps)
-    for limit, shown in ((10 ** 9, 4), (3 * per_step, 3), (1, 1)):
-        assert len(pages.explorer(study, limit)["steps"]) == shown
-    assert [len(pages.live(study, limit)["masks"]) for limit in (10 ** 9, 1)] == [2, 1]
-
-
-def test_a_prompt_cannot_end_the_script_that_holds_it(study, tmp_path):
-    tmp_path.joinpath("page").write_text(pages.page(study, [], ABOUT | {"made": "</script><b>"}, None))
-    assert data_of(tmp_path / "page")["made"] == "</script><b>"
+    for limit in (10 ** 9, 1):
+        shown = 2 if limit > 1 else 1
+        assert len(pages.explorer(study, limit)["steps"]) == len(pages.live(study, limit)["masks"]) == shown
 
 
 def test_the_committed_page_is_of_these_weights_and_records():
@@ -134,14 +126,14 @@ class Browser(webdriver.Chrome):
     """Headless Chromium, with what is done to the page here."""
     js = webdriver.Chrome.execute_script
 
-    def emulate(self, width, theme="light"):
+    def emulate(self, width, theme):
         screen = {"width": width, "height": 844, "deviceScaleFactor": 1, "mobile": False}
         media = {"features": [{"name": "prefers-color-scheme", "value": theme}]}
         self.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         self.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
 
-    def open(self, path, width=1280, theme="light"):
-        self.emulate(width, theme)
+    def open(self, path):
+        self.emulate(1280, "light")
         self.get(path.as_uri())
         WebDriverWait(self, 60, 0.02).until(lambda _: self.js("return document.body.dataset.ready"))
         self.js("document.getElementById('explore').open = true")
@@ -177,14 +169,21 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, file):
+    """The open page; whatever is done to it, the console stays empty and nothing is asked of the network."""
+    browser.get_log("performance")
     browser.open(file)
-    return browser
+    yield browser
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [event["params"]["request"]["url"] for event in events
+             if event["method"] == "Network.requestWillBeSent"]
+    assert asked and {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
 
 
 def maps_of_torch(study, seed, slide, beta, tau):
     """The maps (words, h, w) of the concepts' words: the queries of a locked drawing meet all keys."""
     queries = [q.flatten(0, 1)[None] for q in study.drawn("locked keys", seed).queries]
-    keys = study.condition("locked", beta=beta, tau=tau, slide=slide).keys
+    keys = study.condition("locked keys", beta, tau, slide).keys
     maps = attention(queries, [k[1:] for k in keys], study.model.unet.config.attention_heads)
     size = study.drawn("locked keys", seed).queries[0].shape[:2]
     return torch.cat([word_map(maps, word.tokens, size) * len(word.tokens) for word in study.named])
@@ -219,13 +218,14 @@ def test_beta_and_tau_move_the_gates_and_beta_the_picture(page, study, file):
     page.press(*[Keys.RIGHT] * 21)
     page.press(Keys.TAB, *[Keys.LEFT] * 5)
     assert page.texts("#beta-is, #tau-is") == ["0.91", "0.10"]
-    gates = study.condition("locked", beta=0.91, tau=0.1).gates[1]
+    gates = study.condition("locked keys", beta=0.91, tau=0.1).gates[1]
     own = [f"{100 * gates[word.tokens[-1], j]:.0f}\u00a0% open" for j, word in enumerate(study.named)]
     assert all(text in page.texts("#gate-says")[0] for text in own)
     assert page.all("#gate .tiles img")[0].get_attribute("src") == data_of(file)["swept"][4][0]
 
 
-def test_what_was_measured_is_counted_from_the_records(page):
+def test_what_was_measured_is_counted_from_the_records_and_what_was_typed_is_text(page):
+    assert page.texts("footer") == [MADE]
     assert page.texts("#dots b") == ["5 of 6", "3"] * 3
     assert [text.split()[0] for text in page.texts("#alone tr:first-child td")] == ["75", "100", "75"]
     assert len(page.all("#dots .both")) == 9 and len(page.all("#dots .lost")) == 3
@@ -255,9 +255,9 @@ def test_a_step_shows_its_picture_and_can_be_played(page, file):
     seen = data_of(file)["explorer"]["views"][0]["seen"]
     page.js("document.getElementById('step').focus()")
     page.press(Keys.HOME)
-    assert shown() == ("1 of 4 (t = 751)", seen[0])
+    assert shown() == ("1 of 2 (t = 501)", seen[0])
     page.all("#play")[0].click()
-    WebDriverWait(page, 10, 0.02).until(lambda _: shown() == ("2 of 4 (t = 501)", seen[1]))
+    WebDriverWait(page, 10, 0.02).until(lambda _: shown() == ("2 of 2 (t = 1)", seen[1]))
     page.press(Keys.ESCAPE)
     assert page.texts("#play") == ["Play the steps"] and page.js("return !live.player")
 
@@ -306,7 +306,7 @@ def test_a_screen_reader_hears_names_values_in_words_and_headings_in_order(page)
 
 
 CONTRAST = """        // of all texts, the least first
-const context = document.createElement("canvas").getContext("2d");
+const context = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 const light = colour => {
   Object.assign(context, { fillStyle: colour }).fillRect(0, 0, 1, 1);
   const [r, g, b] = [...context.getImageData(0, 0, 1, 1).data].map(v => v / 255)
@@ -325,37 +325,26 @@ return all("body *").filter(x => x.getClientRects().length && [...x.childNodes].
 }).sort((a, b) => a[0] - b[0])"""
 
 
-@pytest.mark.parametrize("width", (320, 390, 768, 1280, 1920))
 @pytest.mark.parametrize("theme", ("light", "dark"))
-def test_the_layout_fits_and_all_text_can_be_read(browser, file, width, theme):
-    browser.open(file, width, theme)
-    assert browser.js("return document.documentElement.scrollWidth") <= width
-    contrast = browser.js(CONTRAST)
-    assert len(contrast) > 100 and contrast[0][0] >= 4.5, contrast[:3]
-    slide, locks = (browser.js("return all(arguments[0]).map(x => x.getBoundingClientRect().top)", css)
-                    for css in ("#slide .tiles > figure", "#views figure"))
-    assert len(set(slide)) == 1                             # what is compared stands side by side
-    assert locks[0] == locks[1]                             # locked and trained keys
-    background = browser.js("return getComputedStyle(document.body).backgroundColor")
-    assert (max(map(int, re.findall(r"\d+", background))) < 80) == (theme == "dark")
-
-
-def test_nothing_is_asked_of_the_network_and_the_console_is_empty(browser, file):
-    browser.get_log("browser"), browser.get_log("performance")
-    browser.open(file)
-    browser.all(".chip")[2].click()
-    assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = [event["params"]["request"]["url"] for event in events
-             if event["method"] == "Network.requestWillBeSent"]
-    assert asked and {url.split(":")[0] for url in asked} <= {"file", "data", "blob"}
+def test_the_layout_fits_and_all_text_can_be_read(page, theme):
+    for width in (320, 390, 768, 1280, 1920):
+        page.emulate(width, theme)
+        page.frame()
+        assert page.js("return document.documentElement.scrollWidth") <= width
+        contrast = page.js(CONTRAST)
+        assert len(contrast) > 100 and contrast[0][0] >= 4.5, (width, contrast[:3])
+        slide, locks = (page.js("return all(arguments[0]).map(x => x.getBoundingClientRect().top)", css)
+                        for css in ("#slide .tiles > figure", "#views figure"))
+        assert len(set(slide)) == 1                         # what is compared stands side by side
+        assert locks[0] == locks[1]                         # locked and trained keys
+        background = page.js("return getComputedStyle(document.body).backgroundColor")
+        assert (max(map(int, re.findall(r"\d+", background))) < 80) == (theme == "dark")
 
 
 def test_a_page_of_one_concept_without_trained_keys_or_records_has_the_other_parts(browser, study, tmp_path):
     alone = Study(study.model, "a {} on the grass", [{"locked": study.concepts[0]["locked"]}], 2, 2.0, [0])
     path = tmp_path / "index.html"
-    path.write_text(pages.page(alone, [[]], ABOUT, None), encoding="utf-8")
-    browser.get_log("browser")
+    path.write_text(pages.page(alone, [[]], MADE, None), encoding="utf-8")
     browser.open(path)
     assert browser.get_log("browser") == []
     assert [title.split()[0] for title in browser.texts("section:not([hidden]) h2")] == [
