@@ -11,6 +11,7 @@ import pytest
 
 import weights_loader
 from models import ROOT, noise, run_script
+from support import plots
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FEW = {"train.py": "--steps 2 --batch 2 --preview 0", "sample.py": "--steps 1",
@@ -29,8 +30,8 @@ def commands():
 
 @pytest.fixture
 def desk(weights, tmp_path, monkeypatch):
-    """A folder with the examples and a person's photographs, where `tiny` is a random model."""
-    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    """A folder with an example of each kind and a person's photographs, where `tiny` is a random model."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=shutil.ignore_patterns("[1-9]*.png"))
     (tmp_path / "my_photos").mkdir()
     for k in range(3):
         noise(40, 30, seed=k).save(tmp_path / "my_photos" / f"{k}.jpg")
@@ -41,6 +42,7 @@ def desk(weights, tmp_path, monkeypatch):
         code, _, error = run_script(*map(str, command[1:]))
         return SimpleNamespace(returncode=code, stdout="", stderr=error)
     monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(plots, "png", lambda figure: b"")      # test_diagnostics.py looks at them
     return weights
 
 
