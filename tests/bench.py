@@ -3,10 +3,12 @@
     python tests/bench.py                                  # everything: ten minutes on two quiet cores, 9 GB
     python tests/bench.py step train --device cuda
     python tests/bench.py bf16 --latent 8                  # a CPU without bfloat16: diffusers takes minutes
+    python tests/bench.py step bf16 --peers --threads 1    # also against what makes diffusers' U-Net faster
 
 `plain` are our networks as they are, `fast` after fast_cpu.enable. All hold the same weights and take turns,
 so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With one
-thread, seconds of the processor are counted, not the clock's: other programs disturb them little. Parts:
+thread, seconds of the processor are counted, not the clock's: other programs disturb them little. The peers
+are diffusers' U-Net compiled by torch.compile (`compiled`) and by OpenVINO (`openvino`). Parts:
     memory  peak memory of loading from files and one guided step in float32
     step    one guided step (two latents) in float32
     bf16    the same in bfloat16, with each one's error against float32
@@ -14,6 +16,7 @@ thread, seconds of the processor are counted, not the clock's: other programs di
 """
 
 import argparse
+import copy
 import gc
 import importlib.util
 import resource
@@ -51,19 +54,14 @@ def plain_unet(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.S
     return network.bfloat16().to(dtype).eval().requires_grad_(False)
 
 
-def has_diffusers() -> bool:
-    return importlib.util.find_spec("diffusers") is not None
-
-
 def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1) -> dict[str, nn.Module]:
-    """The networks that take turns, with the same weights; without diffusers where it is not installed."""
+    """The networks that take turns, with the same weights."""
+    from diffusers import UNet2DConditionModel
     networks = {"plain": plain_unet(dtype, device, config)}
     with torch.device("meta"):
-        if has_diffusers():
-            from diffusers import UNet2DConditionModel
-            networks["diffusers"] = UNet2DConditionModel.from_config(
-                weight_names.write_config("unet", config))
-        networks |= {"fast": unet.UNet(config)} if device == "cpu" else {"contiguous": unet.UNet(config)}
+        networks["diffusers"] = UNet2DConditionModel.from_config(weight_names.write_config("unet", config))
+        if device == "cpu":
+            networks["fast"] = unet.UNet(config)
     for network in networks.values():
         network.load_state_dict(networks["plain"].state_dict(), assign=True)
         network.eval().requires_grad_(False)
@@ -73,6 +71,26 @@ def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1)
         fast = networks["fast"]
         fast_cpu.enable(SimpleNamespace(device=torch.device("cpu"), unet=fast, vae=fast, text_encoder=fast))
     return networks
+
+
+def openvino_unet(network: nn.Module, z: Tensor, e: Tensor) -> Callable[..., SimpleNamespace]:
+    """diffusers' U-Net compiled for a guided step of these sizes, in e's precision, and called like it."""
+    import openvino
+
+    class Sample(nn.Module):
+        def forward(self, *args: Tensor) -> Tensor:
+            return exact(*args).sample
+
+    exact, data = copy.deepcopy(network).float(), (torch.cat([z, z]), torch.tensor(TIMESTEP), e.float())
+    graph = openvino.convert_model(Sample(), example_input=data, input=[list(x.shape) for x in data])
+    compiled = openvino.compile_model(graph, "CPU", {
+        "INFERENCE_PRECISION_HINT": "bf16" if e.dtype == torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+
+    def run(z: Tensor, t: int, encoder_hidden_states: Tensor) -> SimpleNamespace:
+        output, = compiled((z.float(), torch.tensor(t), encoder_hidden_states.float())).values()
+        return SimpleNamespace(sample=torch.from_numpy(output))
+    return run
 
 
 def inputs(args: argparse.Namespace, dtype: torch.dtype, n: int = 1,
@@ -140,11 +158,12 @@ def compare(part: str, jobs: dict[str, Callable[[], Tensor]], args: argparse.Nam
 
 
 def report(part: str, numbers: dict[str, float], unit: str):
-    """Print each of our numbers against diffusers', and whether a ratio of times meets its bar."""
-    for name in [name for name in ("plain", "fast") if name in numbers]:
-        ratio, bar = numbers[name] / numbers["diffusers"], BARS.get(part) if name == "fast" else PLAIN_BAR
-        verdict = f"bar {bar:.2f} {'met' if ratio <= bar else 'MISSED'}" if part in BARS else ""
-        print(f"{part:8} {name:6} {numbers[name]:8.3f} {unit}  diffusers {numbers['diffusers']:8.3f} {unit}  "
+    """Print each number against diffusers', and whether a ratio of our times meets its bar."""
+    theirs = numbers.pop("diffusers")
+    for name, number in numbers.items():
+        ratio, bar = number / theirs, {"plain": PLAIN_BAR, "fast": BARS.get(part)}.get(name)
+        verdict = f"bar {bar:.2f} {'met' if ratio <= bar else 'MISSED'}" if bar and part in BARS else ""
+        print(f"{part:8} {name:8} {number:8.3f} {unit}  diffusers {theirs:8.3f} {unit}  "
               f"ratio {ratio:.3f}  {verdict}", flush=True)
 
 
@@ -158,7 +177,12 @@ def bench_time(part: str, args: argparse.Namespace):
     if part == "bf16":
         dtype = torch.bfloat16
         expected = guided_step(plain_unet(torch.float32, args.device), *inputs(args, torch.float32))()
-    jobs = {name: make(network, *inputs(args, dtype)) for name, network in build(dtype, args.device).items()}
+    networks, data = build(dtype, args.device), inputs(args, dtype)
+    if args.peers and part != "train":
+        networks["compiled"] = torch.compile(networks["diffusers"])
+        if args.device == "cpu" and importlib.util.find_spec("openvino"):
+            networks["openvino"] = openvino_unet(networks["diffusers"], *data)
+    jobs = {name: make(network, *data) for name, network in networks.items()}
     results = {name: job() for name, job in jobs.items()}
     against = expected if part == "bf16" else results["diffusers"]
     print(f"{part:8} difference to {'float32' if part == 'bf16' else 'diffusers'}: " + ", ".join(
@@ -175,6 +199,7 @@ def bench_memory(args: argparse.Namespace):
         for who in ("write", "plain", "fast", "diffusers"):
             output = subprocess.run([*run, f"child-{who}"], check=True, capture_output=True, text=True).stdout
             peaks[who] = float(output.split()[-1])
+        del peaks["write"]
         report("memory", peaks, "GB")
 
 
@@ -210,6 +235,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: all cores)")
     parser.add_argument("--latent", type=int, default=64, help="side of the latents (default: 64)")
+    parser.add_argument("--peers", action="store_true", help="step and bf16: also compiled, see above")
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -220,6 +246,8 @@ def main():
     processor = torch.cuda.get_device_name() if args.device == "cuda" else (
         f"{args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
     print(f"torch {torch.__version__}, {processor}, {args.latent}x{args.latent} latents", flush=True)
+    if args.peers and not importlib.util.find_spec("openvino"):
+        print("OpenVINO is not installed")
     for part in sorted(args.parts or PARTS, key=PARTS.index):
         with torch.set_grad_enabled(part == "train"):
             bench_memory(args) if part == "memory" else bench_time(part, args)
