@@ -19,7 +19,6 @@ In float32, torch lets cuDNN round the inputs of convolutions to 11 bits (TF32) 
 is compared is computed without that, what is timed with it.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -154,8 +153,7 @@ def cost(args: Namespace, jobs: dict, networks: dict, repeats: int = REPEATS) ->
         job()
         torch.cuda.synchronize()
         memory[name] = f"{(torch.cuda.max_memory_allocated() - others) / 1e9:.1f} GB"
-    times = bench.measure(jobs, args.device, repeats)
-    seconds = {name: statistics.median(times[name]) for name in jobs}
+    seconds = bench.measure(jobs, args.device, repeats)
     return seconds, ", ".join(f"{name} {seconds[name]:.4f} s {memory[name]}" for name in jobs)
 
 
@@ -166,7 +164,7 @@ def speed(args: Namespace, precision: str) -> Lines:
     for name, (batch, parts, checkpointing) in ({"guided step": (1, 1, False)} | args.shapes).items():
         networks["plain"].checkpointing = checkpointing
         getattr(networks["diffusers"], f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
-        data = bench.inputs(args, dtype, batch // parts, config.cross_attention_dim)
+        data = bench.inputs(args.latent, dtype, args.device, batch // parts, config.cross_attention_dim)
         guided, jobs = name == "guided step", {}
         for who in ("plain", "diffusers"):
             jobs[who] = (bench.guided_step(networks[who], *data) if guided else
