@@ -13,8 +13,8 @@ import weights_loader
 from models import ROOT, noise, run_script
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-FEW = {"train.py": "--steps 2 --batch 2 --preview 0", "sample.py": "--steps 1",
-       "diagnostics.py": "--steps 2 --training-steps 1"}       # more options, to take seconds
+FEW = {"train.py": "--steps 1 --batch 2 --preview 0", "sample.py": "--steps 1",
+       "diagnostics.py": "--steps 1 --training-steps 1"}       # more options, to take seconds
 
 
 def commands():

@@ -69,7 +69,7 @@ def three(run, tmp_path_factory):
 # --------------------------------------------------------------------------------------------------- the step
 
 @pytest.mark.parametrize("lock", KEYS)
-def test_a_step_changes_what_is_trained_and_nothing_else(setting, lock):
+def test_a_step_changes_what_is_trained_and_gradients_reach_nothing_else(setting, lock):
     training = setting(keys=lock)
     networks = training.model.unet, training.model.text_encoder
     frozen = [p.clone() for network in networks for p in network.parameters()]
@@ -275,7 +275,7 @@ def test_a_locked_key_stays_on_the_object_and_a_trained_key_leaks():
     def inside(prompt, concepts, word):
         keys, values, positions, gates = perfusion.condition(model, [prompt], concepts)
         place, = positions[0][word] if concepts else model.tokenizer.find(prompt, word)
-        assert not concepts or gates[0, place[-1], 0] > 0.8         # the word opens its gate; 0.88 where e = i_star
+        assert not concepts or gates[0, place[-1], 0] > 0.8     # the word opens its gate: 0.88 at i_star
         where = noised_map(model, data.latents[:, 0], 400, keys, values, place)
         return share_inside(where, data.masks[:, 0, 0]).mean().item()
     ordinary = inside("a photo of a teddy bear", [], "teddy bear")
