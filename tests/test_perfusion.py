@@ -12,7 +12,6 @@ import perfusion
 from concept import KEYS, Concept, prepare
 from models import tiny_model
 from perfusion import edit, split
-from unet import SD_V1, UNet
 
 d, B, T = 16, 2, 5
 EXACT = dict(rtol=0, atol=1e-10)        # float64: about 1e4 roundings of numbers near 1
@@ -22,12 +21,10 @@ def normal(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def metric(seed=1):
-    """A covariance with a condition number of about 1e4, and its inverse."""
-    spread = torch.logspace(-2, 0, d, dtype=torch.float64)
-    x = normal(200, d, seed=seed) * spread @ torch.linalg.qr(normal(d, d, seed=seed + 1))[0]
-    C = x.T @ x / len(x)
-    return C, torch.linalg.inv(C)
+# A covariance with a condition number of about 1e4, and its inverse.
+x = normal(200, d, seed=1) * torch.logspace(-2, 0, d) @ torch.linalg.qr(normal(d, d, seed=2))[0]
+C = x.T @ x / len(x)
+C_INVERSE = torch.linalg.inv(C)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +39,7 @@ def model():
 def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
     i_star = normal(d, seed=seed)
     targets = [normal(len(o), seed=seed + 1) for o in model.unet.values(i_star)]
-    return Concept(token, "teddy bear", normal(k, d, seed=seed), i_star, metric()[1] @ i_star, targets,
+    return Concept(token, "teddy bear", normal(k, d, seed=seed), i_star, C_INVERSE @ i_star, targets,
                    [o + 1 for o in targets] if lock == "trained" else None, keys=lock,
                    layers=model.unet.layer_names(), metadata={"base": "", "steps": 3})
 
@@ -50,10 +47,9 @@ def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
 # ---------------------------------------------------------------------------------------------- the equations
 
 def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_outputs_over_C_less():
-    """Why C^-1: against random maps with the same property, and against the minimum that Lagrange gives."""
-    C, C_inverse = metric()
+    """Why C^-1: against random maps with the same property."""
     W, i_star, o_star = normal(8, d, seed=8), normal(d, seed=7), normal(8, seed=9)
-    d_star = C_inverse @ i_star
+    d_star = C_INVERSE @ i_star
     e_perp, ratio = split(torch.eye(d, dtype=torch.float64)[None], i_star[None], d_star[None])
     h, = edit(lambda x: [x @ W.T], e_perp, ratio, [o_star[None]])         # W' of every unit vector
     edited = h[0].T
@@ -68,35 +64,27 @@ def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_
         away = normal(8, d, seed=100 + seed)
         away -= torch.outer(away @ i_star, i_star) / (i_star @ i_star)     # keeps the constraint
         assert change(edited + 0.01 * away) > change(edited)
-    # The gradient of the change and that of the constraint, in one linear system: (2 C, i*; i*^T, 0).
-    system = torch.zeros(d + 1, d + 1, dtype=torch.float64)
-    system[:d, :d], system[:d, d], system[d, :d] = 2 * C, i_star, i_star
-    right = torch.cat([2 * C @ W.T, o_star[None]])
-    torch.testing.assert_close(torch.linalg.solve(system, right)[:d].T, edited, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_the_n_by_n_solve_is_the_papers_cholesky_and_qr(n):
-    C, C_inverse = metric()
     e, I = normal(B, T, d), normal(n, d, seed=11)
     L = torch.linalg.cholesky(C)                                    # x -> L^-1 x makes the metric Euclidean
     Q, _ = torch.linalg.qr(torch.linalg.solve_triangular(L, I.T, upper=False))
     white = torch.linalg.solve_triangular(L, e.reshape(-1, d).T, upper=False)
     expected = (L @ (white - Q @ (Q.T @ white))).T.reshape(B, T, d)
-    e_perp, _ = split(e, I, I @ C_inverse)
+    e_perp, _ = split(e, I, I @ C_INVERSE)
     torch.testing.assert_close(e_perp, expected, **EXACT)
-    torch.testing.assert_close(split(e_perp, I, I @ C_inverse)[1], e_perp.new_zeros(B, T, n), **EXACT)
+    torch.testing.assert_close(split(e_perp, I, I @ C_INVERSE)[1], e_perp.new_zeros(B, T, n), **EXACT)
 
 
 def test_the_metric_stays_in_float32_under_autocast_and_for_half_precision_encodings():
-    _, C_inverse = metric()
-    e, i_star = normal(B, T, d).bfloat16(), normal(d, seed=7)
-    D = (C_inverse @ i_star)[None].float()
+    e, i_star = normal(B, T, d).bfloat16(), normal(1, d, seed=7).float()
+    d_star = i_star @ C_INVERSE.float()
     with torch.autocast("cpu", torch.bfloat16):
-        e_perp, ratio = split(e, i_star[None].float(), D)
-    exact = e.float() @ D[0] / (i_star.float() @ D[0])
+        e_perp, ratio = split(e, i_star, d_star)
     assert e_perp.dtype == torch.bfloat16 and ratio.dtype == torch.float32
-    torch.testing.assert_close(ratio[..., 0], exact, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ratio, split(e.float(), i_star, d_star)[1])
 
 
 # -------------------------------------------------------------------------------------------- keys and values
@@ -162,7 +150,7 @@ def test_the_embedding_is_written_at_every_occurrence_and_receives_its_gradient(
 def test_two_concepts_of_one_kind_are_named_with_their_similarity_to_one_another(model):
     first, other = concept(model), concept(model, "<hat>", seed=20)
     i_star = 0.9 * first.i_star + 0.1 * other.i_star
-    near = dataclasses.replace(other, token="<cat>", i_star=i_star, d_star=metric()[1] @ i_star)
+    near = dataclasses.replace(other, token="<cat>", i_star=i_star, d_star=C_INVERSE @ i_star)
     ab, ba = (x.i_star @ y.d_star / (y.i_star @ y.d_star) for x, y in ((first, near), (near, first)))
     with pytest.warns(UserWarning, match=f"<teddy> and <cat> are of one kind.*{ab:.2f} and {ba:.2f}") as said:
         prepare([first, other, near], model)
@@ -202,17 +190,6 @@ def test_a_file_comes_back_as_it_was_written(model, tmp_path):
             directions = [c.d_star.double() / c.d_star.norm() for c in (read, written)]
             torch.testing.assert_close(*directions, rtol=0, atol=1e-7)
         assert [path.name for path in tmp_path.iterdir()] == ["teddy.safetensors"]
-
-
-def test_a_concept_of_sd_v1_with_two_tokens_takes_at_most_36_kb(tmp_path):
-    with torch.device("meta"):
-        network = UNet(SD_V1)
-    names, sizes = network.layer_names(), [len(o) for o in network.values(torch.empty(768, device="meta"))]
-    assert names == sorted(names) and sum(sizes) == 12480           # in the order in which `load` puts them
-    written = Concept("<teddy>", "teddy bear", torch.randn(2, 768), torch.randn(768), torch.randn(768),
-                      [torch.randn(size) for size in sizes], metadata={"about": "x" * 100}, layers=names)
-    written.save(tmp_path / "c.safetensors")
-    assert (tmp_path / "c.safetensors").stat().st_size <= 36_000
 
 
 def test_a_d_star_of_any_scale_survives_float16(model, tmp_path):

@@ -26,7 +26,8 @@ def test_every_stage_leaves_its_log_and_the_result_loads_and_draws(smoke):
     folder, model = smoke
     for name in ("vae", "text2image", "clip"):
         assert (folder / "work" / f"{name}.jsonl").read_text().startswith('{"step": 1,')
-    assert (folder / "weights/clip/model.safetensors").exists() and (folder / "weights/covariance.safetensors").exists()
+    for name in ("clip/model", "covariance"):
+        assert (folder / "weights" / f"{name}.safetensors").is_file()
     text = perfusion.condition(model, ["", "a photo of a cat"], [])
     images = diffusion.draw(model, text.keys, text.values, [0], (64, 64), steps=2)
     assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all()
@@ -43,16 +44,6 @@ def test_the_attention_loss_is_small_where_the_noun_acts_on_its_object_alone():
         return pretrain.attention_loss([torch.stack([rest, share, rest], -1)], places, region).item()
     assert loss(region) < 1e-5 and loss(torch.ones_like(region)) > 0.3 and loss(1 - region) > 3
     assert loss(1 - region, -places) == 0       # an unnamed noun
-
-
-def test_the_attention_loss_teaches_the_queries_and_the_text():
-    unet, e = pretrain.UNet(pretrain.UNET_CONFIG), torch.randn(1, 32, 128, requires_grad=True)
-    keys = unet.keys(e)
-    with pretrain.record_queries(unet) as queries:
-        unet(torch.randn(1, unet.config.in_channels, 16, 16), torch.tensor([100]), keys, unet.values(e))
-    maps = pretrain.attention(queries, keys, 2)
-    pretrain.attention_loss(maps, torch.tensor([[3, -1]]), torch.rand(1, 2, 16, 16)).backward()
-    assert e.grad[0, 3].any() and all(layer.to_q.weight.grad.any() for layer in unet.cross_attentions)
 
 
 def test_a_picture_depends_on_its_number_alone(smoke):

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import multiprocessing
 import shutil
-import socket
 import sys
 import time
 
@@ -13,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import covariance
 import diffusion
@@ -28,6 +28,7 @@ from train import Settings, Training
 from weights_loader import load
 
 SMALL = ["--super", "teddy bear", "--resolution", 16, "--batch", 4, "--preview", 0, "--device", "cpu"]
+
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +155,13 @@ def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictur
     assert (out / "loss.csv").read_text().count("\n") == 4               # with its header
 
 
-@pytest.mark.parametrize("content", [           # of diffusers, of the web UI, of the original code
-    {"<x>": torch.ones(16)}, {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 16)}},
-    {"string_to_param": torch.nn.ParameterDict({"*": torch.ones(1, 16)})}])
-def test_a_textual_inversion_is_read_in_every_form(tmp_path, content):
-    torch.save(content, tmp_path / "x.pt")
-    assert torch.equal(export.read_embedding(tmp_path / "x.pt"), torch.ones(1, 16))
-
-
-def test_a_training_can_start_from_a_textual_inversion(run, tmp_path):
-    save_file({"emb_params": torch.full((2, 16), 0.5)}, tmp_path / "x.safetensors")
+def test_a_training_starts_from_a_textual_inversion_in_every_form(run, tmp_path):
+    x, file = torch.full((2, 16), 0.5), tmp_path / "x.pt"
+    for content in ({"<x>": x}, {"string_to_token": {"*": 265}, "string_to_param": {"*": x}},
+                    {"string_to_param": torch.nn.ParameterDict({"*": x})}):
+        torch.save(content, file)               # of diffusers, of the web UI, of the original code
+        assert torch.equal(export.read_embedding(file), x)
+    save_file({"emb_params": x}, tmp_path / "x.safetensors")
     run(tmp_path, "--steps", 1, "--lock", "none", "--masks", "none", "--token", "<my_bear>",
         "--init-embedding", tmp_path / "x.safetensors")
     concept = Concept.load(tmp_path / "my_bear.safetensors")
@@ -198,18 +196,13 @@ def same_file(a, b, name="teddy.safetensors"):
     return (a / name).read_bytes() == (b / name).read_bytes()
 
 
-def started(run, *arguments):
-    """A run in a process of its own, forked, as importing torch anew takes seconds."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=arguments)
-    process.start()
-    return process
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_a_killed_training_resumes_and_ends_bit_identical(run, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(whole, "--steps", 7)
-    process = started(run, killed, "--steps", 7, "--checkpoint", 2)
+    fork = multiprocessing.get_context("fork")      # importing torch anew takes seconds
+    process = fork.Process(target=run, args=(killed, "--steps", 7, "--checkpoint", 2))
+    process.start()
     while process.is_alive() and not (killed / "checkpoint.pt").exists():
         time.sleep(0.01)
     process.kill()
@@ -219,19 +212,10 @@ def test_a_killed_training_resumes_and_ends_bit_identical(run, tmp_path):
     assert same_file(whole, killed) and same_file(whole, killed, "loss.csv")
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(run, three, tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in "01":                           # as torchrun does
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                            "RANK": rank, "LOCAL_RANK": rank}.items():
-            monkeypatch.setenv(name, value)
-        processes.append(started(run, tmp_path, "--steps", 3))
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+def test_two_processes_train_as_one_with_the_same_global_batch(run, three, tmp_path):
+    launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", start_method="fork", monitor_interval=0.01)
+    elastic_launch(launch, run)(tmp_path, "--steps", 3)         # what torchrun calls
     one, two = (torch.load(out / "checkpoint.pt") for out in (three[0], tmp_path))
     for a, b in zip([*one["learned"], one["i_star"]], [*two["learned"], two["i_star"]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)      # float32, and sums in another order
