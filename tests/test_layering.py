@@ -21,7 +21,7 @@ ROWS = [row.split() for row in (  # a file may import project files of the rows 
     "tiny.make_examples",
     "tiny.judge")]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
-         for folder in ("", "support", "tiny") for path in (ROOT / folder).glob("[!_]*.py")}
+         for folder in ("", "support", "tiny") for path in (ROOT / folder).glob("*.py")}
 LEVEL = dict.fromkeys(FILES, len(ROWS)) | {name: level for level, row in enumerate(ROWS) for name in row}
 PACKAGES = {  # what these may import besides torch, the standard library and the project
     "": "perfusion attention_maps unet vae diffusion support.command_line support.processes",
