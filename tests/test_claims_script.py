@@ -1,5 +1,4 @@
 """tiny/claims.py: which rows are measured, what their intervals say, and what is written."""
-import argparse
 import json
 import math
 from types import SimpleNamespace
@@ -31,7 +30,7 @@ def test_a_claim_holds_when_its_interval_lies_above_zero(differences, says):
 
 def test_the_results_hold_a_verdict_of_every_claim_and_the_values_of_every_picture(tmp_path):
     """Of four concepts of two pictures: locked keys keep both things in all of them, trained keys in none."""
-    args = argparse.Namespace(concepts=4, seeds=2, sampling_steps=1, records=tmp_path / "kept.json")
+    args = SimpleNamespace(concepts=4, seeds=2, sampling_steps=1, records=tmp_path / "kept.json")
     study = claims.Study(SimpleNamespace(fingerprint="of the base"), None, None, tmp_path, args)
     (tmp_path / "records").mkdir()
     for row in claims.ROWS:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from safetensors import safe_open
 
 import covariance
 from models import run_script, tiny_model, write_weights
@@ -17,12 +16,6 @@ def model(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(covariance, "CAPTIONS", 200)
     return load(write_weights(tmp_path / "weights"))
-
-
-def captions_of(path):
-    """What a file says of its captions."""
-    with safe_open(path, "pt") as file:
-        return file.metadata()["captions"]
 
 
 def test_it_is_the_mean_outer_product_of_the_encodings():
@@ -52,7 +45,7 @@ def test_built_in_captions_are_reproducible_and_varied():
 def test_it_is_computed_once_for_a_model_kept_beside_its_weights_and_again_where_the_file_is_damaged(model):
     lines, path = [], model.folder / covariance.FILE
     C = covariance.cached(model, lines.append)
-    assert len(lines) == 2 and "condition number" in lines[1] and captions_of(path) == "built-in 200"
+    assert len(lines) == 2 and "condition number" in lines[1] and path.is_file()
     assert torch.equal(covariance.cached(model, lines.append), C) and len(lines) == 2
     path.write_bytes(b"damaged")
     assert torch.equal(covariance.cached(model, lines.append), C) and len(lines) == 4
@@ -78,4 +71,4 @@ def test_the_script_stores_and_reports(model, tmp_path):
     captions.write_text("\n".join(covariance.built_in_captions(90, model.tokenizer)))
     code, said, _ = run_script("covariance.py", "--weights", model.folder, "--captions", captions)
     assert code == 0 and "90 captions, condition number" in said
-    assert captions_of(model.folder / covariance.FILE) == "captions.txt"
+    assert torch.linalg.cond(covariance.cached(model)) > 1 and str(model.folder / covariance.FILE) in said

@@ -15,10 +15,8 @@ ROWS = [row.split() for row in (  # a file may import project files of the rows 
     "concept attention_maps support.weight_names support.clip_image support.plots",
     "weights_loader support.pictures diffusers_hook",
     "support.fast_cpu support.accumulation support.training_files",
-    "support.base_model support.study",
-    "covariance export support.page",
-    "tiny.world",
-    "tiny.make_examples",
+    "support.base_model support.study tiny.world",
+    "covariance export support.page tiny.make_examples",
     "tiny.judge")]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
          for folder in ("", "support", "tiny") for path in (ROOT / folder).glob("*.py")}
@@ -45,13 +43,14 @@ def imports(source):
 
 
 def violations(files=FILES):
-    """Imports that do not point downwards, or point into tiny/ from outside, as "importing -> imported"."""
+    """Imports that do not point downwards, or point into tiny/ from outside, as "importing -> imported".
+
+    The files in tiny/ import one another by their bare names.
+    """
     found = set()
     for name, source in files.items():
-        seen = imports(source)
-        if name.startswith("tiny."):            # there they have their bare names
-            seen = seen | {f"tiny.{module}" for module in seen}
-        for other in seen & set(files) - {name}:
+        beside = {f"tiny.{module}" for module in imports(source)} if name.startswith("tiny.") else set()
+        for other in (imports(source) | beside) & set(files) - {name}:
             if LEVEL[other] >= LEVEL[name] or other.startswith("tiny.") > name.startswith("tiny."):
                 found.add(f"{name} -> {other}")
     return found

@@ -141,8 +141,7 @@ def test_the_embedding_is_written_at_every_occurrence_and_receives_its_gradient(
     ids, positions = model.tokenizer.encode(["<teddy> on <teddy>", "none"], {"<teddy>": teddy.words})
     plain = model.text_encoder.embed(ids)
     learned = perfusion.insert(plain, positions, [teddy])
-    changed = (learned != plain).any(-1)
-    assert changed.nonzero().tolist() == [[0, 1], [0, 2], [0, 4], [0, 5]]
+    assert (learned != plain).any(-1).nonzero().tolist() == [[0, 1], [0, 2], [0, 4], [0, 5]]
     learned.sum().backward()
     assert torch.equal(teddy.embedding.grad, torch.full_like(teddy.embedding, 2))
 
@@ -164,32 +163,33 @@ REFUSED = {  # sentence -> what is refused
         [dataclasses.replace(first, o_values=[torch.ones(8)])], model),
     "<teddy> and <cat> cannot be told apart": lambda model, first: prepare(
         [first, dataclasses.replace(first, token="<cat>", d_star=3 * first.d_star)], model),
-    "two concepts are called <teddy>": lambda model, first: prepare([first, first], model)}
+    "two concepts are called <teddy>": lambda model, first: prepare([first, first], model),
+    "values.down.0.0 is not finite in torch.float16": lambda model, first: dataclasses.replace(
+        first, o_values=[1e6 * o for o in first.o_values]).save("no folder/x")}      # float16 ends at 65504
 
 
 @pytest.mark.parametrize("sentence", REFUSED)
-def test_what_cannot_be_used_is_refused(model, sentence):
+def test_what_cannot_be_used_or_written_is_refused(model, sentence):
     with pytest.raises(ValueError, match=sentence):
         REFUSED[sentence](model, concept(model))
 
 
 # --------------------------------------------------------------------------------------------------- the file
 
-def test_a_file_comes_back_as_it_was_written(model, tmp_path):
-    for lock in KEYS:
-        written = concept(model, lock=lock)
-        written.save(tmp_path / "teddy.safetensors", torch.float32)
-        read = Concept.load(tmp_path / "teddy.safetensors")
-        for name in ("token", "super_category", "beta", "tau", "keys", "metadata"):
-            assert getattr(read, name) == getattr(written, name)
-        torch.testing.assert_close(read.embedding, written.embedding.float())
-        assert (read.i_star is None) == (lock == "none") and (read.o_keys is None) == (lock != "trained")
-        if lock != "none":
-            assert read.layers == written.layers
-            torch.testing.assert_close(read.o_values, [o.float() for o in written.o_values])
-            directions = [c.d_star.double() / c.d_star.norm() for c in (read, written)]
-            torch.testing.assert_close(*directions, rtol=0, atol=1e-7)
-        assert [path.name for path in tmp_path.iterdir()] == ["teddy.safetensors"]
+@pytest.mark.parametrize("lock", KEYS)
+def test_a_file_comes_back_as_it_was_written(model, tmp_path, lock):
+    written = concept(model, lock=lock)
+    written.save(tmp_path / "teddy.safetensors", torch.float32)
+    read = Concept.load(tmp_path / "teddy.safetensors")
+    for name in ("token", "super_category", "beta", "tau", "keys", "metadata"):
+        assert getattr(read, name) == getattr(written, name)
+    torch.testing.assert_close(read.embedding, written.embedding.float())
+    assert (read.i_star is None) == (lock == "none") and (read.o_keys is None) == (lock != "trained")
+    if lock != "none":
+        assert read.layers == written.layers and torch.equal(read.i_star, written.i_star.float())
+        torch.testing.assert_close(read.o_values, [o.float() for o in written.o_values])
+    if lock == "trained":
+        torch.testing.assert_close(read.o_keys, [o.float() for o in written.o_keys])
 
 
 def test_a_d_star_of_any_scale_survives_float16(model, tmp_path):
@@ -223,11 +223,3 @@ def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(model, tmp_path
         Concept.load(path)
     assert f"c.safetensors is {'a LoRA' if name == 'a LoRA' else ''}" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_a_number_that_the_file_cannot_hold_is_not_written(model, tmp_path):
-    broken = concept(model)
-    broken.o_values[0][0] = 1e6                                           # float16 ends at 65504
-    with pytest.raises(ValueError, match="values.down.0.0 is not finite"):
-        broken.save(tmp_path / "c.safetensors")
-    assert not any(tmp_path.iterdir())

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import perfusion
 import weights_loader
-from models import ROOT, noise, run_script
+from models import ROOT, run_script
 from support import plots, study
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -20,9 +20,7 @@ FEW = {"train.py": "--steps 1 --batch 2 --preview 0", "sample.py": "--steps 1",
 def test_every_command_runs_in_its_order_and_so_does_the_snippet(weights, tmp_path, monkeypatch):
     """Beside the examples and a person's photographs; `tiny` is a random model."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
-    (tmp_path / "my_photos").mkdir()
-    for k in range(3):
-        noise(40, 30, seed=k).save(tmp_path / "my_photos" / f"{k}.jpg")
+    shutil.copytree(ROOT / "examples" / "dog", tmp_path / "my_photos")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(weights_loader, "TINY", weights)
 
