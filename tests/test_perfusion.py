@@ -59,7 +59,6 @@ def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_
     edited = h[0].T
     torch.testing.assert_close(edited, W + torch.outer(o_star - W @ i_star, d_star) / (i_star @ d_star), **EXACT)
     torch.testing.assert_close(edited @ i_star, o_star, **EXACT)
-    assert torch.linalg.matrix_rank(edited - W) == 1
 
     def change(other):
         return torch.trace((other - W) @ C @ (other - W).T)               # E |(W' - W) e|^2
@@ -109,8 +108,7 @@ def both(model, concepts, lock="local", beta=0.7, tau=0.15, prompts=["a <teddy> 
 def test_the_global_lock_uses_the_plain_keys_of_the_super_category_prompt(model):
     teddy, = prepare([concept(model)], model)
     _, e_super, (keys, values, *_) = both(model, [teddy], lock="global")
-    prompts = ["a teddy bear and a <cat> on the beach"]
-    plain, *_ = perfusion.encode(model.text_encoder, model.tokenizer, prompts, [])
+    plain, _, _ = both(model, [], prompts=["a teddy bear and a <cat> on the beach"])
     torch.testing.assert_close(e_super, plain, **EXACT)
     for k, expected, v, local in zip(keys, model.unet.keys(plain), values, both(model, [teddy])[2].values):
         torch.testing.assert_close(k, expected, **EXACT)
@@ -242,10 +240,9 @@ def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(model, tmp_path
         tensors = load_file(path) | tensors
     save_file({key: x for key, x in tensors.items() if x is not None}, path,
               header and {"concept": header})
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=r"c\.safetensors is .*\Z") as error:
         Concept.load(path)
-    assert f"c.safetensors is {'a LoRA' if name == 'a LoRA' else ''}" in str(error.value)
-    assert "\n" not in str(error.value)
+    assert name != "a LoRA" or "is a LoRA" in str(error.value)
 
 
 def test_a_number_that_the_file_cannot_hold_is_not_written(model, tmp_path):
