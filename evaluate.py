@@ -102,7 +102,7 @@ def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_ima
     if clip.text_model is model.text_encoder:
         clip.text_model = copy.deepcopy(clip.text_model).float()
     else:
-        vocabulary = weights_loader.locate(source, weights_loader.VOCABULARY)["vocabulary"][0].parent
+        vocabulary = weights_loader.find_vocabulary(source)
         tokenizer = Tokenizer.load(vocabulary, clip.text_model.config.max_length)
     name = f"{model.name}'s own" if own and folder == own else source
     return clip.to(model.device), tokenizer, name

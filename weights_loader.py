@@ -180,10 +180,10 @@ def needs(variant: str | None) -> dict[str, list[str]]:
 
 def pieces(name: str, listed: set[str]) -> list[str]:
     """The files that hold what one of this name would: itself, or all of its shards, or none."""
-    shards = sorted(other for other in listed if SHARD.sub("", other) == name != other)
-    if name in listed or not shards or len(shards) != int(SHARD.search(shards[0])[1]):
-        return [name] if name in listed else []
-    return shards
+    if name in listed:
+        return [name]
+    shards = sorted(other for other in listed if SHARD.sub("", other) == name)
+    return shards if shards and len(shards) == int(SHARD.search(shards[0])[1]) else []
 
 
 def choose(place: str | Path, listed: set[str], need: dict) -> dict[str, list[str]]:
@@ -240,9 +240,9 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
                 if folder != wanted:
                     warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
                 return files
-        first, *_ = need.values()
-        raise ValueError(f"{repo}: not a folder here, and {first[0].split()[0]} and what belongs to it is neither "
-                         f"in the local cache nor to be had from the hub ({type(error).__name__})") from error
+        first = next(iter(need.values()))[0].split()[0]
+        raise ValueError(f"{repo}: not a folder here, and {first} and what belongs to it is neither in the "
+                         f"local cache nor to be had from the hub ({type(error).__name__})") from error
 
 
 def meant(weights: str) -> str | Path | None:
