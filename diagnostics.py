@@ -355,8 +355,8 @@ def write_page(run: Run) -> Path:
             "middle of its range. So the judge is the same for every lock, but it is attention too.")
     about = {"fingerprint": run.model.fingerprint, "made": made}
     folders = [args.images, args.second][:len(study.concepts)]
-    training = [[read_image(path, run.model.size[0])[0] / 2 + 0.5 for path in list_images(folder)[0][:5]]
-                if folder and folder.is_dir() else [] for folder in folders]
+    files = [list_images(path)[0][:10] if path and path.suffix != ".safetensors" else [] for path in folders]
+    training = [[read_image(file, run.model.size[0])[0] / 2 + 0.5 for file in own] for own in files]
     records = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else None
     with replacing(args.page) as path:
         path.write_text(page.page(study, training, about, records), encoding="utf-8")

@@ -114,11 +114,12 @@ def what_is(path: str | os.PathLike) -> str:
             start = file.read(LONGEST)
     except OSError:
         start = b""
-    # Of safetensors the header, after its length; of torch.save a pickle, alone or as the first in an archive.
+    # Of safetensors the header, after its length; of torch.save a pickle, alone or first in an archive.
     names = b"" if start[8:9] != b"{" else start[8:8 + int.from_bytes(start[:8], "little")]
     if start.startswith(tuple(FORMS)):
         names = start.removeprefix(b"PK").partition(b"PK")[0]
+    text = names.decode("latin-1")
     for pattern, what in KINDS.items():
-        if re.search(pattern, names.decode("latin-1"), re.DOTALL):
+        if re.search(pattern, text, re.DOTALL):
             return what
     return "a file of another kind"

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import clip_text
+import covariance
 import diffusion
 import perfusion
 import unet
@@ -159,12 +160,16 @@ def rewritten(folder, write, *more):
     return folder
 
 
-def write_weights(folder):
-    """The folder of a tiny_model in the published layout, with a CLIP of its own."""
+def write_weights(folder, captions=0):
+    """The folder of a tiny_model in the published layout, with a CLIP of its own; C of so many captions."""
     model = tiny_model()
     weights_loader.save(model, folder)
     config = clip_image.ImageConfig(16, 4, 16, 2, 2, 32, 8, 16)
     clip_image.save(clip_image.CLIP(config, model.text_encoder), folder / "clip")
+    if captions:
+        model = weights_loader.load(folder)
+        texts = covariance.built_in_captions(captions, model.tokenizer)
+        covariance.store(covariance.covariance(model.text_encoder, model.tokenizer, texts), model)
     return folder
 
 

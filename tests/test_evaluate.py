@@ -60,9 +60,10 @@ def folder(weights, tmp_path_factory):
 
 def evaluate(weights, folder, out, names, *arguments):
     """Run evaluate.py with one step on files of the folder; returns its rows and stdout."""
+    files = [folder / f"{name}.safetensors" for name in names]
     code, stdout, stderr = run_script(
         "evaluate.py", "--weights", weights, "--steps", 1, "--prompts", folder / "prompts.txt", "--images",
-        folder / "images", "--out", out, "--concept", *[folder / f"{name}.safetensors" for name in names], *arguments)
+        folder / "images", "--out", out, "--concept", *files, *arguments)
     assert code == 0, stderr
     return list(csv.DictReader(open(out / "results.csv"))), stdout
 

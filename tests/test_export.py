@@ -20,7 +20,7 @@ CLOSE = 1e-3  # of pictures in 0...1: the up vectors are float16
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:<teddy> and <cat> are of one")
-def test_diffusers_with_the_exported_files_draws_our_ungated_edit(weights, concept_files, tmp_path, monkeypatch):
+def test_diffusers_draws_our_ungated_edit_from_the_files(weights, concept_files, tmp_path, monkeypatch):
     """Of three concepts at once, whatever was trained. With gates = ratio, eq. 3 is W' e."""
     names, chosen = list(concept_files), list(concept_files.values())
     code, *_ = run_script("export.py", "--weights", weights, "--out", tmp_path, "--concept", *chosen)

@@ -363,7 +363,7 @@ def test_a_page_of_one_concept_without_trained_keys_or_records_has_the_other_par
     browser.open(path)
     assert browser.get_log("browser") == []
     assert [title.split()[0] for title in browser.texts("section:not([hidden]) h2")] == [
-        "Words", "Learn", "The", "Explore"]
+        "A", "Learn", "The", "Explore"]
     assert "both words" not in browser.texts("main")[0]
 
 
