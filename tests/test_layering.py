@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
     "support.files support.command_line support.intervals support.processes support.weight_files",
     "unet vae clip_text diffusion perfusion",
-    "concept attention_maps support.weight_names support.clip_image support.plots",
-    "weights_loader support.pictures diffusers_hook",
+    "concept attention_maps support.weight_names support.plots",
+    "weights_loader support.clip_image support.pictures diffusers_hook",
     "support.fast_cpu support.study support.accumulation support.training_files",
     "support.base_model support.page",
     "covariance export",
