@@ -29,11 +29,11 @@ import torch
 from tqdm import tqdm
 
 import diffusion
-import weights_loader
 from attention_maps import share_inside
 from concept import Concept, prepare
 from diffusion import ddim_timesteps
-from support import command_line, fast_cpu, page
+from support import command_line, page
+from support.base_model import open_model
 from support.command_line import between, unquoted
 from support.files import replacing
 from support.pictures import digest, list_images, read_image
@@ -81,32 +81,22 @@ def arguments(argv: Sequence[str] | None):
         parser.error("--prompt needs {} once, --pair twice")
     if bool(args.images) != bool(args.super_category) or not (args.images or args.concept):
         parser.error("give --images with --super, or a finished --concept")
-    if args.second and args.second.suffix != ".safetensors" and not args.second_super:
-        parser.error("--second with a folder of pictures needs --second-super")
+    if args.second and (args.second.suffix == ".safetensors") == bool(args.second_super):
+        parser.error("--second is a folder of pictures, with --second-super, or a finished file without it")
     return args
 
 
 # ------------------------------------------------------------------------ what is given, and what is trained
-
-def load_model(args):
-    device = command_line.pick_device(args.device)
-    model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
-                                args.tokenizer, prediction=args.prediction)
-    fast_cpu.enable(model)
-    return model
-
 
 def concept_files(args, model) -> tuple[list[dict], list[tuple]]:
     """For each concept {lock: its file, or the folder of its training}; the trainings that are missing."""
     given = {lock: file for option, lock in VERSIONS.items() if (file := getattr(args, option))}
     sources = [(given, args.images, args.super_category)]
     if args.second:
-        sources.append(({"locked": args.second}, None, None) if args.second.suffix == ".safetensors" else
-                       ({}, args.second, args.second_super))
+        sources.append(({}, args.second, args.second_super) if args.second_super else
+                       ({"locked": args.second}, None, None))
     missing = []
     for files, pictures, words in sources:
-        for file in files.values():
-            Concept.load(file)        # what is wrong with it is said before minutes of training
         for lock in VERSIONS.values() if pictures else ():
             if lock not in files:
                 files[lock] = training_folder(args, model, pictures, words, lock)
@@ -195,10 +185,12 @@ def start(argv: Sequence[str] | None = None) -> Run:
     args = arguments(argv)
     for folder in (args.out, args.page.parent):
         folder.mkdir(parents=True, exist_ok=True)
-    model = load_model(args)
+    given = [args.concept, args.trained, args.inversion, None if args.second_super else args.second]
+    given = [Concept.load(file) for file in given if file]      # what is wrong is said before minutes go by
+    model = open_model(args, given)
     args.training_steps = args.training_steps or (160 if model.small else 400)
     args.guidance = model.guidance if args.guidance is None else args.guidance
-    if args.super_category:         # what can be wrong is said before minutes of training
+    if args.super_category:
         check_room(model, args.prompt, [args.super_category])
     files, missing = concept_files(args, model)
     announce(args, model, len(missing))
@@ -207,7 +199,7 @@ def start(argv: Sequence[str] | None = None) -> Run:
         for n, training in enumerate(missing, 1):
             print(f"training {n} of {len(missing)}: {training[2]}, --keys {training[3]}", flush=True)
             train(args, *training)
-        model = load_model(args)
+        model = open_model(args, given)
     concepts = [read_concepts(model, own) for own in files]
 
     def study(template, concepts):
@@ -216,10 +208,10 @@ def start(argv: Sequence[str] | None = None) -> Run:
     one, pair = study(args.prompt, concepts[:1]), study(args.pair, concepts) if len(concepts) == 2 else None
     for word in args.words:
         one.rows(word)
-    drawing = [f'python sample.py "{(pair or one).prompt}"']
-    drawing += [f"--concept {concept_file(own['locked'])}" for own in files]
+    options = [word for own in files for word in ("--concept", concept_file(own["locked"]))]
+    drawing = command_line.command(args, "sample.py", (pair or one).prompt, *options)
     bar = tqdm(unit="picture", desc="drawing", delay=1)
-    return Run(args, model, one, pair, bar, " ".join(drawing))
+    return Run(args, model, one, pair, bar, drawing)
 
 
 # ---------------------------------------------------------------------------- the figures, with their numbers
@@ -363,8 +355,8 @@ def write_page(run: Run) -> Path:
             "middle of its range. So the judge is the same for every lock, but it is attention too.")
     about = {"fingerprint": run.model.fingerprint, "made": made}
     folders = [args.images, args.second][:len(study.concepts)]
-    training = [[read_image(path, run.model.size[0])[0] / 2 + 0.5 for path in list_images(folder)[0][:5]]
-                if folder and folder.is_dir() else [] for folder in folders]
+    files = [list_images(path)[0][:10] if path and path.suffix != ".safetensors" else [] for path in folders]
+    training = [[read_image(file, run.model.size[0])[0] / 2 + 0.5 for file in own] for own in files]
     records = json.loads(RECORDS.read_text(encoding="utf-8")) if RECORDS.exists() else None
     with replacing(args.page) as path:
         path.write_text(page.page(study, training, about, records), encoding="utf-8")

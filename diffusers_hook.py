@@ -65,8 +65,8 @@ class Edit:
     def check(self, unet, inputs, named, output) -> None:
         """A forward hook of the U-Net: an edit that does not act, or not on a prompt, is never silent."""
         if self.ran != set(self.targets):
-            raise ValueError(f"the edit acted in {len(self.ran)} of {len(self.targets)} layers: the U-Net was "
-                             "changed and does not call the others, for instance by fuse_qkv_projections()")
+            raise ValueError(f"the edit acted in {len(self.ran)} of {len(self.targets)} layers: the U-Net "
+                             "was changed and does not call the others, as by fuse_qkv_projections()")
         self.ran, self.drawn = set(), True
         e = named["encoder_hidden_states"] if "encoder_hidden_states" in named else inputs[2]
         if not self.warned and self.super_encodings(e) is None:

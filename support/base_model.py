@@ -5,6 +5,7 @@
 
 import argparse
 import warnings
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -13,23 +14,28 @@ from concept import Concept
 from support import fast_cpu
 from support.command_line import pick_device
 
+CARTOON = "tiny, a cartoon model in this repository; photographs need --weights sd15 (4.3 GB, once)"
 
-def open_model(args: argparse.Namespace, concepts: list[Concept] = (), dtype: torch.dtype | None = None,
-               device: str | None = None, variant: str | None = None) -> weights_loader.Model:
-    """The Model of --weights, --tokenizer and --prediction, made fast where it is on a CPU.
+
+def open_model(args: argparse.Namespace, concepts: Sequence[Concept] = (), dtype: torch.dtype | None = None,
+               device: str | None = None, variant: str | None = None,
+               report: Callable = print) -> weights_loader.Model:
+    """The Model of --weights, --tokenizer and --prediction, made fast where it is on a CPU, and named.
 
     concepts: what will be drawn; their training says what the U-Net predicts. device: by default --device.
     dtype: by default float32 on a CPU, float16 elsewhere. variant: as in `weights_loader.load`. ValueError.
+    report: called with the line that names the model.
     """
     device = device or pick_device(args.device)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
     model = weights_loader.load(args.weights, device, dtype, args.tokenizer, variant,
                                 prediction(args.prediction, concepts))
     fast_cpu.enable(model)
+    report(f"base model: {CARTOON if args.weights == 'tiny' else model.name}")
     return model
 
 
-def prediction(given: str | None, concepts: list[Concept]) -> str | None:
+def prediction(given: str | None, concepts: Sequence[Concept]) -> str | None:
     """What the U-Net shall predict: as given, or as in the concepts' training; None if they do not say.
 
     A warning when a concept was trained otherwise than given, ValueError when two were trained differently.

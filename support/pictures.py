@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from attention_maps import word_masks
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 MAX_PIXELS = 100_000_000    # of a picture: 0.4 GB while it is read
+Image.MAX_IMAGE_PIXELS = None       # Pillow's own limit, a warning
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
 
@@ -107,16 +107,21 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
     return images, [file.name for file in files if file not in images]
 
 
+def smallest_side(files: list[Path]) -> int:
+    """The smallest side in pixels of any of these pictures; what cannot be read counts as 0."""
+    try:
+        return min(min(Image.open(file).size) for file in files)
+    except OSError:         # `open_image` says what is wrong
+        return 0
+
+
 def open_image(path: Path) -> tuple[Image.Image, set[str]]:
     """An image file as RGBA in sRGB, turned as its EXIF says; and in words what was changed.
 
     ValueError if the file is damaged or larger than MAX_PIXELS.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # we have a limit of our own
-            file = Image.open(path)
-        with file:
+        with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"it has {file.width * file.height / 1e6:.0f} megapixels, at most "
                                  f"{MAX_PIXELS / 1e6:.0f} are possible")
@@ -128,7 +133,7 @@ def open_image(path: Path) -> tuple[Image.Image, set[str]]:
             if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 changes.add("turned as their EXIF says, and so must their masks be")
             return rgba, changes
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 

@@ -5,11 +5,6 @@ import itertools
 import os
 import sys
 
-from PIL import Image
-from torch import Tensor, arange
-
-from diffusion import to_bytes
-
 # A program started from a notebook's cell inherits the notebook's backend of matplotlib. Where that is not
 # installed, matplotlib fails at its import.
 if os.environ.get("MPLBACKEND", "").endswith("inline") and "ipykernel" not in sys.modules:
@@ -17,9 +12,12 @@ if os.environ.get("MPLBACKEND", "").endswith("inline") and "ipykernel" not in sy
 
 import matplotlib
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from diffusion import to_bytes
 
 LOSS_WINDOW = 20            # steps over which a preview averages the loss
 
@@ -89,7 +87,8 @@ def png(figure: Figure) -> bytes:
 
 def palette() -> list[int]:
     """The colours of maps, from 0 to 255: red, green, blue and opacity as a number's bytes, low to high."""
-    return [int.from_bytes(bytes(colour), "little") for colour in colormaps["magma"](range(256), bytes=True)]
+    colours = matplotlib.colormaps["magma"](range(256), bytes=True)
+    return [int.from_bytes(bytes(colour), "little") for colour in colours]
 
 
 def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: str, tops: list | None = None,
@@ -105,18 +104,18 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
     for r, c in itertools.product(range(R), range(C)):
         axis, cell = axes[r, c], cells[r][c]
         axis.set(xticks=[], yticks=[])
-        axis.set_title(columns[c] if r == 0 else "", fontsize=8)
-        axis.set_ylabel(rows[r] if c == 0 else "", fontsize=8)
+        axis.set_title(label(columns[c]) if r == 0 else "", fontsize=8)
+        axis.set_ylabel(label(rows[r]) if c == 0 else "", fontsize=8)
         if cell.ndim == 3:
             axis.imshow(to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
         else:
             axis.imshow(cell.numpy(), cmap="magma", vmin=0, vmax=tops[c], extent=(0, 1, 1, 0))
         if objects and objects[r][c]:
             mask, text = objects[r][c]
-            across, down = ((arange(n) + 0.5) / n for n in reversed(mask.shape))
+            across, down = ((np.arange(n) + 0.5) / n for n in reversed(mask.shape))
             axis.contour(across, down, mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
             axis.set_xlabel(text, fontsize=8)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(label(title), fontsize=9)
     return figure
 
 
@@ -127,9 +126,9 @@ def gates_figure(prompts: list[tuple[list, list[str], Tensor]], title: str) -> F
         n = len(names)
         for j, name in enumerate(names):
             axis.bar([t + 0.8 * (j + 0.5) / n - 0.4 for t, _ in places],
-                     [gates[t, j].item() for t, _ in places], 0.8 / n, label=name,
-                     color=colormaps["viridis"](0.25 + 0.5 * j))
-        axis.set_xticks(*zip(*places), rotation=35, fontsize=9)
+                     [gates[t, j].item() for t, _ in places], 0.8 / n, label=label(name),
+                     color=matplotlib.colormaps["viridis"](0.25 + 0.5 * j))
+        axis.set_xticks([t for t, _ in places], [label(text) for _, text in places], rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=10)

@@ -18,8 +18,8 @@ class Processes:
         values = [os.environ.get(name, alone) for name, alone in VARIABLES.items()]
         self.count, self.rank, place = (int(value) if value.isdecimal() else -1 for value in values)
         if not (0 <= self.rank < self.count and 0 <= place < self.count):
-            raise ValueError(f"{', '.join(VARIABLES)} are {', '.join(values)} in the environment, not as torchrun "
-                             "sets them: start with it, or unset them")
+            raise ValueError(f"{', '.join(VARIABLES)} are {', '.join(values)} in the environment, not as "
+                             "torchrun sets them: start with it, or unset them")
         self.device = f"cuda:{place}" if device == "cuda" else device
         if self.count > 1:
             if device == "cuda":

@@ -98,18 +98,20 @@ def guided_step(network: nn.Module, z: Tensor, e: Tensor) -> Callable[[], Tensor
     return theirs
 
 
-def training_step(network: nn.Module, z: Tensor, e: Tensor) -> Callable[[], Tensor]:
-    """A job: the gradient of the loss of latents with respect to as many text encodings, in e's precision."""
+def training_step(network: nn.Module, z: Tensor, e: Tensor, parts: int = 1) -> Callable[[], Tensor]:
+    """A job, as often as there are parts: the gradient of the loss of latents with respect to as many text
+    encodings, in e's precision."""
     z = z.to(e.dtype)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(2)).to(z)
 
     def step():
-        text = e[:len(z)].clone().requires_grad_()
-        if isinstance(network, unet.UNet):
-            output = network(z, TIMESTEP, network.keys(text), network.values(text))
-        else:
-            output = network(z, TIMESTEP, encoder_hidden_states=text).sample
-        (noise - output).square().mean().backward()
+        for _ in range(parts):
+            text = e[:len(z)].clone().requires_grad_()
+            if isinstance(network, unet.UNet):
+                output = network(z, TIMESTEP, network.keys(text), network.values(text))
+            else:
+                output = network(z, TIMESTEP, encoder_hidden_states=text).sample
+            (noise - output).square().mean().backward()
         return text.grad
     return step
 

@@ -12,7 +12,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is: pytest-xdist a
 import pytest
 import torch
 
-import covariance
 import weights_loader
 from models import REFERENCE, write_concept, write_vocabulary, write_weights
 from support import weight_names
@@ -67,11 +66,7 @@ def model(reference):
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """The folder of a tiny_model with its covariance, only to be read."""
-    folder = write_weights(tmp_path_factory.mktemp("tiny") / "weights")
-    model = weights_loader.load(folder)
-    captions = covariance.built_in_captions(200, model.tokenizer)
-    covariance.store(covariance.covariance(model.text_encoder, model.tokenizer, captions), model)
-    return folder
+    return write_weights(tmp_path_factory.mktemp("tiny") / "weights", captions=200)
 
 
 @pytest.fixture(scope="session")

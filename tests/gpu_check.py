@@ -1,49 +1,39 @@
 """What whoever has a GPU can check with one command: one table, and exit code 1 if a line of it fails.
 
-    python tests/gpu_check.py --out table.md                # the best device here; minutes on a large card
-    python tests/gpu_check.py --parts picture resume        # some of the parts
+    python tests/gpu_check.py | tee table.md                # the best device here; minutes on a large card
+    python tests/gpu_check.py --checks resume speed         # some of the checks
     python tests/gpu_check.py --small --device cpu          # the same lines at tiny sizes, in seconds
 
-Nothing is downloaded: the embedded model is used as it is, and Stable Diffusion v1 at full size with random
-weights. Where diffusers is missing its lines say so. Parts:
+It needs requirements-dev.txt. Nothing is downloaded: the embedded model is used as it is, and Stable
+Diffusion v1 at full size with random weights. Checks:
 
-    scripts   train, sample, diagnostics, evaluate and export run on the device, and what they write is finite
-    hook      diffusers' U-Net with our hooks predicts what our own U-Net predicts
-    picture   a picture drawn from one seed is that of the CPU
-    training  a concept trained from one seed is that of the CPU
-    resume    a training that was stopped and resumed gives the numbers of one that was not
-    speed     seconds and memory of a guided step and of a training step, against diffusers in the same run
+    script      train, sample, diagnostics, evaluate and export run on the device
+    picture     what `script` drew from one seed is what the CPU draws
+    concept     what `script` trained from one seed is what the CPU trains
+    hook        diffusers' U-Net with our hooks predicts what our own U-Net predicts
+    resume      a training that was stopped and resumed gives the numbers of one that was not
+    speed       seconds and memory of the U-Net: a guided step, forward and backward, against diffusers'
+    whole_step  seconds and memory of train.py's step, and what a finished concept takes by them
 
 In float32, torch lets cuDNN round the inputs of convolutions to 11 bits (TF32) unless it is told not to. What
-is compared with the CPU is compared without that ("exact"), and what it changes is said ("as is").
+is compared is computed without that, what is timed with it.
 """
 
-import argparse
-import contextlib
-import gc
-import math
-import os
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # cuBLAS repeats itself only with this
-
-import numpy as np
 import torch
-from PIL import Image
-from safetensors.torch import load_file
+from PIL import Image, ImageChops
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import bench
-import covariance
 import diffusers_hook
-import diffusion
 import models
 import perfusion
 import train
@@ -53,354 +43,197 @@ from support import pictures, training_files, weight_names
 from support.command_line import DTYPES, pick_device
 
 BAR = 1.0                   # of the time: ours / diffusers
-LEVELS = 1                  # of 255: exact pictures are equal up to the next level
+LEVELS = 1                  # of 255: pictures are equal up to the next level
 ROUNDING = 10               # device and CPU may differ by this many times what two orders of summation differ
 HOOK = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}    # rounding of two implementations of the U-Net
 STEPS = 400                 # of a finished concept
-SHAPES = ((1, 1, False), (4, 1, False), (16, 1, False), (16, 4, False), (16, 1, True))
-SMALL_SHAPES = ((1, 1, False), (4, 2, True))        # batch, --accumulate, --checkpointing
+REPEATS = 3                 # timed runs
+# of training steps: batch, --accumulate, --checkpointing; what takes most memory comes last
+SHAPES = {"batch 1": (1, 1, False), "batch 4": (4, 1, False), "batch 16 --accumulate 4": (16, 4, False),
+          "batch 16 --checkpointing": (16, 1, True), "batch 16": (16, 1, False)}
+SMALL_SHAPES = {"batch 4 --accumulate 2 --checkpointing": (4, 2, True)}
+TRAIN = "train.py --images {examples}/teddy --super teddy --preview 0 --precision"
+# the folder that it writes: the command; {fp32} is the concept in the folder fp32
+SCRIPTS = {
+    "fp32": f"{TRAIN} fp32", "bf16": f"{TRAIN} bf16", "fp16": f"{TRAIN} fp16",
+    "on-cpu": f"{TRAIN} fp32 --device cpu", "in-two": f"{TRAIN} fp32 --device cpu --accumulate 2",
+    "trained": f"{TRAIN} bf16 --keys trained", "none": f"{TRAIN} bf16 --keys none --preview 4",
+    "cat": "train.py --images {examples}/cat --super cat --preview 0 --precision bf16",
+    "drawn": "sample.py {prompt} --concept {fp32} --precision fp32 --steps 20",
+    "drawn-on-cpu": "sample.py {prompt} --concept {fp32} --precision fp32 --steps 20 --device cpu",
+    "drawn-bf16": "sample.py {prompt} --concept {bf16} --precision bf16",
+    "drawn-fp16": "sample.py {prompt} --concept {fp16} --precision fp16 --low-vram",
+    "figures": "diagnostics.py --concept {bf16} --trained {trained} --inversion {none} --second {cat}",
+    "curves": "evaluate.py --concept {bf16} {none} --beta 0.6,0.7 --seeds 2 --prompts {prompts}",
+    "lora": "export.py --concept {bf16}"}
 PROMPT = "a <teddy> on the beach"
+VERDICTS = {True: "ok", False: "FAILED", None: ""}     # None where no bar judges
+Lines = Iterator[tuple[str, str, bool | None]]          # what was checked, the result, the verdict
 
 
-class Table:
-    """Prints its lines as they come, in Markdown, and keeps them in a file, so that nothing is lost."""
-
-    def __init__(self, path: Path | None):
-        self.path, self.text, self.failed = path, "", 0
-
-    def say(self, line: str):
-        print(line, flush=True)
-        self.text += line + "\n"
-        if self.path:
-            self.path.write_text(self.text, encoding="utf-8")
-
-    def add(self, what: str, result: str, ok: bool | None = True):
-        """ok: None for a number that no bar judges."""
-        self.failed += ok is False
-        self.say(f"| {what} | {result} | {'' if ok is None else 'ok' if ok else 'FAILED'} |")
-
-    @contextlib.contextmanager
-    def guard(self, what: str) -> Iterator[None]:
-        """A line that fails with its reason; the others go on. Too little memory is not a mistake."""
-        try:
-            yield
-        except Exception as error:      # whatever a line meets
-            reason = (str(error).splitlines() or [""])[0][:200].replace("|", "/")
-            ok = None if "out of memory" in reason else False
-            self.add(what, f"{type(error).__name__}: {reason}", ok)
-        gc.collect()
+def script(args: Namespace, name: str) -> Lines:
+    """In this process, which spares a start. The scripts see to it themselves that numbers are finite."""
+    places = {path.parent.name: path for path in args.folder.glob("*/*.safetensors")}
+    places |= {"prompt": PROMPT, "examples": models.ROOT / "examples", "prompts": args.folder / "prompts.txt"}
+    places["prompts"].write_text("a photo of a {}\na {} on the beach\n", encoding="utf-8")
+    program, *options = (word.format(**places) for word in SCRIPTS[name].split())
+    common = ["--weights", args.weights, "--out", args.folder / name]
+    if program != "export.py":
+        common += ["--device", args.device, "--steps", 4]
+    code, _, errors = models.run_script(program, *common, *options)
+    yield f"`{SCRIPTS[name]}`", errors.strip().splitlines()[-1] if code else "runs", not code
 
 
-# ------------------------------------------------------------------------------------------------ the scripts
+# ---------------------------------------------------------------------------------------- the same numbers
 
-def check_scripts(table: Table, args: argparse.Namespace, folder: Path):
-    """Each script in this process, which spares its start, into a folder of its own."""
-    common = "--weights", args.weights, "--device", args.device, "--steps", 4
-    prompts, file = folder / "prompts.txt", {}
-    prompts.write_text("a photo of a {}\na {} on the beach\n", encoding="utf-8")
-
-    def line(what: str, *words):
-        with table.guard(what):
-            start = time.time()
-            code, _, errors = models.run_script(*words)
-            if code:
-                raise RuntimeError(errors.strip().splitlines()[-1])
-            table.add(what, f"{finite_files(words[-1])}, {time.time() - start:.0f} s")
-
-    for precision, keys, name in (("fp32", "locked", "teddy"), ("bf16", "locked", "teddy"),
-                                  ("fp16", "locked", "teddy"), ("bf16", "trained", "teddy"),
-                                  ("bf16", "none", "teddy"), ("bf16", "locked", "cat")):
-        out = folder / f"{precision}-{keys}-{name}"
-        file[precision, keys, name] = out / f"{name}.safetensors"
-        line(f"train.py {precision}, keys {keys}, {name}", "train.py", *common, "--batch", 4, "--images",
-             ROOT / "examples" / name, "--super", name, "--precision", precision, "--keys", keys,
-             "--preview", 4 * (keys == "none"), "--out", out)
-    for precision in DTYPES:
-        low = ["--low-vram"] * (precision == "fp16")
-        line(" ".join(["sample.py", precision, *low]), "sample.py", PROMPT, *common, "--precision", precision,
-             *low, "--concept", file[precision, "locked", "teddy"], "--out", folder / f"drawn-{precision}")
-    locked, trained, none = (file["bf16", keys, "teddy"] for keys in ("locked", "trained", "none"))
-    line("diagnostics.py", "diagnostics.py", *common, "--concept", locked, "--trained", trained,
-         "--inversion", none, "--second", file["bf16", "locked", "cat"], "--out", folder / "figures")
-    line("evaluate.py", "evaluate.py", *common, "--concept", locked, none, "--beta", "0.6,0.7",
-         "--seeds", 2, "--prompts", prompts, "--out", folder / "evaluation")
-    line("export.py", "export.py", "--weights", args.weights, "--concept", locked, "--out", folder / "lora")
+def picture(args: Namespace, precision: str) -> Lines:
+    ours, expected = (Image.open(args.folder / name / "0000.png") for name in ("drawn", "drawn-on-cpu"))
+    levels = max(most for least, most in ImageChops.difference(ours, expected).getextrema())
+    yield f"picture, {precision}", f"differs from the CPU's by {levels} of 255 levels", levels <= LEVELS
 
 
-def finite_files(folder: Path) -> str:
-    """How many; ValueError unless concepts are finite and pictures have more than one colour."""
-    files = [path for path in folder.rglob("*") if path.suffix in (".safetensors", ".png")]
-    for path in files:
-        if path.suffix == ".png":
-            sound = np.asarray(Image.open(path).convert("L")).std() > 1
-        else:
-            sound = all(x.isfinite().all() for x in load_file(path).values())
-        if not sound:
-            raise ValueError(f"{path.name} is not as it should be")
-    return f"{len(files)} files, finite"
+def concept(args: Namespace, precision: str) -> Lines:
+    ours, expected, in_two = (torch.load(args.folder / name / "checkpoint.pt", map_location="cpu")["learned"]
+                              for name in ("fp32", "on-cpu", "in-two"))
+    found, rounding = (max(map(bench.difference, learned, expected)) for learned in (ours, in_two))
+    yield (f"concept, {precision}", f"differs from the CPU's by {found:.1e}, the CPU's own in two parts by "
+           f"{rounding:.1e}", found <= ROUNDING * rounding)
 
 
-def conditioned(args: argparse.Namespace, device: str, folder: Path, dtype=torch.float32) -> tuple:
-    """The model, a concept whose values are far from its super-category's, keys and values of PROMPT."""
-    model = weights_loader.load(args.weights, device, dtype)
-    file = models.write_concept(args.weights, folder / "teddy.safetensors")
-    concepts = prepare([Concept.load(file)], model)
-    return model, concepts, *perfusion.condition(model, ["", PROMPT], concepts)[:2]
-
-
-def check_hook(table: Table, args: argparse.Namespace, folder: Path):
-    """One guided prediction with a concept."""
-    if not bench.has_diffusers():
-        return table.add("diffusers_hook", "not run: diffusers is not installed", None)
+@torch.no_grad()
+def hook(args: Namespace, precision: str) -> Lines:
+    """One guided prediction with a concept whose values are far from its super-category's."""
     from diffusers import UNet2DConditionModel
-    for precision, dtype in DTYPES.items():
-        with table.guard(f"diffusers_hook {precision}"), torch.no_grad(), without_tf32(True):
-            model, concepts, keys, values = conditioned(args, args.device, folder, dtype)
-            path, shape = model.folder / "unet", (model.unet.config.in_channels, 16, 16)
-            theirs = UNet2DConditionModel.from_pretrained(path, torch_dtype=dtype).to(args.device)
-            z = diffusion.seeded_noise(0, shape).repeat(2, 1, 1, 1).to(args.device, dtype)
-            with diffusers_hook.personal(theirs, model, concepts) as encode:
-                e = encode(PROMPT)
-                text = torch.cat([e["negative_prompt_embeds"], e["prompt_embeds"]])
-                output = theirs(z, 501, encoder_hidden_states=text).sample
-            found = bench.difference(output, model.unet(z, 501, keys, values))
-            table.add(f"diffusers_hook {precision}", f"differs from our U-Net by {found:.1e}, bar "
-                      f"{HOOK[precision]}", found <= HOOK[precision])
+    model = weights_loader.load(args.weights, args.device, DTYPES[precision])
+    file = models.write_concept(args.weights, args.folder / "teddy.safetensors")
+    concepts = prepare([Concept.load(file)], model)
+    keys, values, *_ = perfusion.condition(model, ["", PROMPT], concepts)
+    theirs = UNet2DConditionModel.from_pretrained(model.folder / "unet", torch_dtype=DTYPES[precision])
+    z = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1).to(args.device, DTYPES[precision])
+    with diffusers_hook.personal(theirs.to(args.device), model, concepts) as encode:
+        e = encode(PROMPT)
+        text = torch.cat([e["negative_prompt_embeds"], e["prompt_embeds"]])
+        output = theirs(z, 501, encoder_hidden_states=text).sample
+    found, bar = bench.difference(output, model.unet(z, 501, keys, values)), HOOK[precision]
+    yield f"diffusers_hook, {precision}", f"differs from our U-Net by {found:.1e}, bar {bar}", found <= bar
 
 
-# -------------------------------------------------------------------------------- the same numbers as the CPU
-
-def without_tf32(exact: bool):
-    """A context in which convolutions in float32 are exact, or as torch has them."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=not exact)
-
-
-def check_picture(table: Table, args: argparse.Namespace, folder: Path):
-    def draw(device):
-        model, _, keys, values = conditioned(args, device, folder)
-        return diffusion.draw(model, keys, values, [0], model.size, 20, model.guidance)
-    expected = draw("cpu")
-    for name, exact in (("exact", True), ("as is", False)):
-        with table.guard(f"picture, fp32 {name}"), without_tf32(exact):
-            levels = (draw(args.device) - expected).abs() * 255
-            most, mean = levels.max().item(), levels.mean().item()
-            table.add(f"picture, fp32 {name}", f"differs from the CPU's by at most {most:.4f} and on average "
-                      f"by {mean:.4f} of 255 levels", most <= LEVELS if exact else None)
+def begin(args: Namespace, model: weights_loader.Model, precision: str, batch=4, parts=1):
+    """A Training before its first step, on random latents and with C = 1: they take the time of real ones."""
+    latents = torch.randn(5, 2, 4, args.latent, args.latent, device=args.device)
+    data = pictures.Data(latents[:, 0], latents, torch.ones_like(latents[:, :, :1]))
+    settings = train.Settings("teddy bear", "<teddy>", STEPS, batch, precision=precision, accumulate=parts)
+    return train.Training(model, data, settings, torch.eye(model.text_encoder.config.width).double())
 
 
-def make_training(args: argparse.Namespace, device: str, precision: str = "fp32",
-                  accumulate: int = 1) -> train.Training:
-    """A training of the teddy, before its first step; pictures and masks are encoded on the CPU."""
-    if "data" not in args:
-        model = weights_loader.load(args.weights)
-        files, _ = pictures.list_images(ROOT / "examples" / "teddy")
-        args.data = pictures.prepare_data(model, files, "teddy bear", report=lambda line: None)
-        args.C_inverse = covariance.inverse(covariance.cached(model, lambda line: None))
-    data = pictures.Data(args.data.images, args.data.latents.to(device), args.data.masks.to(device))
-    settings = train.Settings("teddy bear", "<teddy>", precision=precision, accumulate=accumulate)
-    return train.Training(weights_loader.load(args.weights, device), data, settings, args.C_inverse)
-
-
-def learn(training: train.Training, steps: int) -> list[torch.Tensor]:
-    """The learned numbers after some steps: the word embedding, and all targets in one."""
-    for _ in range(steps):
-        training.step()
-    embedding, *targets = (x.detach().cpu() for x in training.learned)
-    return [embedding, torch.cat(targets)]
-
-
-def check_training(table: Table, args: argparse.Namespace, folder: Path):
-    """Differences as shares of how far the CPU's training moved; what rounding does, the CPU itself shows."""
-    what = f"concept after {args.steps} steps, fp32"
-    with table.guard(what):
-        start, expected, parts = (learn(make_training(args, "cpu", accumulate=accumulate), steps)
-                                  for accumulate, steps in ((1, 0), (1, args.steps), (2, args.steps)))
-
-        def shares(other):
-            return [float((a - b).norm() / (b - c).norm()) for a, b, c in zip(other, expected, start)]
-        rounding = shares(parts)
-        for name, exact in (("exact", True), ("as is", False)):
-            with without_tf32(exact):
-                found = shares(learn(make_training(args, args.device), args.steps))
-            near = all(a <= ROUNDING * b for a, b in zip(found, rounding))
-            text = ("embedding and values differ from the CPU's by {:.1e} and {:.1e} of their way; the CPU's "
-                    "own in two parts by {:.1e} and {:.1e}").format(*found, *rounding)
-            table.add(f"{what} {name}", text, near if exact else None)
-
-
-def check_resume(table: Table, args: argparse.Namespace, folder: Path):
-    def differences(precision):
-        """Between two whole trainings, and between a whole one and a resumed one."""
-        whole, again, first, second = (make_training(args, args.device, precision) for _ in range(4))
-        learn(first, args.steps)
-        training_files.write(folder, first.result(), first.losses, first.state_dict())
-        second.load_state_dict(training_files.read_checkpoint(folder / "checkpoint.pt", second.identity()))
-        resumed = learn(second, args.steps)
-        whole, again = learn(whole, 2 * args.steps), learn(again, 2 * args.steps)
-        return [max(map(models.largest_difference, whole, other)) for other in (again, resumed)]
-
-    for precision in DTYPES:
-        with table.guard(f"resumed training, {precision}"):
-            repeat, resumed = differences(precision)
-            text = f"two whole runs differ by {repeat:.1e}, a resumed one by {resumed:.1e}"
-            if repeat:      # the device does not repeat itself: ask it to
-                torch.use_deterministic_algorithms(True, warn_only=True)
-                repeat, resumed = differences(precision)
-                torch.use_deterministic_algorithms(False)
-                text += f"; with deterministic algorithms by {repeat:.1e} and {resumed:.1e}"
-            table.add(f"resumed training, {precision}", text, resumed <= ROUNDING * repeat)
+def resume(args: Namespace, precision: str) -> Lines:
+    """Two steps, the same once more, and the second of them from a checkpoint after the first."""
+    model = weights_loader.load(args.weights, args.device)
+    whole = begin(args, model, precision)
+    again, resumed = (train.Training(model, whole.data, whole.settings, whole.C_inverse) for _ in range(2))
+    whole.step(), again.step(), again.step()
+    training_files.write(args.folder, whole.result(), whole.losses, whole.state_dict())
+    resumed.load_state_dict(training_files.read_checkpoint(args.folder / "checkpoint.pt", resumed.identity()))
+    whole.step(), resumed.step()
+    repeat, found = (max(map(models.largest_difference, whole.learned, x.learned)) for x in (again, resumed))
+    yield (f"training resumed, {precision}", f"two whole runs differ by {repeat:.1e}, a resumed one by "
+           f"{found:.1e}", found <= ROUNDING * repeat)
 
 
 # ------------------------------------------------------------------------------------------- time and memory
 
-def peak(device: str, job: Callable, *networks) -> str:
-    """GB of a job and its networks, whatever else lies on the device; '?' where torch does not count it."""
-    if device != "cuda":
-        return "?"
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    others = torch.cuda.memory_allocated() - sum(p.nbytes for n in networks for p in n.parameters())
-    job()
-    torch.cuda.synchronize()
-    return f"{(torch.cuda.max_memory_allocated() - others) / 1e9:.1f}"
+def cost(args: Namespace, jobs: dict, networks: dict, repeats: int = REPEATS) -> tuple[dict, str]:
+    """Median seconds of jobs that take turns, and a text with them and with the peaks of memory.
 
-
-def in_parts(job: Callable, parts: int, network, checkpointing: bool) -> Callable:
-    """A job as often as there are parts, with or without checkpointing."""
-    def whole():
-        network.checkpointing = checkpointing           # ours
-        if "diffusers" in type(network).__module__:
-            getattr(network, f"{'enable' if checkpointing else 'disable'}_gradient_checkpointing")()
-        for _ in range(parts):
-            job()
-    return whole
-
-
-def compare(table: Table, what: str, networks: dict, jobs: dict[str, Callable], repeats: int,
-            args: argparse.Namespace):
-    """A line: our seconds and memory, diffusers', and the ratio of the medians.
-
-    "plain" is our network. "contiguous": also ours, but the weights of convolutions lie as in the file, not
-    channels last as we load them.
+    Of the networks on the device, only a job's own one counts.
     """
-    peaks = {name: peak(args.device, job, networks[name]) for name, job in jobs.items()}
-    seconds = bench.measure(jobs, args.device, repeats)
-    times = {name: statistics.median(each) for name, each in seconds.items()}
-    found = ", ".join(f"{name} {times[name]:.4f} s {peaks[name]} GB" for name in jobs)
-    if "diffusers" not in jobs:
-        return table.add(what, f"{found}; diffusers is not installed", None)
-    ratio = times["plain"] / times["diffusers"]
-    table.add(what, f"{found}; ratio **{ratio:.3f}**, bar {BAR}", None if args.small else ratio <= BAR)
+    memory = dict.fromkeys(jobs, "? GB")        # where torch does not count it
+    for name, job in jobs.items() if args.device == "cuda" else ():
+        torch.cuda.reset_peak_memory_stats()
+        others = torch.cuda.memory_allocated() - sum(p.nbytes for p in networks[name].parameters())
+        job()
+        torch.cuda.synchronize()
+        memory[name] = f"{(torch.cuda.max_memory_allocated() - others) / 1e9:.1f} GB"
+    times = bench.measure(jobs, args.device, repeats)
+    seconds = {name: statistics.median(times[name]) for name in jobs}
+    return seconds, ", ".join(f"{name} {seconds[name]:.4f} s {memory[name]}" for name in jobs)
 
 
-def check_speed(table: Table, args: argparse.Namespace, folder: Path):
-    """bench.py's networks and jobs, and train.py's whole step."""
-    config = args.configs["unet"]
-    for precision in ("bf16", "fp16", "fp32"):
-        with table.guard(f"speed, {precision}"):
-            networks = bench.build(DTYPES[precision], args.device, config)
-            networks.pop("fast", None)
-
-            def line(what, batch, make, repeats):
-                with table.guard(f"{what}, {precision}"):
-                    data = bench.inputs(args, DTYPES[precision], batch, config.cross_attention_dim)
-                    jobs = {name: make(network, *data) for name, network in networks.items()}
-                    compare(table, f"{what}, {precision}", networks, jobs, repeats, args)
-            with torch.no_grad():
-                line("guided step", 1, bench.guided_step, 4 * args.repeats)
-            for batch, parts, checkpointing in args.shapes:
-                def make(network, z, e):
-                    return in_parts(bench.training_step(network, z, e), parts, network, checkpointing)
-                what = f"U-Net forward and backward, {written(batch, parts, checkpointing)}"
-                line(what, batch // parts, make, args.repeats)
-            del networks
-    with table.guard("train.py's whole step"):
-        model = random_model(args)
-        for precision in ("bf16", "fp16", "fp32"):
-            for shape in args.shapes:
-                with table.guard(f"train.py's whole step, {written(*shape)}, {precision}"):
-                    whole_step(table, model, precision, shape, args)
+def speed(args: Namespace, precision: str) -> Lines:
+    """bench.py's networks and jobs."""
+    config, dtype = args.configs["unet"], DTYPES[precision]
+    networks = bench.build(dtype, args.device, config)
+    for name, (batch, parts, checkpointing) in ({"guided step": (1, 1, False)} | args.shapes).items():
+        networks["plain"].checkpointing = checkpointing
+        getattr(networks["diffusers"], f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
+        data = bench.inputs(args, dtype, batch // parts, config.cross_attention_dim)
+        guided, jobs = name == "guided step", {}
+        for who in ("plain", "diffusers"):
+            jobs[who] = (bench.guided_step(networks[who], *data) if guided else
+                         bench.training_step(networks[who], *data, parts))
+        with torch.set_grad_enabled(not guided):
+            seconds, text = cost(args, jobs, networks, 4 * REPEATS if guided else REPEATS)
+        ratio = seconds["plain"] / seconds["diffusers"]
+        yield (f"U-Net, {name}, {precision}", f"{text}; ratio **{ratio:.3f}**, bar {BAR}",
+               None if args.small else ratio <= BAR)
 
 
-def written(batch: int, accumulate: int, checkpointing: bool) -> str:
-    parts = f" --accumulate {accumulate}" * (accumulate > 1)
-    return f"batch {batch}{parts}{' --checkpointing' * checkpointing}"
-
-
-def random_model(args: argparse.Namespace) -> weights_loader.Model:
-    """U-Net and text encoder with random weights, made on the device and laid out as the loader does."""
+def whole_step(args: Namespace, precision: str) -> Lines:
+    """Text encoder, optimizer and all, on weights made on the device and laid out as the loader does."""
+    tokenizer = models.toy_tokenizer(args.configs["text_encoder"].max_length, models.WORDS)
     with torch.device(args.device):
-        unet, text_encoder = (weights_loader.NETWORKS[part](args.configs[part]).eval().requires_grad_(False)
-                              for part in ("unet", "text_encoder"))
-    tokenizer = models.toy_tokenizer(text_encoder.config.max_length, models.WORDS)
-    return weights_loader.Model(unet.to(memory_format=torch.channels_last), text_encoder, None, tokenizer,
-                                diffusion.Schedule.sd_v1(), fingerprint="", name="random", folder=None)
-
-
-def whole_step(table: Table, model: weights_loader.Model, precision: str, shape: tuple,
-               args: argparse.Namespace):
-    """A line: train.py's step on random latents, text encoder and optimizer and all."""
-    batch, accumulate, model.unet.checkpointing = shape
-    latents = torch.randn(5, 2, 4, args.latent, args.latent, device=args.device)
-    data = pictures.Data(latents[:, 0], latents, torch.ones_like(latents[:, :, :1]))
-    settings = train.Settings("teddy bear", "<teddy>", STEPS, batch, precision=precision,
-                              accumulate=accumulate)
-    metric = torch.eye(model.text_encoder.config.width, dtype=torch.float64)    # any one takes this long
-    training = train.Training(model, data, settings, metric)
-    memory = peak(args.device, training.step, model.unet, model.text_encoder)
-    times = bench.measure({"step": training.step}, args.device, args.repeats)
-    seconds = statistics.median(times["step"])
-    result = f"{seconds:.4f} s {memory} GB; {STEPS} steps, extrapolated: {STEPS * seconds / 60:.1f} minutes"
-    table.add(f"train.py's whole step, {written(*shape)}, {precision}", result,
-              math.isfinite(training.losses[-1]))
+        model = models.toy_model(args.configs, tokenizer, "random")
+    networks = {"ours": torch.nn.ModuleList([model.unet, model.text_encoder])}
+    model.unet.to(memory_format=torch.channels_last)
+    for name, (batch, parts, model.unet.checkpointing) in args.shapes.items():
+        training = begin(args, model, precision, batch, parts)
+        seconds, text = cost(args, {"ours": training.step}, networks)
+        minutes = STEPS * seconds["ours"] / 60
+        yield (f"train.py's step, {name}, {precision}", f"{text}; {STEPS} steps, extrapolated: {minutes:.1f} "
+               "minutes", None)
 
 
 # ------------------------------------------------------------------------------------------------- the script
 
-CHECKS = {"scripts": check_scripts, "hook": check_hook, "picture": check_picture, "training": check_training,
-          "resume": check_resume, "speed": check_speed}
+# each with the names that it is called with
+CHECKS = {script: SCRIPTS, picture: ["fp32"], concept: ["fp32"], hook: DTYPES, resume: DTYPES, speed: DTYPES,
+          whole_step: DTYPES}
 
 
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    add = parser.add_argument
-    add("--device", choices=("cuda", "mps", "cpu"), help="(default: the best one present)")
-    add("--parts", nargs="+", choices=CHECKS, default=CHECKS, help="(default: all)")
-    add("--small", action="store_true", help="tiny sizes, and no bar for their speed")
-    add("--repeats", type=int, default=3, help="timed runs of a training step; a guided step has four "
-        "times as many (default: 3)")
-    add("--out", type=Path, metavar="FILE", help="keep the table here")
-    args = parser.parse_args(argv)
-    args.device = pick_device(args.device)
-    args.configs, args.shapes, args.steps, args.latent = (
-        (models.TINY, SMALL_SHAPES, 2, 8) if args.small else (weight_names.SD_V1, SHAPES, 4, 64))
-    return args
-
-
-def small_weights(folder: Path) -> str:
-    """The folder of a tiny random model, with a covariance of few captions."""
-    model = weights_loader.load(models.write_weights(folder))
-    captions = covariance.built_in_captions(200, model.tokenizer)
-    covariance.store(covariance.covariance(model.text_encoder, model.tokenizer, captions), model)
-    return str(folder)
+def guarded(check: Callable, args: Namespace, name: str) -> Lines:
+    """A check's lines; an error is a line that fails, but for too little memory."""
+    try:
+        yield from check(args, name)
+    except Exception as error:      # whatever a check meets
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200].replace("|", "/")
+        yield f"{check.__name__} {name}", reason, None if "out of memory" in reason else False
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    warnings.filterwarnings("ignore", ".*not as in Stable Diffusion v1")     # of a small run
-    table, start = Table(args.out), time.time()
-    card = torch.cuda.get_device_name() if args.device == "cuda" else args.device
-    table.say(f"{card}, torch {torch.__version__}{', tiny sizes' * args.small}\n")
-    table.say("| what | result | |\n|---|---|---|")
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    names = [check.__name__ for check in CHECKS]
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), help="(default: the best one present)")
+    parser.add_argument("--checks", nargs="+", choices=names, default=names, help="(default: all)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, and no bar for their speed")
+    args, start, failed = parser.parse_args(argv), time.time(), 0
+    args.device, args.weights = pick_device(args.device), "tiny"
+    args.configs, args.latent, args.shapes = weight_names.SD_V1, 64, SHAPES
     with tempfile.TemporaryDirectory() as folder:
-        args.weights = small_weights(Path(folder) / "weights") if args.small else "tiny"
-        for part in [part for part in CHECKS if part in args.parts]:
-            (Path(folder) / part).mkdir()
-            with table.guard(part):
-                CHECKS[part](table, args, Path(folder) / part)
-    table.say(f"\n{time.time() - start:.0f} s in all; {table.failed} lines failed")
-    return int(table.failed > 0)
+        args.folder = Path(folder)
+        if args.small:
+            args.configs, args.latent, args.shapes = models.TINY, 8, SMALL_SHAPES
+            warnings.filterwarnings("ignore", ".*not as in Stable Diffusion v1")
+            args.weights = models.write_weights(args.folder / "weights", captions=200)
+        card = torch.cuda.get_device_name() if args.device == "cuda" else args.device
+        print(f"{card}, torch {torch.__version__}\n\n| what | result | |\n|---|---|---|")
+        for check in [check for check in CHECKS if check.__name__ in args.checks]:
+            torch.backends.cudnn.allow_tf32 = check in (speed, whole_step)
+            for name in CHECKS[check]:
+                for what, result, ok in guarded(check, args, name):
+                    failed += ok is False
+                    print(f"| {what} | {result} | {VERDICTS[ok]} |", flush=True)
+    print(f"\n{time.time() - start:.0f} s in all; {failed} lines failed")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

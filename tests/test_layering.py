@@ -12,12 +12,11 @@ ROOT = Path(__file__).parents[1]
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
     "support.files support.command_line support.intervals support.processes support.weight_files",
     "unet vae clip_text diffusion perfusion",
-    "concept attention_maps support.weight_names support.clip_image support.plots",
-    "weights_loader support.pictures diffusers_hook",
-    "support.fast_cpu support.accumulation support.training_files",
-    "support.base_model support.study tiny.world",
-    "covariance export support.page tiny.make_examples",
-    "tiny.judge")]
+    "concept attention_maps support.weight_names support.plots",
+    "weights_loader support.clip_image support.pictures diffusers_hook",
+    "support.fast_cpu support.study support.accumulation support.training_files tiny.world",
+    "support.base_model support.page tiny.make_examples",
+    "covariance export tiny.judge")]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(encoding="utf-8")
          for folder in ("", "support", "tiny") for path in (ROOT / folder).glob("*.py")}
 LEVEL = dict.fromkeys(FILES, len(ROWS)) | {name: level for level, row in enumerate(ROWS) for name in row}

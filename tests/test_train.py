@@ -141,7 +141,7 @@ def test_mixed_precision_stays_close_to_float32(setting, precision):
 def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictures, three):
     out, said = three
     for part in ("skipped, not images: notes.txt", 'keys locked to "teddy bear"', "16 x 16 pixels",
-                 "predict the noise", 'attention to "teddy bear"', "central square"):
+                 "frozen (epsilon)", 'attention to "teddy bear"', "central square"):
         assert part in said
     assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "loss.csv", "teddy.safetensors"]
     concept, = prepare([Concept.load(out / "teddy.safetensors")], load(weights))
@@ -164,6 +164,16 @@ def test_a_training_starts_from_a_textual_inversion_in_every_form(run, tmp_path)
     assert 0 < (concept.embedding - 0.5).abs().max() <= 0.0061      # one step of Adam, at its learning rate
 
 
+@pytest.mark.parametrize("side, told", [(20, False), (60, True)])
+def test_photographs_for_the_cartoon_model_are_told(
+        run, weights, tmp_path, monkeypatch, capsys, recwarn, side, told):
+    monkeypatch.setattr("weights_loader.TINY", weights)
+    noise(side, side).save(tmp_path / "a.png")
+    run(tmp_path / "out", "--images", tmp_path / "a.png", "--weights", "tiny", "--steps", 1)
+    assert any("look like photographs" in str(warning.message) for warning in recwarn) == told
+    assert "base model: tiny, a cartoon model" in capsys.readouterr().out
+
+
 def test_previews_are_numbered_and_leave_the_training_as_it_was(run, three, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EMBEDDED", dataclasses.replace(train.EMBEDDED, preview_steps=2))
     run(tmp_path, "--steps", 3, "--preview", 2)
@@ -178,7 +188,7 @@ def test_a_concept_of_other_pictures_is_replaced_only_on_request(run, pictures, 
     others, out = shutil.copytree(pictures, tmp_path / "others"), shutil.copytree(three[0], tmp_path / "out")
     noise(20, 20, seed=9).save(others / "0.jpg")
     again = "--steps", 1, "--token", "teddy", "--images"
-    with pytest.raises(ValueError, match="the concept of other pictures"):
+    with pytest.raises(ValueError, match="is of other pictures"):
         run(out, *again, others)
     assert same_file(out, three[0])
     run(out, *again, others, "--overwrite")
@@ -223,7 +233,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_file(run, tmp_path, mon
         *choices, noise = honest(self)
         return [*choices, noise * (float("nan") if len(self.losses) == 2 else 1)]
     monkeypatch.setattr(Training, "draw", draw)
-    with pytest.raises(ValueError, match="not a number in step 2.*last good"):
+    with pytest.raises(ValueError, match="not a number in step 2.*is good"):
         run(tmp_path, "--steps", 5, "--checkpoint", 1)
     assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == 2
 
