@@ -10,7 +10,7 @@
 The keys are explicit in this code, so only the queries need a hook, and the U-Net's forward stays untouched.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -26,18 +26,15 @@ def record_queries(unet):
 
     The list has one entry per cross-attention layer, in order of execution: (B, HW, width), with their graph.
     """
-    queries = [None] * len(unet.cross_attentions)
+    places = {layer.to_q: i for i, layer in enumerate(unet.cross_attentions)}
+    queries = [None] * len(places)
 
-    def keep(i):
-        def hook(module, inputs, output):
-            queries[i] = output
-        return hook
-    handles = [layer.to_q.register_forward_hook(keep(i)) for i, layer in enumerate(unet.cross_attentions)]
-    try:
+    def keep(to_q, inputs, output):
+        queries[places[to_q]] = output
+    with ExitStack() as hooks:
+        for to_q in places:
+            hooks.enter_context(to_q.register_forward_hook(keep))
         yield queries
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attention(queries: list[Tensor], keys: list[Tensor], heads: int) -> list[Tensor]:

@@ -7,7 +7,6 @@ the tokenizer names. Parameters are named as in the published files, without the
 
 import json
 import re
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,8 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from support.files import replacing
+from support.files import replacing, write_json
+from support.weight_files import read_json, read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
@@ -36,12 +36,6 @@ class TextConfig:
     heads: int = 12
     intermediate: int = 3072
     max_length: int = 77
-
-    def __post_init__(self):
-        sizes = vars(self).values()
-        if not all(isinstance(n, int) and n > 0 for n in sizes) or self.width % self.heads:
-            raise ValueError(f"the sizes of a text encoder are positive whole numbers, and its width is a "
-                             f"multiple of its heads, unlike in {self}")
 
 
 SD_V1 = TextConfig()
@@ -147,7 +141,8 @@ class Tokenizer:
         if tokenizer.token_to_id(START) is None or tokenizer.token_to_id(END) is None:
             raise ValueError(f"not CLIP's vocabulary: {START} or {END} is missing")
         tokenizer.add_special_tokens([START, END])  # a literal <|endoftext|> in a prompt stays one token
-        self._tokenizer, self.max_length = tokenizer, max_length
+        tokenizer.model.unk_token = END  # see _pieces
+        self._tokenizer, self.max_length, self._said = tokenizer, max_length, set()
         self.start, self.end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
 
     @classmethod
@@ -158,13 +153,13 @@ class Tokenizer:
         """
         folder = Path(folder)
         vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
-        if not (vocab.is_file() and merges.is_file()) and not whole.is_file():
-            raise ValueError(f"{folder} has neither vocab.json with merges.txt nor tokenizer.json")
         try:
-            if not (vocab.is_file() and merges.is_file()):
-                return cls(tokenizers.Tokenizer.from_file(str(whole)), max_length)
-            bpe = models.BPE.from_file(str(vocab), str(merges), unk_token=END, end_of_word_suffix=WORD_END,
-                                       continuing_subword_prefix="")
+            if whole.is_file() and not (vocab.is_file() and merges.is_file()):
+                return cls(tokenizers.Tokenizer.from_str(read_text(whole)), max_length)
+            pairs = [tuple(line.split()) for line in read_text(merges).splitlines()
+                     if line.strip() and not line.startswith("#version")]
+            bpe = models.BPE(read_json(vocab, dict), pairs, unk_token=END, end_of_word_suffix=WORD_END,
+                             continuing_subword_prefix="")
             return cls(in_pieces(bpe), max_length)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from None
@@ -173,12 +168,11 @@ class Tokenizer:
         """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""
         config = {"model_max_length": self.max_length, "bos_token": START, "eos_token": END, "unk_token": END,
                   "pad_token": END, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-        with tempfile.TemporaryDirectory() as temporary:
-            self._tokenizer.model.save(temporary)
-            (Path(temporary) / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-            for written in Path(temporary).iterdir():
-                with replacing(Path(folder) / written.name) as path:
-                    path.write_bytes(written.read_bytes())
+        bpe, folder = json.loads(self._tokenizer.to_str())["model"], Path(folder)
+        with replacing(folder / "merges.txt") as path:
+            path.write_text("\n".join(["#version: 0.2", *map(" ".join, bpe["merges"]), ""]), encoding="utf-8")
+        write_json(folder / "vocab.json", bpe["vocab"])
+        write_json(folder / "tokenizer_config.json", config)
 
     @property
     def vocab_size(self) -> int:
@@ -190,29 +184,36 @@ class Tokenizer:
         """Token -> id."""
         return self._tokenizer.get_vocab()
 
-    def encode(self, prompts: list[str], words: dict[str, str] = {}) -> tuple[Tensor, list[dict]]:
+    def encode(self, prompts: list[str], words: dict[str, str] | None = None) -> tuple[Tensor, list[dict]]:
         """Prompts (a list of B strings) -> ids (B, max_length) int64, and positions.
 
         words: what stands in a placeholder's place, as {"<teddy>": "teddy bear"}. positions: per prompt a
         dict from each placeholder to its occurrences, each a list of indices into the ids, as
-        {"<teddy>": [[4, 5]]}; an occurrence cut off by truncation is missing. A prompt that is too long is
-        truncated with a warning.
+        {"<teddy>": [[4, 5]]}; an occurrence cut off by truncation is missing. What a warning says, once: a
+        prompt that is too long is truncated, characters that the vocabulary cannot spell are left out.
         """
+        words, room = words or {}, self.max_length - 2
         ids, positions = [], []
         for prompt in prompts:
             text, spans = _substitute(prompt, words)
-            row, offsets = self._encode(text)
+            row, offsets, unknown = self._pieces(text)
+            if unknown:
+                self._say(f"unknown to the vocabulary and left out: {' '.join(unknown)}")
+            if len(row) > room:
+                cut = text[offsets[room][0]:]
+                cut = cut if len(cut) <= SHOWN else cut[:SHOWN] + "..."
+                self._say(f"the prompt has {len(row) - room} tokens too many, cut off: {cut!r}")
             occurrences = {placeholder: [] for placeholder in words}
             for placeholder, span in spans:
                 if indices := self._inside(offsets, span):
                     occurrences[placeholder].append(indices)
-            ids.append(row)
+            ids.append([self.start, *row[:room]] + [self.end] * max(1, self.max_length - 1 - len(row)))
             positions.append(occurrences)
         return torch.tensor(ids, dtype=torch.long).reshape(len(ids), self.max_length), positions
 
     def find(self, prompt: str, word: str) -> list[list[int]]:
         """Where an ordinary word or phrase stands in a prompt: occurrences as in the positions of encode."""
-        _, offsets = self._encode(prompt)
+        _, offsets, _ = self._pieces(prompt)
         matches = _pattern([word], re.IGNORECASE).finditer(prompt)
         return [indices for match in matches if (indices := self._inside(offsets, match.span()))]
 
@@ -222,17 +223,28 @@ class Tokenizer:
         return [name if name in (START, END) else decoders.ByteLevel().decode([name.removesuffix(WORD_END)])
                 for name in names]
 
-    def _encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Text -> max_length ids, and the characters (start, stop) of all its tokens, the cut ones too."""
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        room = self.max_length - 2
-        if len(encoding.ids) > room:
-            cut = text[encoding.offsets[room][0]:]
-            cut = cut if len(cut) <= SHOWN else cut[:SHOWN] + "..."
-            warnings.warn(f"the prompt has {len(encoding.ids) - room} tokens too many, cut off: {cut!r}",
-                          stacklevel=3)
-        ids = [self.start, *encoding.ids[:room], self.end]
-        return ids + [self.end] * (self.max_length - len(ids)), encoding.offsets
+    def _pieces(self, text: str) -> tuple[list[int], list[tuple[int, int]], list[str]]:
+        """Text -> the ids of its tokens, their characters (start, stop), and the characters left out.
+
+        The vocabulary gives what it cannot spell the id of the end mark. A blank takes the place of such a
+        character, so that the others stay where they are.
+        """
+        unknown = {}  # as a set with an order
+        while True:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            ends = [text[slice(*span)] for i, span in zip(encoding.ids, encoding.offsets) if i == self.end]
+            new = dict.fromkeys(piece for piece in ends if piece != END and piece.strip())
+            if not new:
+                return encoding.ids, encoding.offsets, list(unknown)
+            unknown |= new
+            for piece in new:
+                text = text.replace(piece, " " * len(piece))
+
+    def _say(self, message: str) -> None:
+        """A warning, once of one tokenizer, whoever encodes the text again."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=3)
 
     def _inside(self, offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:
         """Indices of the tokens with characters in the span; none when truncation cut one of them off."""

@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-import weights_loader
 from support import command_line
-from support.command_line import between, pick_device
+from support.base_model import open_model
+from support.command_line import between
 from support.files import read_lines, replacing
 
 CAPTIONS = 10_000       # thirteen times SD v1's 768 dimensions
@@ -73,6 +73,7 @@ def inverse(C: Tensor) -> Tensor:
     if seen < len(C):
         raise ValueError(f"the encodings of the captions span only {seen} of {len(C)} dimensions: compute it "
                          "over more, and more varied, captions (covariance.py --captions)")
+    vectors = vectors.contiguous()      # the last bits of the product depend on how it lies in memory
     return vectors / eigenvalues @ vectors.T
 
 
@@ -147,8 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     captions = read_lines(args.captions) if args.captions else None
     if captions == []:
         raise ValueError(f"{args.captions} holds no captions: it needs one per line")
-    model = weights_loader.load(args.weights, pick_device(args.device), tokenizer=args.tokenizer,
-                                prediction=args.prediction)
+    model = open_model(args, dtype=torch.float32)
     name = args.captions.name if captions else f"built-in {args.n}"
     captions = captions or built_in_captions(args.n, model.tokenizer)
     C = covariance(model.text_encoder, model.tokenizer, captions)

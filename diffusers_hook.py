@@ -27,9 +27,9 @@ class Edit:
 
     def __init__(self, model, concepts: list[Concept], beta, tau):
         self.model, self.concepts, self.beta, self.tau = model, concepts, beta, tau
-        self.encoded: list[tuple[Tensor, Tensor]] = []  # every prompt's e and e_super
-        self.edited, self.ran = set(), set()            # layers: all, and those of the present forward pass
-        self.handles, self.drawn, self.warned = [], False, False
+        self.targets: dict[torch.nn.Module, Tensor | None] = {}     # layer -> o_star (n, width), as `replace`
+        self.encoded: list[tuple[Tensor, Tensor]] = []              # every prompt's e and e_super
+        self.ran, self.drawn, self.warned = set(), False, False     # ran: layers in the present forward pass
 
     @torch.no_grad()
     def encode(self, prompt: str | list[str], negative: str | list[str] = "") -> dict[str, Tensor]:
@@ -41,48 +41,38 @@ class Edit:
         self.encoded.extend(zip(e, e_super))
         return {"prompt_embeds": e[:len(prompts)], "negative_prompt_embeds": e[len(prompts):]}
 
-    def find(self, e: Tensor) -> Tensor | None:
-        """Which of the encoded prompts each of e (B, T, d) is, in whatever order; None if one is another."""
+    def super_encodings(self, e: Tensor) -> Tensor | None:
+        """e_super of encoded prompts e (B, T, d), in whatever order; None if one is not from `encode`."""
         if not self.encoded or e.shape[1:] != self.encoded[0][0].shape:
             return None
-        x, known = e.flatten(1).float(), torch.stack([known for known, _ in self.encoded]).flatten(1)
-        distance, nearest = torch.cdist(x, known.to(x)).min(1)
-        return nearest if (distance <= NEAR * x.norm(dim=1)).all() else None
+        known, e_super = (torch.stack(found).to(e.device) for found in zip(*self.encoded))
+        x = e.flatten(1).float()
+        distance, nearest = torch.cdist(x, known.flatten(1).float()).min(1)
+        return e_super[nearest].to(e) if (distance <= NEAR * x.norm(dim=1)).all() else None
 
-    # `module.forward` calls no hooks: neither of these calls itself.
-    def rank_one(self, module, e: Tensor, targets: list[Tensor]) -> Tensor:
-        """Eq. 3 instead of W e. targets: (width,) per edited concept."""
-        e_perp, gates = perfusion.split_and_gate(e, self.concepts, self.beta, self.tau)
-        o = torch.stack(targets).to(gates)
-        return perfusion.edit(lambda x: [module.forward(x)], e_perp, gates, [o])[0]
-
-    def lock_globally(self, module, e: Tensor) -> Tensor:
-        """W e_super instead of W e."""
-        nearest = self.find(e)
-        if nearest is None:
+    def replace(self, layer, inputs, output) -> Tensor:
+        """A forward hook of a layer: eq. 3 in the place of W e; without a target W e_super."""
+        self.ran.add(layer)             # `layer.forward` calls no hooks: this does not call itself
+        e, o = inputs[0], self.targets[layer]
+        if o is not None:
+            e_perp, gates = perfusion.split_and_gate(e, self.concepts, self.beta, self.tau)
+            return perfusion.edit(lambda x: [layer.forward(x)], e_perp, gates, [o.to(gates)])[0]
+        e_super = self.super_encodings(e)
+        if e_super is None:
             raise ValueError("with the global lock the pipeline takes only prompts made by `encode`")
-        return module.forward(torch.stack([e_super for _, e_super in self.encoded]).to(e)[nearest])
-
-    def replace(self, layer, function: Callable, *targets) -> None:
-        """Let function(layer, e, *targets) be the output of a layer."""
-        def hook(module, inputs, output):
-            self.ran.add(module)
-            return function(module, inputs[0], *targets)
-        self.edited.add(layer)
-        self.handles.append(layer.register_forward_hook(hook))
+        return layer.forward(e_super)
 
     def check(self, unet, inputs, named, output) -> None:
-        """A forward hook of the U-Net: an edit that does not act, or not on this prompt, is never silent."""
-        if self.ran != self.edited:
-            raise ValueError(f"the edit acted in {len(self.ran)} of {len(self.edited)} layers: the U-Net was "
-                             "changed and does not call the others, for instance by fuse_qkv_projections()")
+        """A forward hook of the U-Net: an edit that does not act, or not on a prompt, is never silent."""
+        if self.ran != set(self.targets):
+            raise ValueError(f"the edit acted in {len(self.ran)} of {len(self.targets)} layers: the U-Net "
+                             "was changed and does not call the others, as by fuse_qkv_projections()")
+        self.ran, self.drawn = set(), True
         e = named["encoder_hidden_states"] if "encoder_hidden_states" in named else inputs[2]
-        if not self.warned and self.find(e) is None:
+        if not self.warned and self.super_encodings(e) is None:
             self.warned = True
-            warnings.warn("the pipeline draws a prompt that is not from `encode`: the name of a concept means "
-                          "nothing in it", stacklevel=2)
-        self.drawn = True
-        self.ran.clear()
+            warnings.warn("the pipeline draws a prompt that is not from `encode`: the name of a concept "
+                          "means nothing in it", stacklevel=2)
 
 
 @contextlib.contextmanager
@@ -107,19 +97,16 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
     except AttributeError as error:
         raise ValueError(f"the pipeline's U-Net is of another kind than {model.name}'s: {error}") from None
     edits, own = [concept for concept in concepts if concept.edits], Edit(model, concepts, beta, tau)
-    try:
-        for i, layer in enumerate(layers):
-            if lock == "global":
-                own.replace(layer.to_k, own.lock_globally)
-            elif edits:
-                own.replace(layer.to_k, own.rank_one, [concept.o_keys[i] for concept in edits])
-            if edits:
-                own.replace(layer.to_v, own.rank_one, [concept.o_values[i] for concept in edits])
-        own.handles.append(unet.register_forward_hook(own.check, with_kwargs=True))
-        with torch.compiler.set_stance("force_eager"):      # compiled code would not call the hooks
-            yield own.encode
+    for i, layer in enumerate(layers if edits else []):
+        own.targets[layer.to_k] = torch.stack([concept.o_keys[i] for concept in edits])
+        own.targets[layer.to_v] = torch.stack([concept.o_values[i] for concept in edits])
+    if lock == "global":
+        own.targets |= {layer.to_k: None for layer in layers}
+    with contextlib.ExitStack() as hooks:
+        for layer in own.targets:
+            hooks.enter_context(layer.register_forward_hook(own.replace))
+        hooks.enter_context(unet.register_forward_hook(own.check, with_kwargs=True))
+        hooks.enter_context(torch.compiler.set_stance("force_eager"))       # compiled, it would not call them
+        yield own.encode
         if not own.drawn and not own.ran:
             raise ValueError("the edit did not act: nothing was drawn with this U-Net inside the context")
-    finally:
-        for handle in own.handles:
-            handle.remove()

@@ -15,7 +15,6 @@ import csv
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,37 +25,17 @@ from tqdm import tqdm
 import diffusion
 import perfusion
 import weights_loader
-from clip_text import TextConfig, TextEncoder, Tokenizer
+from clip_text import Tokenizer
 from concept import Concept, prepare
-from support import clip_image, command_line, fast_cpu, pictures
+from support import clip_image, command_line, pictures
+from support.base_model import open_model
 from support.command_line import between, numbers, unquoted
 from support.files import read_lines, replacing
 from support.intervals import mean_and_interval, written
 from support.plots import pareto
 
-# DreamBench's prompts (Ruiz et al. 2023, arXiv 2208.12242): the first ten serve objects and live subjects.
-PLACES = ("a {} in the jungle", "a {} in the snow", "a {} on the beach", "a {} on a cobblestone street",
-          "a {} on top of pink fabric", "a {} on top of a wooden floor", "a {} with a city in the background",
-          "a {} with a mountain in the background", "a {} with a blue house in the background",
-          "a {} on top of a purple rug in a forest")
-CHANGES = ("a red {}", "a purple {}", "a shiny {}", "a wet {}", "a cube shaped {}")
-OBJECTS = PLACES + (
-    "a {} with a wheat field in the background", "a {} with a tree and autumn leaves in the background",
-    "a {} with the Eiffel Tower in the background", "a {} floating on top of water",
-    "a {} floating in an ocean of milk", "a {} on top of green grass with sunflowers around it",
-    "a {} on top of a mirror", "a {} on top of the sidewalk in a crowded street",
-    "a {} on top of a dirt road", "a {} on top of a white rug") + CHANGES
-LIVE = PLACES + (
-    "a {} wearing a red hat", "a {} wearing a santa hat", "a {} wearing a rainbow scarf",
-    "a {} wearing a black top hat and a monocle", "a {} in a chef outfit", "a {} in a firefighter outfit",
-    "a {} in a police outfit", "a {} wearing pink glasses", "a {} wearing a yellow shirt",
-    "a {} in a purple wizard outfit") + CHANGES
-TINY = ("a photo of a {} on the beach", "a photo of a {} on the grass", "a photo of a {} in the snow",
-        "a photo of a {} at night", "a photo of a {} in a room", "a photo of a {} on a blue background",
-        "a photo of a {} wearing a hat on the beach", "a photo of a {} wearing sunglasses in a room",
-        "a photo of a {} holding a balloon on the grass", "a photo of a {} wearing a scarf in the snow",
-        "a photo of a {} next to a ball on the grass", "a photo of a {} next to a mug at night")
-PROMPTS = {"tiny": TINY, "objects": OBJECTS, "live": LIVE}
+# "objects" and "live" are DreamBench's prompts: Ruiz et al., arXiv 2208.12242.
+PROMPTS = {name: command_line.ROOT / f"support/prompts/{name}.txt" for name in ("tiny", "objects", "live")}
 PUBLIC_CLIP = "openai/clip-vit-large-patch14"
 BATCH = 8          # pictures drawn at once
 
@@ -73,17 +52,23 @@ def text_similarity(generated: Tensor, texts: Tensor) -> Tensor:
     return (generated * texts[:, None]).sum(-1)
 
 
-def harmonic_mean(a: float, b: float) -> float:
-    return 2 * a * b / (a + b) if a > 0 and b > 0 else 0.0
+def measure(drawn: Tensor, training: Tensor, texts: Tensor) -> dict[str, float]:
+    """Both similarities of a row's pictures and their intervals, and the harmonic mean of the two.
+
+    Pictures of one seed share their start noise, so the intervals are over seeds.
+    """
+    image, image_half = mean_and_interval(image_similarity(drawn, training).mean(0).tolist())
+    text, text_half = mean_and_interval(text_similarity(drawn, texts).mean(0).tolist())
+    return {"image_similarity": image, "image_interval": image_half,
+            "text_similarity": text, "text_interval": text_half,
+            "harmonic_mean": 2 * image * text / (image + text) if image > 0 and text > 0 else 0.0}
 
 
 # --------------------------------------------------------------------------------------------- what goes in
 
-def read_prompts(name: str) -> tuple[str, ...]:
+def read_prompts(name: str) -> list[str]:
     """A built-in set, or a file with one prompt a line in which {} stands for the concept."""
-    if name in PROMPTS:
-        return PROMPTS[name]
-    prompts = tuple(unquoted(line) for line in read_lines(name))
+    prompts = [unquoted(line) for line in read_lines(PROMPTS.get(name, name))]
     if not prompts or not all(prompt.count("{}") == 1 for prompt in prompts):
         raise ValueError(f"{name}: every prompt needs {{}} once, where the concept's word belongs")
     return prompts
@@ -111,113 +96,80 @@ def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_ima
     """A CLIP, its tokenizer and its name, from a folder or the hub; without a text tower, the model's."""
     own = model.folder and Path(model.folder) / "clip"
     source = source or (str(own) if own and own.is_dir() else PUBLIC_CLIP)
-    folder = weights_loader.find(source, "config.json").parent
-    weights_loader.find(source, "model.safetensors", "pytorch_model.bin")
-    _, sizes = clip_image.read_config(folder)
-    if sizes is None:
-        text_encoder, tokenizer = copy.deepcopy(model.text_encoder).float(), model.tokenizer
+    need = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
+    folder = weights_loader.locate(source, need)["config"][0].parent
+    clip, tokenizer = clip_image.load(folder, model.text_encoder), model.tokenizer
+    if clip.text_model is model.text_encoder:
+        clip.text_model = copy.deepcopy(clip.text_model).float()
     else:
-        text_encoder = TextEncoder(TextConfig(**sizes))
-        tokenizer = Tokenizer.load(weights_loader.find_vocabulary(source), sizes["max_length"])
+        vocabulary = weights_loader.find_vocabulary(source)
+        tokenizer = Tokenizer.load(vocabulary, clip.text_model.config.max_length)
     name = f"{model.name}'s own" if own and folder == own else source
-    return clip_image.load(folder, text_encoder).to(model.device), tokenizer, name
+    return clip.to(model.device), tokenizer, name
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# -------------------------------------------------------------------------------------------------- the rows
 
 class Row(NamedTuple):
-    """What one row of the table measures; without a concept the base model draws the super-category."""
+    """What one row of the table is about; without a concept the base model draws the super-category."""
     name: str
     file: str
-    concept: Concept | None
+    word: str                       # in the place of {} in the prompts
+    concepts: list[Concept]         # one or none
     super_category: str
-    folder: str
-    beta: float | None
+    folder: str                     # of the training pictures
+    beta: float | None              # None where nothing is edited
 
 
 def plan(args: argparse.Namespace, concepts: list[Concept], folders: list[str]) -> list[Row]:
     """The rows: every file at every beta, and once for each super-category and folder the base model."""
     rows, stems = [], [Path(file).stem for file in args.concept]
     for file, stem, concept, folder in zip(args.concept, stems, concepts, folders):
-        kind = concept.super_category
-        base = Row(f"{kind} (no concept)", "", None, kind, folder, None)
+        kind, name = concept.super_category, stem if stems.count(stem) == 1 else file
+        base = Row(f"{kind} (no concept)", "", kind, [], kind, folder, None)
         if base not in rows:
             rows.append(base)
-        betas = args.beta if concept.edits else [None]     # a textual inversion has no gate
-        name = stem if stems.count(stem) == 1 else file
-        rows += [Row(name, file, concept, kind, folder, beta) for beta in betas]
+        for beta in args.beta if concept.edits else [None]:     # a textual inversion has no gate
+            rows.append(Row(name, file, concept.token, [concept], kind, folder, beta))
     return rows
 
 
-@dataclass
-class Study:
-    """What all rows have in common. training: folder -> unit vectors (m, d) of its pictures."""
-    model: weights_loader.Model
-    clip: clip_image.CLIP
-    tokenizer: Tokenizer       # of the CLIP's text tower
-    clip_name: str
-    prompts: tuple[str, ...]
-    training: dict[str, Tensor]
-    args: argparse.Namespace
-    bar: tqdm                  # over pictures
-
-    @torch.no_grad()
-    def draw(self, row: Row) -> Tensor:
-        """Unit vectors (prompts, seeds, d) of a row's pictures, from seeds 0, 1, ..."""
-        model, args, concepts = self.model, self.args, [row.concept] if row.concept else []
-        word, embedded = row.concept.token if row.concept else row.super_category, []
-        for prompt in self.prompts:
-            keys, values, _, _ = perfusion.condition(model, ["", prompt.replace("{}", word)], concepts,
-                                                   row.beta or 0, args.tau, args.lock)
-            for seeds in torch.arange(args.seeds).split(BATCH):
-                images = diffusion.draw(model, keys, values, seeds.tolist(), model.size, args.steps,
-                                        args.guidance)
-                embedded.append(self.clip.image_embedding(images.to(model.device)).cpu())
-                self.bar.update(len(seeds))
-        return torch.cat(embedded).view(len(self.prompts), args.seeds, -1)
-
-    def measure(self, row: Row) -> dict[str, object]:
-        """A line of the results. Pictures of one seed share their start noise: intervals are over seeds."""
-        args, drawn, edited = self.args, self.draw(row), row.beta is not None
-        ids, _ = self.tokenizer.encode([prompt.replace("{}", row.super_category) for prompt in self.prompts])
-        texts = self.clip.text_embedding(ids.to(self.model.device)).cpu()
-        (image, image_interval), (text, text_interval) = (
-            mean_and_interval(similarity.mean(0).tolist()) for similarity in (
-                image_similarity(drawn, self.training[row.folder]), text_similarity(drawn, texts)))
-        return {"concept": row.name, "keys": row.concept.keys if row.concept else "",
-                "beta": row.beta if edited else "", "tau": args.tau if edited else "",
-                "lock": args.lock if edited else "", "image_similarity": image,
-                "image_interval": image_interval, "text_similarity": text, "text_interval": text_interval,
-                "harmonic_mean": harmonic_mean(image, text), "clip": self.clip_name, "prompts": args.prompts,
-                "number_of_prompts": len(self.prompts), "seeds": args.seeds}
+@torch.no_grad()
+def draw(row: Row, prompts: list[str], model, clip: clip_image.CLIP, args: argparse.Namespace,
+         bar: tqdm) -> Tensor:
+    """Unit vectors (prompts, seeds, d) of a row's pictures, from seeds 0, 1, ..."""
+    embedded = []
+    for prompt in prompts:
+        keys, values, _, _ = perfusion.condition(model, ["", prompt.replace("{}", row.word)], row.concepts,
+                                                 row.beta, args.tau, args.lock)
+        for seeds in torch.arange(args.seeds).split(BATCH):
+            images = diffusion.draw(model, keys, values, seeds.tolist(), model.size, args.steps,
+                                    args.guidance)
+            embedded.append(clip.image_embedding(images.to(model.device)).cpu())
+            bar.update(len(seeds))
+    return torch.cat(embedded).view(len(prompts), args.seeds, -1)
 
 
 # ------------------------------------------------------------------------------------------------ reporting
 
 def table(results: list[dict]) -> str:
     """The rows as text, one line each, and what their numbers are."""
-    columns = f"{'beta':>5} {'image similarity':>18} {'text similarity':>18}  harmonic"
-    lines = [f"{'concept':26} {'keys':8} {columns}"]
+    line = "{:26} {:8} {:>5} {:>18} {:>18}  {:>8}".format
+    lines = [line("concept", "keys", "beta", "image similarity", "text similarity", "harmonic")]
     for row in results:
-        both = " ".join(f"{written(row[f'{kind}_similarity'], row[f'{kind}_interval']):>18}"
-                        for kind in ("image", "text"))
-        start = f"{row['concept'][:26]:26} {row['keys']:8} {row['beta']:>5}"
-        lines.append(f"{start} {both}  {row['harmonic_mean']:8.4f}")
-    return "\n".join([*lines, caption(results)])
+        image = written(row["image_similarity"], row["image_interval"])
+        text = written(row["text_similarity"], row["text_interval"])
+        lines.append(line(row["concept"][:26], row["keys"], row["beta"], image, text,
+                          f"{row['harmonic_mean']:.4f}"))
+    return "\n".join([*lines, caption(results[0])])
 
 
-def caption(results: list[dict]) -> str:
-    row = results[0]
+def caption(row: dict) -> str:
+    """What the numbers are; any row says it."""
     interval = "no intervals, too few seeds" if math.isnan(row["image_interval"]) else \
         "± is a 95 % interval over seeds"
     return (f"CLIP: {row['clip']}; {row['number_of_prompts']} prompts ({row['prompts']}), "
             f"{row['seeds']} seeds, {interval}")
-
-
-def best(rows: list[Row], results: list[dict]) -> dict[str, tuple[Row, dict]]:
-    """Token of each concept -> the row with the largest harmonic mean, and its result."""
-    ranked = sorted(zip(rows, results), key=lambda pair: pair[1]["harmonic_mean"], reverse=True)
-    return {row.concept.token: (row, result) for row, result in reversed(ranked) if row.concept}
 
 
 def write_csv(results: list[dict], path: Path) -> None:
@@ -238,7 +190,22 @@ def write_figure(results: list[dict], path: Path) -> None:
         marks += [f"{row['beta']:g}"] if row["beta"] != "" else []
     with replacing(path) as partial:
         pareto(curves, "text similarity", "image similarity", "Concepts over beta (at the points)",
-               caption(results)).savefig(partial, format="png", dpi=150)
+               caption(results[0])).savefig(partial, format="png", dpi=150)
+
+
+def announce(token: str, row: Row, result: dict, args: argparse.Namespace) -> None:
+    """Say which row of a concept is the best, and how to draw with its file; --keep-best copies that."""
+    path = row.file
+    if args.keep_best:
+        args.keep_best.mkdir(parents=True, exist_ok=True)
+        path = args.keep_best / f"{token.strip('<>')}.safetensors"
+        content = Path(row.file).read_bytes()
+        with replacing(path) as partial:
+            partial.write_bytes(content)
+    gate = () if row.beta is None else ("--beta", row.beta, "--tau", args.tau, "--lock", args.lock)
+    line = command_line.command(args, "sample.py", f"a {token} on the beach", "--concept", path, *gate)
+    print(f"{token}: {' '.join(map(str, (row.name, *gate[:2])))} has the best harmonic mean, "
+          f"{result['harmonic_mean']:.4f}\n  {line}")
 
 
 # ----------------------------------------------------------------------------------------------- the script
@@ -273,48 +240,39 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
-    device = command_line.pick_device(args.device)
     prompts = read_prompts(args.prompts)
     concepts = [Concept.load(path) for path in args.concept]
     given = args.images or [None]
     given = given * (len(concepts) // len(given))
     sources = [training_files(concept, folder) for concept, folder in zip(concepts, given)]
-    prediction = command_line.prediction(args.prediction, concepts)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    model = weights_loader.load(args.weights, device, torch.float32 if device == "cpu" else torch.float16,
-                                args.tokenizer, prediction=prediction)
-    fast_cpu.enable(model)
-    if args.guidance is None:
-        args.guidance = model.guidance
+    model = open_model(args, concepts)
+    args.guidance = model.guidance if args.guidance is None else args.guidance
     # One at a time: two files may hold the same name, trained with different keys or for fewer steps.
     concepts = [prepare([concept], model)[0] for concept in concepts]
     clip, tokenizer, clip_name = load_clip(args.clip, model)
-    side = clip.config.image_size
     training = {}
     for folder, files in dict(sources).items():
-        images, _ = pictures.read_images(files, side)
-        training[folder] = clip.image_embedding((images / 2 + 0.5).to(device)).cpu()
+        images, _ = pictures.read_images(files, clip.config.image_size)
+        training[folder] = clip.image_embedding((images / 2 + 0.5).to(model.device)).cpu()
 
     rows, results = plan(args, concepts, [folder for folder, _ in sources]), []
     with tqdm(total=len(rows) * len(prompts) * args.seeds, unit="picture", desc="evaluating") as bar:
-        study = Study(model, clip, tokenizer, clip_name, prompts, training, args, bar)
         for row in rows:
-            results.append(study.measure(row))
+            drawn = draw(row, prompts, model, clip, args, bar)
+            ids, _ = tokenizer.encode([prompt.replace("{}", row.super_category) for prompt in prompts])
+            texts = clip.text_embedding(ids.to(model.device)).cpu()
+            beta, tau, lock = ("", "", "") if row.beta is None else (row.beta, args.tau, args.lock)
+            results.append({
+                "concept": row.name, "keys": row.concepts[0].keys if row.concepts else "", "beta": beta,
+                "tau": tau, "lock": lock, **measure(drawn, training[row.folder], texts), "clip": clip_name,
+                "prompts": args.prompts, "number_of_prompts": len(prompts), "seeds": args.seeds})
             write_csv(results, args.out / "results.csv")
     print(table(results))
-    for token, (row, result) in best(rows, results).items():
-        path = row.file
-        if args.keep_best:
-            args.keep_best.mkdir(parents=True, exist_ok=True)
-            path = args.keep_best / f"{token.strip('<>')}.safetensors"
-            content = Path(row.file).read_bytes()
-            with replacing(path) as partial:
-                partial.write_bytes(content)
-        gate = () if row.beta is None else ("--beta", row.beta, "--tau", args.tau, "--lock", args.lock)
-        line = command_line.command(args, "sample.py", f"a {token} on the beach", "--concept", path, *gate)
-        print(f"{token}: {' '.join(map(str, (row.name, *gate[:2])))} has the best harmonic mean, "
-              f"{result['harmonic_mean']:.4f}\n  {line}")
+    for token in dict.fromkeys(concept.token for concept in concepts):
+        own = [(row, result) for row, result in zip(rows, results) if row.word == token]
+        announce(token, *max(own, key=lambda pair: pair[1]["harmonic_mean"]), args)
     write_figure(results, args.out / "pareto.png")
     print(f"written: {args.out}/results.csv, {args.out}/pareto.png")
 

@@ -25,7 +25,7 @@ import weights_loader
 from concept import Concept, prepare
 from support import command_line
 from support.files import replacing
-from support.weight_files import read_tensors, what_is
+from support.weight_files import read, what_is
 
 
 @torch.no_grad()
@@ -41,17 +41,16 @@ def lora(unet, concepts: list[Concept]) -> list[dict[str, Tensor]]:
     b = torch.linalg.solve(energy, I)
     paths = {module: path for path, module in unet.named_modules()}
     loras = [{} for _ in concepts]
-    for kind, projected, targets in (("to_k", unet.keys(b), [c.o_keys for c in concepts]),
-                                     ("to_v", unet.values(b), [c.o_values for c in concepts])):
+    for side, kind, projected in (("o_keys", "to_k", unet.keys(b)), ("o_values", "to_v", unet.values(b))):
         for layer, module in enumerate(unet.cross_attentions):
             name = f"lora_unet_{paths[module]}.{kind}".replace(".", "_")
-            for j, tensors in enumerate(loras):
-                up = (targets[j][layer] / energy[j, j] - projected[layer][j]).half()
+            for j, concept in enumerate(concepts):
+                up = (getattr(concept, side)[layer] / energy[j, j] - projected[layer][j]).half()
                 if not up.isfinite().all():
-                    raise ValueError(f"{concepts[j].token}: {name} does not fit float16")
-                tensors[f"{name}.lora_down.weight"] = D[j, None].half().clone()
-                tensors[f"{name}.lora_up.weight"] = up[:, None]
-                tensors[f"{name}.alpha"] = torch.tensor(1.0)  # divided by the rank, it scales the edit
+                    raise ValueError(f"{concept.token}: {name} does not fit float16")
+                loras[j] |= {f"{name}.lora_down.weight": D[j, None].half().clone(),
+                             f"{name}.lora_up.weight": up[:, None],
+                             f"{name}.alpha": torch.tensor(1.0)}    # divided by the rank, it scales the edit
     return loras
 
 
@@ -63,11 +62,7 @@ def read_embedding(path: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"--init-embedding {path}: there is no such file")
     try:
-        if path.suffix == ".safetensors":
-            content = read_tensors(path)
-        else:       # the original code saved a ParameterDict, the web UI a dict
-            with torch.serialization.safe_globals([torch.nn.ParameterDict]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
+        content = read(path)        # the original code saved a ParameterDict, the web UI a dict
         content = content.get("string_to_param", content)
         embedding, = getattr(content, "_parameters", content).values()
         return torch.atleast_2d(embedding.detach().float())
@@ -88,19 +83,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     stems = [path.stem for path in args.concept]
     if len(set(stems)) < len(stems):
         raise ValueError("two of the concept files have the same name: export them into different folders")
-    words, loras = ([args.out / f"{stem}_{part}.safetensors" for stem in stems] for part in ("word", "lora"))
+    concepts = [Concept.load(path) for path in args.concept]
+    words = [args.out / f"{stem}_word.safetensors" for stem in stems]
+    loras = [args.out / f"{stem}_lora.safetensors" for stem, concept in zip(stems, concepts) if concept.edits]
     for file in words + loras:
         if file.exists():
             raise ValueError(f"{file} exists already: delete it, or choose another --out")
-    concepts = [Concept.load(path) for path in args.concept]
     model = weights_loader.load(args.weights, tokenizer=args.tokenizer)
     concepts = prepare(concepts, model)
-    contents = {file: {"emb_params": concept.embedding.half()} for file, concept in zip(words, concepts)}
-    edited = {file: concept for file, concept in zip(loras, concepts) if concept.edits}
-    if edited:
-        contents |= zip(edited, lora(model.unet, list(edited.values())))
+    edited = [concept for concept in concepts if concept.edits]
+    contents = [{"emb_params": concept.embedding.half()} for concept in concepts]
+    contents += lora(model.unet, edited) if edited else []
     args.out.mkdir(parents=True, exist_ok=True)
-    for file, tensors in contents.items():
+    for file, tensors in zip(words + loras, contents, strict=True):
         with replacing(file) as partial:
             save_file(tensors, partial)
         print(f"{file}: {file.stat().st_size:,} bytes")

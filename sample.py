@@ -8,11 +8,11 @@ Picture k starts from noise seeded with seed + k and is drawn alone: it does not
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
 import math
-import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -24,21 +24,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 import perfusion
-import weights_loader
 from concept import Concept, prepare
 from diffusion import decode, draw_latents, grid, to_bytes
-from support import command_line, fast_cpu
+from support import command_line
+from support.base_model import open_model
 from support.command_line import DTYPES, between, numbers, pick_device, unquoted
 from support.files import replacing
 
-BETA = perfusion.DRAWING_BETA
-MAX_SIDE = 4096
+BETA, TAU = perfusion.DRAWING_BETA, perfusion.DRAWING_TAU
 WEB_UI = {"ddim": "DDIM", "dpm++": "DPM++ 2M"}      # what the web UI calls our samplers
 
 
 def size(text: str) -> tuple[int, int]:
     """'512' or '512x768' (height x width) -> (height, width); which multiples fit, the model says later."""
-    sides = [between(1, MAX_SIDE)(side) for side in text.lower().split("x")]
+    sides = [between(1, 4096)(side) for side in text.lower().split("x")]
     if len(sides) > 2:
         raise argparse.ArgumentTypeError(f"{text} is not SIDE or HEIGHTxWIDTH")
     return sides[0], sides[-1]
@@ -53,7 +52,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--beta", type=numbers, action="extend", metavar="B[,B]", help="gate threshold, lower draws more of "
         f"the concept: one or one each (default: {BETA['local']}, global lock {BETA['global']})")
     add("--tau", type=numbers, action="extend", metavar="T[,T]",
-        help=f"gate temperature above 0: one or one each (default: {perfusion.DRAWING_TAU})")
+        help=f"gate temperature above 0: one or one each (default: {TAU})")
     add("--lock", choices=("local", "global"), default="local",
         help="lock the keys of the concept's word, or of the whole prompt")
     add("--negative", type=unquoted, default="", metavar="PROMPT",
@@ -70,23 +69,15 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=DTYPES, help="of the networks (default: fp32 on a CPU, fp16 elsewhere)")
     add("--low-vram", action="store_true", help="keep only the network in use on the device")
     args = parser.parse_args(argv)
-    args.beta = args.beta or [BETA[args.lock]]
-    args.tau = args.tau or [perfusion.DRAWING_TAU]
-    for name, given in (("beta", args.beta), ("tau", args.tau)):
-        if len(given) not in (1, len(args.concept)):
-            parser.error(f"--{name} takes one number or one per concept: {len(given)} numbers for "
-                         f"{len(args.concept)} concepts")
+    args.beta, args.tau = args.beta or [BETA[args.lock]], args.tau or [TAU]
     if min(args.tau) <= 0:
         parser.error("--tau must be above 0")
+    n = len(args.concept)
+    for name, given in (("beta", args.beta), ("tau", args.tau)):
+        if len(given) not in (1, n):
+            parser.error(f"--{name} takes one number, or one for each of {n} concepts: {len(given)} are given")
+        setattr(args, name, given * (n // len(given)))
     return args
-
-
-def check_tokens(prompts: list[str], known: list[str]) -> None:
-    """ValueError for a <name> of the prompts that no loaded concept has."""
-    used = {name for prompt in prompts for name in re.findall(r"<[^<>|]+>", prompt)}
-    for name in sorted(used - set(known)):
-        listing = "known are " + ", ".join(known) if known else "load its file with --concept"
-        raise ValueError(f"the prompt uses {name}, which no concept file provides: {listing}")
 
 
 def png(image: Tensor, settings: dict[str, object]) -> bytes:
@@ -95,40 +86,36 @@ def png(image: Tensor, settings: dict[str, object]) -> bytes:
     Under `parameters` in the form of Stable Diffusion's web UI, which other programs read too; under
     `perfusion` all the settings as JSON.
     """
-    height, width = settings["size"].split("x")
-    negative = f"Negative prompt: {settings['negative']}\n" if settings["negative"] else ""
-    model = re.sub("[,:]", "", Path(settings["weights"]).name)      # they would end it
+    s, (height, width) = settings, settings["size"].split("x")
+    negative = f"Negative prompt: {s['negative']}\n" if s["negative"] else ""
+    model = re.sub("[,:]", "", Path(s["weights"]).name)             # they would end it
     fields, file = PngImagePlugin.PngInfo(), io.BytesIO()
     fields.add_itxt("parameters", (
-        f"{settings['prompt']}\n{negative}Steps: {settings['steps']}, "
-        f"Sampler: {WEB_UI[settings['sampler']]}, CFG scale: {settings['guidance']}, "
-        f"Seed: {settings['seed']}, Size: {width}x{height}, Model: {model}"))
+        f"{s['prompt']}\n{negative}Steps: {s['steps']}, Sampler: {WEB_UI[s['sampler']]}, "
+        f"CFG scale: {s['guidance']}, Seed: {s['seed']}, Size: {width}x{height}, Model: {model}"))
     fields.add_itxt("perfusion", json.dumps(settings))
     Image.fromarray(to_bytes(image)).save(file, format="PNG", pnginfo=fields)
     return file.getvalue()
 
 
-def add_picture(folder: str | os.PathLike, content: bytes) -> Path:
+def add_picture(folder: Path, content: bytes) -> Path:
     """Write a PNG under the next free number of a folder, 0000.png and on; return its path. OSError.
 
     Of several programs at once only one holds the claim on a number, so that no picture takes another's
     place. A claim that a killed program left behind costs its number and nothing else.
     """
-    folder = Path(folder)
     taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
     for number in itertools.count(max(taken, default=-1) + 1):
         path, claim = folder / f"{number:04d}.png", folder / f".{number:04d}.claim"
-        try:
+        with contextlib.suppress(FileExistsError):
             claim.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        try:
-            if not path.exists():
-                with replacing(path) as partial:
-                    partial.write_bytes(content)
-                return path
-        finally:
-            claim.unlink()
+            try:
+                if not path.exists():
+                    with replacing(path) as partial:
+                        partial.write_bytes(content)
+                    return path
+            finally:
+                claim.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -138,13 +125,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     variant = "fp16" if args.weights == "sd15" and precision != "fp32" else None      # half the download
     # Everything that can be wrong in the command is checked before gigabytes of weights are read.
     concepts = [Concept.load(path) for path in args.concept]
-    check_tokens([args.prompt, args.negative], [concept.token for concept in concepts])
-    prediction = command_line.prediction(args.prediction, concepts)
+    tokens = [concept.token for concept in concepts]
+    for name in re.findall(r"<[^<>|]+>", f"{args.prompt} {args.negative}"):
+        if name not in tokens:
+            known = "known are " + ", ".join(tokens) if tokens else "load its file with --concept"
+            raise ValueError(f"the prompt uses {name}, which no concept file provides: {known}")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    model = weights_loader.load(args.weights, "cpu" if args.low_vram else device, DTYPES[precision],
-                                args.tokenizer, variant, prediction)
-    fast_cpu.enable(model)
+    model = open_model(args, concepts, DTYPES[precision], "cpu" if args.low_vram else device, variant)
     height, width = args.size or model.size
     if height % model.size_step or width % model.size_step:
         raise ValueError(f"--size {height}x{width} is not possible: both sides must be multiples of "
@@ -152,22 +140,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     guidance = model.guidance if args.guidance is None else args.guidance
     model.text_encoder.to(device), model.unet.to(device)        # with --low-vram they were not there
     concepts = prepare(concepts, model)
-    beta, tau = (given * (len(concepts) // len(given)) for given in (args.beta, args.tau))
-    keys, values, positions, _ = perfusion.condition(model, [args.negative, args.prompt], concepts, beta, tau,
-                                                   args.lock)
-    for token in (concept.token for concept in concepts):
+    keys, values, positions, _ = perfusion.condition(model, [args.negative, args.prompt], concepts, args.beta,
+                                                     args.tau, args.lock)
+    for token in tokens:
         if not any(found[token] for found in positions):
             warnings.warn(f"the prompt does not use {token}: write {token} where the concept should appear")
 
     settings = {"prompt": args.prompt, "negative": args.negative, "steps": args.steps,
                 "sampler": args.sampler, "guidance": guidance, "size": f"{height}x{width}",
                 "weights": model.name, "prediction": model.schedule.prediction_type, "precision": precision,
-                "concepts": " ".join(args.concept), "beta": " ".join(map(str, beta)),
-                "tau": " ".join(map(str, tau)), "lock": args.lock if concepts else ""}
+                "concepts": " ".join(args.concept), "beta": " ".join(map(str, args.beta)),
+                "tau": " ".join(map(str, args.tau)), "lock": args.lock if concepts else ""}
     print("; ".join(f"{key}: {value}" for key, value in settings.items() if value != ""))
     latent_size = height // model.vae.factor, width // model.vae.factor
-    seeds = range(args.seed, args.seed + args.n)
-    images, paths = [], []
+    seeds, images, paths = range(args.seed, args.seed + args.n), [], []
     with tqdm(total=args.n * args.steps, unit="step", desc="drawing") as bar:
         latents = (draw_latents(model.unet, model.schedule, keys, values, [seed], latent_size, args.steps,
                                 guidance, args.sampler, on_step=lambda z: bar.update())

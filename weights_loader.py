@@ -11,11 +11,11 @@ a warning of one line.
 
 import contextlib
 import hashlib
-import json
+import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,17 +27,25 @@ import diffusion
 import unet
 import vae
 from support import weight_names
-from support.files import replacing
-from support.weight_files import read_tensors
+from support.files import replacing, write_json
+from support.weight_files import kind, read_json, read_tensors, read_text
 
 NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 TINY = Path(__file__).parent / "tiny" / "weights"
-HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.ckpt)"
+HUB_ID = r"[\w-][\w.-]*/[\w-][\w.-]*"
+SINGLE = (".safetensors", ".ckpt")
+GUESSES = {  # what people write -> what they may mean
+    rf".*(?:huggingface\.co|hf\.co)/({HUB_ID})(?:/tree/.*)?/?": r"\1",
+    r"\w+://.*": "the path of the file, once it is downloaded",
+    r"(runwayml/)?(sd|stable[-_ ]?diffusion)[-_ ]?v?1[-_. ]?5": "sd15", "tiny": "tiny"}
 SD15 = ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14")
 WEIGHTS = {  # names in the published layout, the preferred first; a variant stands before the suffix
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin")}
+VOCABULARY = {"vocabulary": ["tokenizer/merges.txt tokenizer/vocab.json", "tokenizer/tokenizer.json",
+                             "merges.txt vocab.json", "tokenizer.json"]}
+SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")  # in the name of a part of a file
 CHUNK = 2**28  # bytes, see fill
 FINGERPRINT = re.compile(r".*(attn2\.to_[kv]|token_embedding)\.weight")  # what Perfusion edits, and the words
 
@@ -96,129 +104,162 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     the full ones, or where there are none those in half precision. prediction: what the U-Net was trained to
     predict, "epsilon" or "v_prediction", instead of what the files say.
     """
-    path = Path(weights)
-    if path.is_file():
-        parts, predicted = open_single_file(path)
-        name, folder, places = path.stem, path.parent, (path.parent, "sd15")
-    else:
-        parts, predicted = open_folder(weights, variant)
-        name, folder, places = str(weights), find(weights, "unet/config.json").parents[1], (weights,)
-    networks, names = {}, {}
-    for part, (config, tensors) in parts.items():
-        networks[part], names[part] = connect(part, config, tensors)
+    path, networks, names = Path(weights), {}, {}
+    try:
+        if path.is_file():
+            parts, predicted, vocabulary, folder = open_single_file(path, tokenizer)
+        else:
+            parts, predicted, vocabulary, folder = open_folder(weights, variant, tokenizer)
+        for part, (config, tensors) in parts.items():
+            networks[part], names[part] = connect(part, config, tensors)
+    except ValueError as error:
+        guess = meant(str(weights))
+        raise ValueError(f"{error}; did you mean {guess}?" if guess else error) from error
     u, v, t = (networks[part].config for part in NETWORKS)
     if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
         raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
-    vocabulary = tokenizer or find_vocabulary(*places)
     tokenizer = clip_text.Tokenizer.load(vocabulary, t.max_length)
     if tokenizer.vocab_size > t.vocab_size:
         raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
-    schedule = diffusion.Schedule.sd_v1(prediction or predicted)
-    if prediction and prediction != predicted:
-        warnings.warn(f"{name}: its U-Net is used with {prediction}, its files say {predicted}", stacklevel=2)
-    model = Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint="", name=name,
-                  folder=folder)
-    for remark in remarks(model, parts, names, variant):
-        warnings.warn(f"{name}: {remark}", stacklevel=2)
+    model = Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(prediction or predicted),
+                  fingerprint="", name=path.stem if path.is_file() else str(weights), folder=folder)
+    for remark in remarks(model, parts, names, variant, predicted):
+        warnings.warn(f"{model.name}: {remark}", stacklevel=2)
     digests = [digest for part, (_, tensors) in parts.items()
                for digest in fill(networks[part], names[part], tensors, device, dtype)]
     model.fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
     return model
 
 
-def open_folder(weights: str | Path, variant: str | None) -> tuple[dict, str]:
-    """A folder in the diffusers layout -> {part: (config, tensors as from mapped)}, prediction type."""
+def open_folder(weights: str | Path, variant: str | None, tokenizer: str | Path | None) -> tuple:
+    """A folder in the diffusers layout, or such a repository of the hub, before any data are read.
+
+    Returns {part: (config, tensors as from mapped)}, prediction type, folder of the vocabulary, folder.
+    """
+    files = locate(weights, needs(variant) | ({} if tokenizer else VOCABULARY))
     parts = {}
     for part in NETWORKS:
-        config = read_json(find(weights, f"{part}/config.json"),
-                           lambda public: weight_names.read_config(part, public))
-        parts[part] = config, mapped(find_weights(weights, part, variant))
-    return parts, read_json(find(weights, "scheduler/scheduler_config.json"), weight_names.read_prediction)
+        config = read_json(*files[f"{part}/config"], lambda public: weight_names.read_config(part, public))
+        parts[part] = config, mapped(files[part])
+    scheduler, = files["scheduler"]
+    predicted = read_json(scheduler, weight_names.read_prediction)
+    return parts, predicted, tokenizer or files["vocabulary"][0].parent, scheduler.parents[1]
 
 
-def open_single_file(path: Path) -> tuple[dict, str]:
+def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple:
     """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
-        text = yaml.read_text(encoding="utf-8", errors="replace")
+        text = read_text(yaml, "replace")
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
-    return {part: (config, tensors) for part, config in weight_names.SD_V1.items()}, predicted
+    parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
+    try:
+        vocabulary = tokenizer or find_vocabulary(path.parent)
+    except ValueError:
+        vocabulary = find_vocabulary("sd15")
+    return parts, predicted, vocabulary, path.parent
 
 
-def find(weights: str | Path, *names: str) -> Path:
-    """The first of these files that there is in a folder, or on the hub and then in the hub's local cache.
+def find_vocabulary(weights: str | Path) -> Path:
+    """The folder of the vocabulary of a model, see `locate`."""
+    return locate(weights, VOCABULARY)["vocabulary"][0].parent
 
-    weights: "tiny", "sd15", a folder or a hub id. ValueError where it has none of them.
+
+def needs(variant: str | None) -> dict[str, list[str]]:
+    """What there must be of a model: {what: alternatives, the preferred first}, each the names of its files.
+
+    fp32 comes before fp16, .safetensors before .bin.
+    """
+    need, infixes = {}, [f".{variant}"] if variant else ["", ".fp16"]
+    for part, names in WEIGHTS.items():
+        need[f"{part}/config"] = [f"{part}/config.json"]
+        need[part] = [f"{part}/{name.replace('.', infix + '.')}" for infix in infixes for name in names]
+    return need | {"scheduler": ["scheduler/scheduler_config.json"]}
+
+
+def pieces(name: str, listed: set[str]) -> list[str]:
+    """The files that hold what one of this name would: itself, or all of its shards, or none."""
+    if name in listed:
+        return [name]
+    shards = sorted(other for other in listed if SHARD.sub("", other) == name)
+    return shards if shards and len(shards) == int(SHARD.search(shards[0])[1]) else []
+
+
+def choose(place: str | Path, listed: set[str], need: dict) -> dict[str, list[str]]:
+    """{what: files of the first alternative of which all is listed}; ValueError where there is none."""
+    chosen = {}
+    for what, alternatives in need.items():
+        found = [[pieces(name, listed) for name in names.split()] for names in alternatives]
+        complete = [files for files in found if all(files)]
+        if not complete:
+            raise ValueError(f"{place}/{alternatives[0].split()[0]}: there is no such file")
+        chosen[what] = sum(complete[0], [])
+    return chosen
+
+
+def in_folder(folder: Path, need: dict) -> dict[str, list[Path]]:
+    """{what: its files} in a folder; ValueError where something is missing."""
+    listed = {path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth)
+              if path.is_file()}
+    return {what: [folder / name for name in names] for what, names in choose(folder, listed, need).items()}
+
+
+def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
+    """{what: its files}, see `needs`; ValueError where something is missing.
+
+    weights: "tiny", "sd15", a folder, or a hub id: what the local cache lacks is fetched, and where that
+    fails, another commit in the cache serves. fp16 is not taken for fp32 before the hub has been asked.
     """
     folder = TINY if weights == "tiny" else Path(weights)
     if folder.is_dir():
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name
-        raise ValueError(f"{folder / names[0]}: there is no such file")
+        return in_folder(folder, need)
     repo, revision = SD15 if weights == "sd15" else (str(weights), "main")
-    if not re.fullmatch(HUB_ID, repo):
-        raise ValueError(f"{folder}: there is no such file or folder")
-    import huggingface_hub as hub  # takes half a second: only where it is needed
-    from huggingface_hub.errors import RemoteEntryNotFoundError
-    for name in names:
-        try:
-            path = hub.try_to_load_from_cache(repo, name, revision=revision)
-            if path is None:  # neither there nor known to be absent
-                with contextlib.suppress(RemoteEntryNotFoundError):
-                    # this asks once; without a network, hf_hub_download alone would try for 23 seconds
-                    hub.get_hf_file_metadata(hub.hf_hub_url(repo, name, revision=revision))
-                path = hub.hf_hub_download(repo, name, revision=revision)  # notes in the cache what is absent
-            if isinstance(path, str):
-                return Path(path)
-        except RemoteEntryNotFoundError:
-            pass
-        except Exception as error:  # the errors of several libraries
-            raise ValueError(f"{repo}: neither a folder here, nor is {name} in the local cache or to be had "
-                             f"from the hub ({type(error).__name__})") from error
-    raise ValueError(f"{repo}: there is no file {names[0]} in this hub repository")
-
-
-def find_weights(weights: str | Path, part: str, variant: str | None) -> list[Path]:
-    """The files of a part: fp32 before fp16, .safetensors before .bin, in one piece before in shards."""
-    path = find(weights, *(f"{part}/{file}" for infix in ([f".{variant}"] if variant else ["", ".fp16"])
-                           for name in WEIGHTS[part]
-                           for file in (f"{Path(name).stem}{infix}{Path(name).suffix}",
-                                        f"{name}.index{infix}.json")))
-    if path.suffix != ".json":
-        return [path]
-    shards = read_json(path, lambda index: sorted(set(index["weight_map"].values())))
-    return [find(weights, f"{part}/{shard}") for shard in shards] or [path]
-
-
-def find_vocabulary(place: str | Path, *others: str | Path) -> Path:
-    """The folder of vocab.json and merges.txt, or of tokenizer.json, in the first place that has one."""
+    if not re.fullmatch(HUB_ID, repo) or repo.lower().endswith(SINGLE):
+        raise ValueError(f"{weights}: there is no such file or folder")
+    import huggingface_hub as hub  # the most of it takes half a second, and is imported where it is used
+    cache = Path(hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    ref = cache / "refs" / revision
+    wanted = cache / "snapshots" / (ref.read_text() if ref.is_file() else revision)
+    as_asked = {what: [names for names in alternatives if ".fp16" not in names] or alternatives
+                for what, alternatives in need.items()}
+    with contextlib.suppress(ValueError):
+        return in_folder(wanted, as_asked)
     try:
-        path = find(place, "tokenizer/merges.txt", "tokenizer/tokenizer.json", "merges.txt", "tokenizer.json")
+        info = hub.HfApi().model_info(repo, revision=revision, timeout=10)
+        files = choose(repo, {file.rfilename for file in info.siblings}, need)
+        for name in sum(files.values(), []):
+            path = Path(hub.hf_hub_download(repo, name, revision=revision))
+        return in_folder(path.parents[name.count("/")], need)
     except ValueError:
-        if not others:
-            raise
-        return find_vocabulary(*others)
-    if path.name == "merges.txt":
-        find(place, "tokenizer/vocab.json", "vocab.json")
-    return path.parent
+        raise
+    except Exception as error:  # the errors of several libraries
+        for folder in [wanted, *cache.glob("snapshots/*")]:
+            with contextlib.suppress(ValueError):
+                files = in_folder(folder, need)
+                if folder != wanted:
+                    warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
+                return files
+        first = next(iter(need.values()))[0].split()[0]
+        raise ValueError(f"{repo}: not a folder here, and {first} and what belongs to it is neither in the "
+                         f"local cache nor to be had from the hub ({type(error).__name__})") from error
 
 
-def read_json(path: Path, read: Callable[[dict], object]):
-    """What `read` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(value, dict):
-            raise ValueError("it is not a JSON object")
-        return read(value)
-    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{path} is not as it should be: {error}") from error
+def meant(weights: str) -> str | Path | None:
+    """What someone may have meant by the name of something that cannot be loaded."""
+    for pattern, guess in GUESSES.items():
+        found = re.fullmatch(pattern, weights, re.IGNORECASE)
+        if found and weights != guess:
+            return found.expand(guess)
+    path = Path(weights)
+    near = [] if (path / "unet").is_dir() else [*path.glob("*"), *path.absolute().parents[:2]]
+    likely = [file for file in near if file.suffix.lower() in SINGLE or (file / "unet/config.json").is_file()]
+    return max(likely, key=lambda file: file.stat().st_size, default=None)
 
 
 def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
-    """{key: (path, mapped tensor)} of several files, which hold at least one tensor."""
-    tensors = {key: (path, tensor) for path in paths for key, tensor in read_tensors(path).items()}
+    """{key: (path, tensor without data)} of several files, which hold at least one tensor."""
+    tensors = {key: (path, tensor.to("meta")) for path in paths for key, tensor in read_tensors(path).items()}
     if not tensors:
         raise ValueError(f"{paths[0]}: there are no tensors in it")
     return tensors
@@ -254,15 +295,18 @@ def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str
     return network, names
 
 
-def remarks(model: Model, parts: dict, names: dict, variant: str | None) -> Iterator[str]:
+def remarks(model: Model, parts: dict, names: dict, variant: str | None, predicted: str) -> Iterator[str]:
     """What one may not expect of a model, in a line each."""
     held = {(path, key) for _, tensors in parts.values() for key, (path, _) in tensors.items()}
     used = {(parts[part][1][key][0], key) for part in parts for key in names[part].values()}
+    prediction = model.schedule.prediction_type
+    if prediction != predicted:
+        yield f"its U-Net is used with {prediction}, its files say {predicted}"
     if any(key.startswith("model_ema.") for _, key in used):
         yield "its U-Net is the moving average (model_ema), the only one in the file"
     if not variant and any(".fp16." in path.name for path, _ in used):
-        yield "its files are in half precision (fp16), it has no others"
-    kind = *model.size, model.schedule.prediction_type
+        yield "its files are in half precision (fp16), there are no others"
+    kind = *model.size, prediction
     if model.folder != TINY and kind != (512, 512, "epsilon"):
         yield "not as in Stable Diffusion v1: trained for {} x {} pixels, with {}".format(*kind)
     rest = Counter(key.split(".")[0] for _, key in sorted(held - used)).most_common()
@@ -276,14 +320,14 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
          dtype: torch.dtype) -> list[str]:
     """Copy the data of a connected network from its files; returns what makes the fingerprint.
 
-    A file is opened anew after every CHUNK: what was read of a mapped file is counted as memory until then.
+    A mapped file is opened anew after every CHUNK: what was read of it is counted as memory until then.
     """
-    parameters, ours = dict(network.named_parameters()), {key: name for name, key in names.items()}
+    parameters = dict(network.named_parameters())
     state, digests, opened, room = {}, [], None, 0
-    for key in [key for key in tensors if key in ours]:
-        path, name = tensors[key][0], ours[key]
+    for name, key in sorted(names.items(), key=lambda item: tensors[item[1]][0]):  # file by file
+        path = tensors[key][0]
         if path != opened or room <= 0:
-            data, opened, room = read_tensors(path), path, CHUNK
+            data, opened, room = read_tensors(path), path, math.inf if kind(path) == "pickle" else CHUNK
         tensor = data[key].reshape(parameters[name].shape)
         room -= tensor.nbytes
         if not torch.stack(tensor.aminmax()).isfinite().all():
@@ -301,7 +345,7 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
 
 def save(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a Model in the published diffusers layout, its weights as `dtype`."""
-    folder, configs = Path(folder), {}
+    folder = Path(folder)
     for part in (*NETWORKS, "scheduler", "tokenizer"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for part in NETWORKS:
@@ -310,11 +354,8 @@ def save(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -
                    for name, parameter in network.named_parameters()}
         with replacing(folder / part / WEIGHTS[part][0]) as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        configs[f"{part}/config.json"] = weight_names.write_config(part, network.config)
-    configs["scheduler/scheduler_config.json"] = weight_names.CONSTANTS["scheduler"] | {
+        write_json(folder / part / "config.json", weight_names.write_config(part, network.config))
+    write_json(folder / "scheduler" / "scheduler_config.json", weight_names.CONSTANTS["scheduler"] | {
         "_class_name": "DDIMScheduler", "prediction_type": model.schedule.prediction_type,
-        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    for name, config in configs.items():
-        with replacing(folder / name) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1})
     model.tokenizer.save(folder / "tokenizer")

@@ -42,11 +42,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        argv = sys.argv[1:] if argv is None else argv
+        argv = [at_home(text) for text in (sys.argv[1:] if argv is None else argv)]
         for text in argv:
-            if any("\udc80" <= character <= "\udcff" for character in text):  # Python's stand-ins for bytes
+            if re.search("[\udc80-\udcff]", text):          # Python's stand-ins for bytes
                 self.error(f"{text} is not UTF-8, and no concept could be read there: rename it")
-        return super().parse_args([at_home(text) for text in argv])
+        return super().parse_args(argv)
 
     def _parse_optional(self, text: str):
         """None for a value: argparse would take "-blurry" for an option. Ours have two dashes, or are -h."""
@@ -103,39 +103,20 @@ def concept_name(text: str | None, images: Path) -> str:
         path = images.resolve()
         text = re.sub(r"[^a-z0-9_]+", "-", (path.name if path.is_dir() else path.stem).lower())
         text = text.lstrip("_-").rstrip("-")[:41]
-        if not text:
-            raise ValueError(f"no name can be made from {images}: give one with --token")
     name = text[1:-1] if text.startswith("<") and text.endswith(">") else text
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}", name):
-        raise ValueError(f'--token "{text}" must consist of up to 41 letters, digits, - and _')
+        raise ValueError(f'"{name}" cannot be a name: give up to 41 letters, digits, - and _ with --token')
     return name
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:
-    """The flags of a base model, for `weights_loader.load` and `pick_device`."""
+    """The flags of a base model, for `base_model.open_model`."""
     add = parser.add_argument
     add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
     add("--prediction", choices=("epsilon", "v_prediction"),
         help="what the U-Net predicts (default: what the model's files say)")
     add("--device", choices=("cpu", "cuda", "mps"), help="(default: the best one present)")
-
-
-def prediction(given: str | None, concepts: list) -> str | None:
-    """What the U-Net shall predict, for `weights_loader.load`: as given, or as in the concepts' training.
-
-    None if the concepts are older and do not say: then the model's files do. ValueError when they differ.
-    """
-    remembered = {str(c.metadata["prediction"]): c.token for c in concepts if c.metadata.get("prediction")}
-    if given:
-        for kind, token in remembered.items():
-            if kind != given:
-                warnings.warn(f"{token} was trained with {kind}, not with {given}", stacklevel=2)
-        return given
-    if len(remembered) > 1:
-        pairs = " and ".join(f"{token} with {kind}" for kind, token in remembered.items())
-        raise ValueError(f"concepts that were trained differently do not go together: {pairs}")
-    return next(iter(remembered), None)
 
 
 def command(args: argparse.Namespace, script: str, *words: object) -> str:
@@ -172,11 +153,11 @@ def plain_errors(memory: str) -> Iterator[None]:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         sentence = str(error)
-        if isinstance(error, OSError) and error.filename:
+        if getattr(error, "filename", None):        # of an OSError
             sentence = f"{error.filename}: {error.strerror}"
-        elif isinstance(error, MemoryError | RuntimeError):
-            if isinstance(error, RuntimeError) and "memory" not in sentence:
-                raise
+        elif isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in sentence:
             sentence = f"out of memory: {memory}"
+        elif isinstance(error, RuntimeError):
+            raise
         print("error:", sentence.replace("\n", " "), file=sys.stderr)
         sys.exit(2)

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from attention_maps import word_masks
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 MAX_PIXELS = 100_000_000    # of a picture: 0.4 GB while it is read
+Image.MAX_IMAGE_PIXELS = None       # Pillow's own limit, a warning
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
 
@@ -36,16 +36,13 @@ class Data:
     @property
     def digest(self) -> str:
         """Tells these pictures and masks from others, as they are trained on."""
-        return _digest(x.cpu().numpy().tobytes() for x in (self.images, self.masks))
+        return digest([x.cpu().numpy().tobytes() for x in (self.images, self.masks)])
 
 
-def digest(files: list[Path]) -> str:
-    """Tells these picture files from others, whatever their names."""
-    return _digest(file.read_bytes() for file in files)
-
-
-def _digest(contents) -> str:
-    return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()[:16]
+def digest(contents: list[Path | bytes]) -> str:
+    """Tells these files, whatever their names, or these bytes from others."""
+    contents = (x.read_bytes() if isinstance(x, Path) else x for x in contents)
+    return hashlib.sha256(b"".join(hashlib.sha256(x).digest() for x in contents)).hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -62,23 +59,22 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
     pairs = torch.stack([images, images.flip(-1)], dim=1).to(model.device)
     latents = torch.stack([torch.cat([model.vae.encode(x[None]) for x in pair]) for pair in pairs])
     model.vae.cpu()
+    size = latents.shape[-2:]
     if masks == "none":
-        report("masks: none, the whole picture counts")
-        soft = latents.new_ones(len(images), 1, *latents.shape[-2:])
+        said, soft = "none, the whole picture counts", latents.new_ones(len(images), 1, *size)
     elif masks == "auto":
-        cut_outs = [i for i, alpha in enumerate(alphas) if alpha is not None]
-        report(f'masks: the model\'s attention to "{super_category}"' + (
-            f"; the opacity of {', '.join(files[i].name for i in cut_outs)}" if cut_outs else ""))
         soft = word_masks(model, latents[:, 0], super_category)
+        said = f'the model\'s attention to "{super_category}"'
+        cut_outs = [i for i, alpha in enumerate(alphas) if alpha is not None]
         for i in cut_outs:
-            soft[i] = F.interpolate(alphas[i][None], soft.shape[-2:], mode="area")[0]
+            soft[i] = F.interpolate(alphas[i][None], size, mode="area")[0]
+        said += f"; the opacity of {', '.join(files[i].name for i in cut_outs)}" if cut_outs else ""
     else:
-        found = [read_mask(Path(masks), file, side) for file in files]
-        opacity = sum(by_opacity for _, by_opacity in found)
-        report(f"masks: {masks}, white is the thing" + (f" (in {opacity} of {len(files)}: what is opaque)"
-                                                        if opacity else ""))
-        soft = torch.stack([mask for mask, _ in found]).to(model.device)
-        soft = F.interpolate(soft, latents.shape[-2:], mode="area")
+        found, opaque = zip(*[read_mask(Path(masks), file, side) for file in files])
+        soft = F.interpolate(torch.stack(found).to(model.device), size, mode="area")
+        said = f"{masks}, white is the thing"
+        said += f" (in {sum(opaque)} of {len(files)}: what is opaque)" if any(opaque) else ""
+    report(f"masks: {said}")
     largest = soft.amax((1, 2, 3), keepdim=True)
     for file, value in zip(files, largest):
         if value <= 0:
@@ -100,15 +96,23 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
     if not path.exists():
         raise ValueError(f"--images {path}: there is no such folder")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    visible = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    for file in visible:
+    images = [file for file in files if file.suffix.lower() in (*IMAGE_TYPES, *APPLE_TYPES)
+              and file.is_file() and not file.name.startswith(".")]
+    for file in images:
         if file.suffix.lower() in APPLE_TYPES:
             raise ValueError(f"{file} is an HEIC photo, which cannot be read here: put a JPEG in its place "
                              "(on a Mac: Preview, File, Export)")
-    images = [file for file in visible if file.suffix.lower() in IMAGE_TYPES]
     if not images:
         raise ValueError(f"--images {path} holds no image: it needs at least one of {', '.join(IMAGE_TYPES)}")
     return images, [file.name for file in files if file not in images]
+
+
+def smallest_side(files: list[Path]) -> int:
+    """The smallest side in pixels of any of these pictures; what cannot be read counts as 0."""
+    try:
+        return min(min(Image.open(file).size) for file in files)
+    except OSError:         # `open_image` says what is wrong
+        return 0
 
 
 def open_image(path: Path) -> tuple[Image.Image, set[str]]:
@@ -117,22 +121,19 @@ def open_image(path: Path) -> tuple[Image.Image, set[str]]:
     ValueError if the file is damaged or larger than MAX_PIXELS.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)     # we have a limit of our own
-            file = Image.open(path)
-        with file:
+        with Image.open(path) as file:
             if file.width * file.height > MAX_PIXELS:
                 raise ValueError(f"it has {file.width * file.height / 1e6:.0f} megapixels, at most "
                                  f"{MAX_PIXELS / 1e6:.0f} are possible")
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):      # 16 bits: Pillow would clip them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            turned = file.getexif().get(ExifTags.Base.Orientation, 1) != 1
             rgba, profile = _to_srgb(image, file.info.get("icc_profile"))
-            return rgba, {change for change, found in (
-                ("turned as their EXIF says, and so must their masks be", turned),
-                (f"colours converted from the profile {profile}", profile)) if found}
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            changes = {f"colours converted from the profile {profile}"} if profile else set()
+            if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+                changes.add("turned as their EXIF says, and so must their masks be")
+            return rgba, changes
+    except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 

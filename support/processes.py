@@ -7,7 +7,6 @@ import torch
 import torch.distributed as distributed
 from torch import Tensor
 
-
 VARIABLES = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}     # of torchrun; and for a process alone
 
 
@@ -16,13 +15,12 @@ class Processes:
 
     def __init__(self, device: str = "cpu"):
         """ValueError if the environment holds only a part of torchrun's variables, left by something else."""
-        found = {name: os.environ.get(name, alone) for name, alone in VARIABLES.items()}
-        count, *ranks = (int(value) if value.isdecimal() else -1 for value in found.values())
-        if not 0 <= min(ranks) <= max(ranks) < count:
-            held = ", ".join(f"{name} is {value}" for name, value in found.items())
-            raise ValueError(f"{held}: not as torchrun sets these variables; start with it, or unset them")
-        self.count, self.rank = count, ranks[0]
-        self.device = f"cuda:{ranks[1]}" if device == "cuda" else device
+        values = [os.environ.get(name, alone) for name, alone in VARIABLES.items()]
+        self.count, self.rank, place = (int(value) if value.isdecimal() else -1 for value in values)
+        if not (0 <= self.rank < self.count and 0 <= place < self.count):
+            raise ValueError(f"{', '.join(VARIABLES)} are {', '.join(values)} in the environment, not as "
+                             "torchrun sets them: start with it, or unset them")
+        self.device = f"cuda:{place}" if device == "cuda" else device
         if self.count > 1:
             if device == "cuda":
                 torch.cuda.set_device(self.device)

@@ -1,26 +1,31 @@
-"""Files of tensors, of whatever tool: read without running any code in them."""
+"""Files of tensors and their configs, of whatever tool and name: read without running any code in them."""
 
+import json
 import os
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-HEADER_LIMIT = 4_000_000  # bytes; of Stable Diffusion's own safetensors file: 156,444
 HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stand in for them
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
-
-KINDS = (  # a pattern among the names in a file, and what the file is; the first that is found
-    (r'"__metadata__":\s*{"concept":', "a concept file"),
-    (r"lora[._](down|up|A|B|unet|te)\b|lora_unet_", "a LoRA, for other tools"),
-    (r"emb_params|string_to_param|<[\w-]+>", "an embedding file, for --init-embedding of train.py"),
-    (r"identity.*optimizer", "a checkpoint of train.py, for its --resume"),
-    (r"model\.diffusion_model\.|cond_stage_model\.", "a whole base model, for --weights"),
-    (r"down_blocks\.|text_model\.", "a network of a base model, whose folder is for --weights"),
-    (r'"C":\s*{"dtype"', "the covariance of a base model"))
+FORMS = {b"PK": "zip", b"\x80": "pickle"}  # how files of torch.save begin, since version 1.6 and before
+STRANGERS = {  # how a file begins that stands in another's place -> what it is, and what to do
+    b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
+    b"<": "it is a web page: take the link that downloads the file"}
+KINDS = {  # a pattern among the names in a file -> what the file is; the first that is found
+    r'"__metadata__":\s*{"concept":': "a concept file",
+    r"lora[._](down|up|A|B|unet|te)\b|lora_unet_": "a LoRA, for other tools",
+    r"identity.*optimizer": "a checkpoint of train.py, for its --resume",
+    r"model\.diffusion_model\.|cond_stage_model\.": "a whole base model, for --weights",
+    r"down_blocks\.|text_model\.": "a network of a base model, whose folder is for --weights",
+    r'"C":\s*{"dtype"': "the covariance of a base model",
+    r"emb_params|string_to_param|<[\w-]+>": "an embedding file, for --init-embedding of train.py"}
+LONGEST = 4_000_000         # bytes of names, from which `what_is` tells a file
 
 
 class Inert:
@@ -33,47 +38,88 @@ class Inert:
         pass
 
 
-def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """{name: tensor} of a .safetensors file, or of one of torch.save (under `state_dict`, if there is one).
+def kind(path: str | os.PathLike) -> str:
+    """What a file is by its first bytes, whatever its name.
 
-    The tensors are mapped into memory: only what is used is read. What is no tensor is left out; a pickle
-    that asks to run code is refused. ValueError, naming the file, when it cannot be read.
+    "safetensors", one of the FORMS, or in a sentence why it is no file of tensors, perhaps one of STRANGERS.
     """
-    path = Path(path)
+    with open(path, "rb") as file:
+        start = file.read(64)
+    if start[8:9] == b"{":  # after the length of the header
+        return "safetensors"
+    found = [what for mark, what in (FORMS | STRANGERS).items() if start.lstrip().startswith(mark)]
+    return (found or ["it is neither of safetensors nor of torch.save" if start else "it is empty"])[0]
+
+
+def read(path: str | os.PathLike) -> object:
+    """What is in a file of tensors, whatever tool wrote it; no code in it is run.
+
+    {name: tensor} of a safetensors file, what was given to torch.save of another, with Inert objects in the
+    place of what is HARMLESS. Tensors are mapped into memory, so only what is used is read, except those of a
+    "pickle". A file that asks to run code is refused. ValueError, naming the file, when it cannot be read.
+    """
     try:
-        if path.suffix == ".safetensors":
-            with open(path, "rb") as file:
-                if int.from_bytes(file.read(8), "little") > HEADER_LIMIT:
-                    raise ValueError(f"its header would have more than {HEADER_LIMIT} bytes")
+        form = kind(path)
+        if form == "safetensors":
             return load_file(path)
-        if any(item.compress_type != zipfile.ZIP_STORED for item in zipfile.ZipFile(path).infolist()):
+        if form not in FORMS.values():
+            raise ValueError(form)
+        if form == "zip" and any(item.compress_type for item in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is a compressed archive")
-        with torch.serialization.safe_globals([(Inert, name) for name in HARMLESS]):
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-            if foreign:
-                raise ValueError(f"it asks to run {', '.join(sorted(foreign))}")
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return {str(name): tensor.detach() for name, tensor in content.get("state_dict", content).items()
-                if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta}
+        mapped = form == "zip" and Path(path).suffix != ".safetensors"  # torch.load would believe the suffix
+        inert = [(Inert, name) for name in HARMLESS]
+        with open(path, "rb") as file, torch.serialization.safe_globals([torch.nn.ParameterDict, *inert]):
+            return torch.load(path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file can fail in any way
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        text = str(error).rpartition("WeightsUnpickler error: ")[2]  # torch's advice before it is dangerous
+        foreign = re.search(r"GLOBAL (\S+)", text)
+        reason = f"it asks to run {foreign[1]}" if foreign else text.partition("\n")[0][:200]
+        reason = reason or type(error).__name__
         raise ValueError(f"{path} cannot be read as a file of weights: {reason}") from error
 
 
-def what_is(path: str | os.PathLike) -> str:
-    """What a file is, in words, by the names in its header: "a LoRA, for other tools". Never an error."""
-    names = b""
+def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """{name: tensor} of a file as `read` reads it, or of its `state_dict`. What is no tensor is left out."""
+    content = read(path)
+    content = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} cannot be read as a file of weights: its content has no names")
+    return {str(name): tensor.detach() for name, tensor in content.items()
+            if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_meta}
+
+
+def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
+    """A text as editors save it: UTF-8, perhaps with a mark in front, or UTF-16. ValueError, OSError."""
+    data = Path(path).read_bytes()
+    return data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig", errors)
+
+
+def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
+    """What `make` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
     try:
-        if zipfile.is_zipfile(path):        # of torch.save
-            with zipfile.ZipFile(path) as archive:
-                pickle = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-                with archive.open(pickle) as file:
-                    names = file.read(HEADER_LIMIT)
-        else:
-            with open(path, "rb") as file:
-                header = file.read(min(int.from_bytes(file.read(8), "little"), HEADER_LIMIT))
-                names = header if header.startswith(b"{") else b""
-    except Exception:       # a damaged file can fail in any way
-        pass
-    found = [kind for pattern, kind in KINDS if re.search(pattern, names.decode("latin-1"), re.DOTALL)]
-    return (found or ["a file of another kind"])[0]
+        if (form := kind(path)) in STRANGERS.values():
+            raise ValueError(form)
+        value = json.loads(read_text(path))
+        if not isinstance(value, dict):
+            raise ValueError("it is not a JSON object")
+        return make(value)
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is not as it should be: {error}") from error
+
+
+def what_is(path: str | os.PathLike) -> str:
+    """What a file is, in words, by the names at its start: "a LoRA, for other tools". Never an error."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(LONGEST)
+    except OSError:
+        start = b""
+    # Of safetensors the header, after its length; of torch.save a pickle, alone or first in an archive.
+    names = b"" if start[8:9] != b"{" else start[8:8 + int.from_bytes(start[:8], "little")]
+    if start.startswith(tuple(FORMS)):
+        names = start.removeprefix(b"PK").partition(b"PK")[0]
+    text = names.decode("latin-1")
+    for pattern, what in KINDS.items():
+        if re.search(pattern, text, re.DOTALL):
+            return what
+    return "a file of another kind"

@@ -47,7 +47,7 @@ def compvis_vae() -> dict[str, str]:
     return table
 
 
-def naming(prefix: str, table: dict[str, str] = {}) -> Callable[[str], str]:
+def naming(prefix: str, table: dict[str, str]) -> Callable[[str], str]:
     """A function: our name -> the prefix, and the name with whole dotted parts replaced as the table says."""
     longest_first = "|".join(re.escape(part) for part in sorted(table, key=len, reverse=True))
     pattern = re.compile(rf"(?<![^.])({longest_first or '(?!)'})(?=\.)")
@@ -58,32 +58,41 @@ UNET = naming("", compvis_unet())
 CONVOLUTIONS = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}  # CompVis' VAE
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # diffusers < 0.17
 NAMINGS = {  # of the parts, the preferred first; those with long prefixes are of single files
-    "unet": [naming(""), lambda name: "model.diffusion_model." + UNET(name),
+    "unet": [naming("", {}), lambda name: "model.diffusion_model." + UNET(name),
              lambda name: "model_ema.diffusion_model" + UNET(name).replace(".", "")],  # the moving average
-    "vae": [naming(""), naming("", OLD), *(naming("first_stage_model.", compvis_vae() | attention)
+    "vae": [naming("", {}), naming("", OLD), *(naming("first_stage_model.", compvis_vae() | attention)
                                            for attention in (CONVOLUTIONS, {}, OLD))],
-    "text_encoder": [naming(prefix) for prefix in (
+    "text_encoder": [naming(prefix, {}) for prefix in (
         "text_model.", "",  # transformers 4 and 5, then CompVis and NovelAI
         "cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")]}
 
 
-CONSTANTS = {  # entries that our code implements with one value only
+CONSTANTS = {  # entries that our code implements with one value only; what is off in SD v1 needs no row
     "unet": {
         "_class_name": "UNet2DConditionModel", "act_fn": "silu", "norm_eps": unet.RESNET_EPS,
-        "downsample_padding": 1, "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0,
-        "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn",
-        "use_linear_projection": False, "num_attention_heads": None, "only_cross_attention": False,
-        "dual_cross_attention": False, "transformer_layers_per_block": 1, "class_embed_type": None,
-        "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-        "addition_embed_type": None, "encoder_hid_dim": None},
+        "downsample_padding": 1, "flip_sin_to_cos": True, "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn", "transformer_layers_per_block": 1,
+        "resnet_time_scale_shift": "default", "resnet_out_scale_factor": 1, "conv_in_kernel": 3,
+        "conv_out_kernel": 3, "time_embedding_type": "positional", "attention_type": "default"},
     "vae": {
         "_class_name": "AutoencoderKL", "act_fn": "silu", "mid_block_add_attention": True,
-        "use_quant_conv": True, "use_post_quant_conv": True, "shift_factor": None, "latents_mean": None,
-        "latents_std": None},
+        "use_quant_conv": True, "use_post_quant_conv": True},
     "text_encoder": {"model_type": "clip_text_model", "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5},
     "scheduler": {
         "beta_start": diffusion.BETA_START, "beta_end": diffusion.BETA_END, "beta_schedule": "scaled_linear",
-        "num_train_timesteps": diffusion.NUM_TIMESTEPS, "trained_betas": None, "rescale_betas_zero_snr": False}}
+        "num_train_timesteps": diffusion.NUM_TIMESTEPS}}
+OTHER_NOISE = (  # entries of a scheduler that tell another noise, or a distilled model, where they are on
+    "trained_betas", "rescale_betas_zero_snr", "shift", "sigma_data", "original_inference_steps")
+WITHOUT_EFFECT = {  # reason -> entries that do not change what our networks compute
+    "for training": "dropout attention_dropout initializer_factor initializer_range gradient_checkpointing"
+        " decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup",
+    "precision, the caller's choice": "upcast_attention force_upcast torch_dtype dtype",
+    "of a layer that is not there": "addition_embed_type_num_heads projection_dim",
+    "the size is the U-Net's": "sample_size",
+    "the tokenizer knows its marks": "bos_token_id eos_token_id pad_token_id",
+    "said of every model of transformers": "architectures transformers_version return_dict use_cache id2label"
+        " label2id tie_word_embeddings num_beams num_beam_groups num_return_sequences max_length temperature"
+        " top_k top_p typical_p length_penalty repetition_penalty"}
 RENAMED = {  # fields of our configs -> published, where they differ
     "attention_heads": "attention_head_dim", "width": "hidden_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "intermediate": "intermediate_size",
@@ -91,28 +100,45 @@ RENAMED = {  # fields of our configs -> published, where they differ
 
 
 def check(public: dict, expected: dict) -> None:
-    """ValueError where a published config says something else than expected."""
-    for key, value in expected.items():
-        if public.get(key, value) != value:
-            raise ValueError(f"{key} is {public[key]!r}, in Stable Diffusion v1 it is {value!r}")
+    """ValueError where a published config asks for what our code does not do, known to us or not.
+
+    An entry that is not `expected` passes where it is off (null, false, zero, empty), WITHOUT_EFFECT, or a
+    note of its writer (`_name_or_path`).
+    """
+    harmless = " ".join(WITHOUT_EFFECT.values()).split()
+    for key, value in public.items():
+        if key in expected and value != expected[key]:
+            raise ValueError(f"{key} is {value!r}, in Stable Diffusion v1 it is {expected[key]!r}")
+        if key not in expected and value and not key.startswith("_") and key not in harmless:
+            raise ValueError(f"{key} is {value!r}, which is not of Stable Diffusion v1")
 
 
 def read_config(part: str, public: dict):
-    """A published config.json -> the config of our network; what is absent or null is as in SD v1.
+    """A published config.json -> the config of our network; a size that is absent or null is SD v1's.
 
-    ValueError, TypeError where it describes another network.
+    ValueError, TypeError where it describes another network. Sizes are positive whole numbers; channels are
+    multiples of the groups of their norms and of the heads.
     """
-    public = {key: value for key, value in public.items() if value is not None}
+    public = {key: value for key, value in public.items() if value is not None or key in CONSTANTS[part]}
     fields = {}
     for name, default in vars(SD_V1[part]).items():
         value = public.get(RENAMED.get(name, name), default)
         fields[name] = tuple(value) if isinstance(value, list) else value
-        if isinstance(default, float) and not isinstance(value, (int, float)):
-            raise ValueError(f"{name} is {value!r}, not a number")
+        sizes = value if isinstance(value, list) else [value]
+        per_level = isinstance(value, list) and (name, len(value)) != ("sample_size", 2)
+        if value is not default and not (sizes and per_level == isinstance(default, tuple) and all(
+                isinstance(n, (int, type(default))) and n > 0 for n in sizes)):
+            raise ValueError(f"{name} is {value!r}, which no network of Stable Diffusion v1's kind can have")
     if part == "unet" and "down_block_types" in public:
         fields["cross_attention"] = tuple(kind == "CrossAttnDownBlock2D"
                                           for kind in public["down_block_types"])
     config = dataclasses.replace(SD_V1[part], **fields)
+    channels = fields.get("block_out_channels") or (fields["width"],)
+    divisors = [fields[name] for name in ("norm_num_groups", "attention_heads", "heads") if name in fields]
+    levels = len(fields.get("cross_attention", channels))
+    if len(channels) != levels or any(c % n for c in channels for n in divisors):
+        raise ValueError(f"the channels {channels} do not go with its {levels} levels, or are not multiples "
+                         f"of its groups and heads, {divisors}")
     check(public, write_config(part, config))
     return config
 
@@ -133,6 +159,10 @@ def write_config(part: str, config) -> dict:
 
 
 def read_prediction(public: dict) -> str:
-    """A published scheduler_config.json -> the prediction type; ValueError where the noise is not SD v1's."""
-    check(public, CONSTANTS["scheduler"])
-    return public.get("prediction_type", "epsilon")
+    """A published scheduler_config.json -> the prediction type; ValueError where the noise is not SD v1's.
+
+    Only what is said of the noise counts: the rest is of a sampler, and ours do not ask for it.
+    """
+    check({key: public.get(key) for key in OTHER_NOISE}, {})
+    check({key: public[key] for key in CONSTANTS["scheduler"] if key in public}, CONSTANTS["scheduler"])
+    return public.get("prediction_type") or "epsilon"

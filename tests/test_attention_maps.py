@@ -12,18 +12,19 @@ def unet():
     return tiny_model().unet
 
 
-def forward(unet, B=2, H=4, W=8):
-    z, e = torch.randn(B, 4, H, W), torch.randn(B, 5, 16)
-    keys, values = unet.keys(e), unet.values(e)
-    return z, keys, values, unet(z, 10, keys, values)
+@pytest.fixture
+def inputs(unet):
+    """z, t, keys and values of two pictures."""
+    e = torch.randn(2, 5, 16)
+    return torch.randn(2, 4, 4, 8), 10, unet.keys(e), unet.values(e)
 
 
-def test_attention_times_values_is_what_the_network_computes(unet):
-    seen = []
+def test_attention_times_values_is_what_the_network_computes(unet, inputs):
+    seen, (_, _, keys, values) = [], inputs
     hooks = [layer.to_out.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
              for layer in unet.cross_attentions]
     with record_queries(unet) as queries:
-        _, keys, values, _ = forward(unet)
+        unet(*inputs)
     for hook in hooks:
         hook.remove()
     for weights, v, expected in zip(attention(queries, keys, 2), values, seen, strict=True):
@@ -31,42 +32,35 @@ def test_attention_times_values_is_what_the_network_computes(unet):
         torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_maps_are_float32_under_autocast_too(unet):
+def test_maps_are_float32_under_autocast_too(unet, inputs):
     with torch.autocast("cpu", torch.bfloat16), record_queries(unet) as queries:
-        _, keys, _, _ = forward(unet)
-        maps = attention(queries, keys, 2)
+        unet(*inputs)
+        maps = attention(queries, inputs[2], 2)
         where = word_map(maps, [1], (4, 8))
     assert queries[0].dtype == torch.bfloat16 and where.dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(maps, attention(queries, keys, 2)))
+    assert all(torch.equal(a, b) for a, b in zip(maps, attention(queries, inputs[2], 2)))
 
 
-def test_recording_leaves_the_output_and_the_network_as_they_were(unet):
-    torch.manual_seed(5)
-    z, keys, values, plain = forward(unet)
-    with record_queries(unet):
-        assert torch.equal(unet(z, 10, keys, values), plain)
-    assert not any(layer.to_q._forward_hooks for layer in unet.cross_attentions)
+def test_recording_leaves_the_output_and_the_network_as_they_were(unet, inputs):
+    plain = unet(*inputs)
     with pytest.raises(RuntimeError), record_queries(unet):
+        assert torch.equal(unet(*inputs), plain)
         raise RuntimeError
     assert not any(layer.to_q._forward_hooks for layer in unet.cross_attentions)
 
 
-def test_the_maps_of_all_tokens_sum_to_one_and_sub_tokens_are_averaged(unet):
+def test_the_maps_of_all_tokens_sum_to_one_and_sub_tokens_are_averaged(unet, inputs):
     with record_queries(unet) as queries:
-        _, keys, _, _ = forward(unet)
-    maps = attention(queries, keys, 2)
+        unet(*inputs)
+    maps = attention(queries, inputs[2], 2)
     single = [word_map(maps, [i], (4, 8)) for i in range(5)]
-    assert single[0].shape == (2, 4, 8)
     torch.testing.assert_close(sum(single), torch.ones(2, 4, 8))
     torch.testing.assert_close(word_map(maps, [1, 3], (4, 8)), (single[1] + single[3]) / 2)
 
 
-def test_a_map_is_the_mean_over_layers_of_every_resolution():
+def test_a_map_is_the_mean_over_layers_of_every_resolution_and_keeps_the_orientation():
     fine, coarse, middle = (torch.full((1, 1, n, 3), value) for n, value in ((64, 0.9), (16, 0.2), (4, 0.7)))
     torch.testing.assert_close(word_map([fine, coarse, middle], [1], (8, 8)), torch.full((1, 8, 8), 0.6))
-
-
-def test_layers_of_another_resolution_keep_their_aspect_and_orientation():
     coarse = torch.zeros(1, 1, 8, 3)
     coarse[0, 0, 3, 1] = 1              # the end of the first of two rows of four
     found = word_map([coarse], [1], (4, 8))[0]
@@ -80,14 +74,11 @@ def test_the_share_inside_is_a_weighted_mean_and_resizes_the_mask():
     torch.testing.assert_close(share_inside(where, mask), torch.tensor([1.0, 0.5]))
 
 
-def test_a_noised_map_is_the_word_map_of_one_forward_pass():
-    model = tiny_model()
-    unet = model.unet
-    z, e, other = torch.randn(2, 4, 4, 8), torch.randn(2, 5, 16), torch.randn(2, 5, 16)
-    keys, values = unet.keys(e), unet.values(e)
+def test_a_noised_map_is_the_word_map_of_one_forward_pass(inputs):
+    model, (z, _, keys, values) = tiny_model(), inputs
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(3))
-    with record_queries(unet) as queries:
-        unet(model.schedule.add_noise(z, noise, torch.tensor([400, 400])), 400, keys, values)
-    for shown in (keys, unet.keys(other)):
+    with record_queries(model.unet) as queries:
+        model.unet(model.schedule.add_noise(z, noise, torch.tensor([400, 400])), 400, keys, values)
+    for shown in (keys, model.unet.keys(torch.randn(2, 5, 16))):
         found = noised_map(model, z, 400, keys, values, [1, 2], seed=3, map_keys=shown)
         torch.testing.assert_close(found, word_map(attention(queries, shown, 2), [1, 2], (4, 8)))

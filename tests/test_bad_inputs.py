@@ -4,8 +4,10 @@ import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import shlex
+import shutil
 import sys
 import zipfile
 
@@ -26,11 +28,7 @@ FILES = [UNET, INDEX, "vae/config.json", "scheduler/scheduler_config.json", "tok
 @pytest.fixture
 def folder(weights, tmp_path):
     """The good model; its files are links, so a test replaces them and never writes into them."""
-    for path in [path for path in weights.rglob("*.*") if path.is_file()]:
-        copy = tmp_path / "sd" / path.relative_to(weights)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        os.link(path, copy)
-    return tmp_path / "sd"
+    return shutil.copytree(weights, tmp_path / "sd", copy_function=os.link)
 
 
 def replace(path, content):
@@ -41,31 +39,25 @@ def replace(path, content):
 
 def assert_refused(weights, word):
     """load() raises an error of one sentence with this word."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(str(word))) as error:
         weights_loader.load(weights)
-    sentence = str(error.value)
-    assert "\n" not in sentence and 10 < len(sentence) < 500 and str(word) in sentence, sentence
+    assert "\n" not in str(error.value) and 10 < len(str(error.value)) < 500
 
 
 # ---- a model with one file that is not what it should be
 
 @pytest.mark.parametrize("name, content", [*itertools.product(FILES, [
-    None, b"", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3438167540\n",
-    b"<!DOCTYPE html>", b"[1, 2]", b'{"block_out_channels"', b"\xff\xfe\x00", b"[" * 100_000]),
-    (INDEX, b"{}"), *((INDEX, b'{"weight_map": %b}' % files) for files in (
-        b"{}", b'{"a": 5}', b'{"a": "00002-of-00003.safetensors"}'))])
-def test_a_file_of_something_else(folder, name, content):
-    replace(folder / name, content)
+    None, b"", b"[1, 2]", b'{"block_out_channels"', b"\xff\xfe\x00", b"[" * 100_000]),
+    *itertools.product([UNET], [1, 8, 5000, -1]), *itertools.product([INDEX], [
+        b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": 5}}',
+        b'{"weight_map": {"a": "00002-of-00003.safetensors"}}'])])
+def test_a_file_of_something_else_or_cut_off(folder, name, content):
+    """content: the file's, or how much of it there is."""
+    replace(folder / name, (folder / name).read_bytes()[:content] if isinstance(content, int) else content)
     if name == INDEX:
         replace(folder / UNET, None)
     of_a_folder = name in (INDEX, "tokenizer/vocab.json")
     assert_refused(folder, (folder / name).parent if of_a_folder else folder / name)
-
-
-@pytest.mark.parametrize("length", [1, 8, 5000, -1])
-def test_truncated_weights(folder, length):
-    replace(folder / UNET, (folder / UNET).read_bytes()[:length])
-    assert_refused(folder, UNET)
 
 
 @pytest.mark.parametrize("change", [
@@ -79,18 +71,16 @@ def test_a_tensor_that_does_not_fit_is_named(folder, change):
     assert_refused(folder, key)
 
 
-@pytest.mark.parametrize("part, change", [(part, change) for part, changes in {
-    "unet": [{"block_out_channels": [3, 3], "norm_num_groups": 2}, {"block_out_channels": 5},
-             {"block_out_channels": []}, {"block_out_channels": ["a", "b"]}, {"layers_per_block": 2},
-             {"attention_head_dim": [5, 10]}, {"use_linear_projection": True}, {"down_block_types": 7},
-             {"norm_num_groups": 0}, {"sample_size": 0}, {"sample_size": {"height": 64}}],
-    "vae": [{"latent_channels": 16}, {"down_block_types": [1]}, {"layers_per_block": "2"}],
-    "text_encoder": [{"hidden_act": "gelu"}, {"num_attention_heads": 3}, {"vocab_size": "all"}],
-    "scheduler": [{"beta_schedule": "linear"}, {"prediction_type": ["v"]}]}.items() for change in changes])
-def test_a_config_of_another_network(folder, part, change):
-    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-    replace(path, json.dumps(json.loads(path.read_text()) | change).encode())
-    assert_refused(folder, "prediction type" if "prediction_type" in change else folder / part)
+@pytest.mark.parametrize("part, entry, values", [
+    ("unet", "block_out_channels", [[3, 3], 5, [], ["a", "b"]]), ("unet", "sample_size", [0, {"height": 64}]),
+    ("unet", "norm_num_groups", [0]), ("unet", "down_block_types", [7]), ("vae", "down_block_types", [[1]]),
+    ("vae", "layers_per_block", ["2"]), ("text_encoder", "num_attention_heads", [3])])
+def test_a_config_of_no_network(folder, part, entry, values):
+    path = folder / part / "config.json"
+    good = json.loads(path.read_text())
+    for value in values:
+        replace(path, json.dumps(good | {entry: value}).encode())
+        assert_refused(folder, path.parent)
 
 
 # ---- the command line
@@ -116,7 +106,7 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
         "--beta": ["low", "0.1,0.2,0.3"], "--concept": CONCEPT, "--negative": ["'a <dog>'"],
         "--out": ["PICTURE", "BELOW"]},
     "diagnostics": {"--prompt": ["''", "'{} {}'"], "--pair": ["'{}'"], "--super": ["cat"],
-                    "--second": ["EMPTY"], "--out": ["PICTURE"]},
+                    "--concept": ["EMPTY"], "--second": ["EMPTY", "SHORT"], "--out": ["PICTURE"]},
     "evaluate": {
         "--seeds --steps": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
         "--tau": ["0"], "--concept": ["EMPTY"], "--images": ["NOTHING", "'EMPTY EMPTY'"],
@@ -126,19 +116,19 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
 LATER = {  # what can only be seen in the weights, or beside them
     "train": {
         "--weights": ["''", "nowhere", "missing.safetensors", "EMPTY", "PICTURE", "TEDDY", "HEADER", "EVIL",
-                      "ZIPPED", "BOMB", "BOUNDLESS"],
+                      "BOMB", "BOUNDLESS"],
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
         "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"], "--masks": ["EMPTY", "BLACK"],
         "--resume": ["PICTURE", "TEDDY", "EVIL"]},
-    "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"]},
+    "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"], "--weights": ["nowhere"]},
     "diagnostics": {
-        "--concept": ["EMPTY", "OTHER_BASE", "INVERTED"], "--trained": ["TEDDY"], "--inversion": ["TEDDY"],
-        "--second": ["SHORT", "TEDDY"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
-        "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
-    "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip": ["nowhere", "EMPTY"]},
-    "covariance": {}, "export": {"--concept": ["OTHER_BASE"], "--out": ["PICTURE", "BELOW"]}}
-for script in [script for script in LATER if script != "train"]:
-    LATER[script] |= {"--weights": ["nowhere"]}
+        "--concept": ["OTHER_BASE", "INVERTED"], "--trained": ["TEDDY"], "--inversion": ["TEDDY"],
+        "--second": ["TEDDY"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
+        "--weights": ["nowhere"], "--images": ["nowhere --super cat"],
+        "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
+    "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip --weights": ["nowhere", "EMPTY"]},
+    "covariance": {"--weights": ["nowhere"]},
+    "export": {"--concept": ["OTHER_BASE"], "--out": ["PICTURE", "BELOW"], "--weights": ["nowhere"]}}
 CASES = [(when, script, option, value) for when, scripts in (("before", BEFORE), ("later", LATER))
          for script, own in scripts.items() for options, values in own.items()
          for option in options.split() for value in values]
@@ -161,25 +151,23 @@ def places(weights, tmp_path_factory):
         concept = Concept.load(teddy)
         vars(concept).update(change)
         concept.save(folder / f"{name}.safetensors")
-    for name, content, size in (
-            ("nothing.safetensors", b"", None), ("notes.txt", b"no place", None),
-            ("binary.txt", b"\xff\xfe\x00", None), ("short.safetensors", teddy.read_bytes()[:-1], None),
-            ("gigabyte.txt", b"", 10 ** 9),
-            ("header.safetensors", (10 ** 8).to_bytes(8, "little") + b"{", 10 ** 8 + 8),
-            ("evil.ckpt", pickle.dumps(Call(os.mkdir, str(folder / "burgled"))), None)):
+    for name, content in {
+            "nothing.safetensors": b"", "notes.txt": b"no place", "binary.txt": b"\xff\xfe\x00",
+            "short.safetensors": teddy.read_bytes()[:-1], "gigabyte.txt": b"",
+            "header.safetensors": (10 ** 8).to_bytes(8, "little") + b"{",
+            "evil.ckpt": pickle.dumps(Call(os.mkdir, str(folder / "burgled")))}.items():
         (folder / name).write_bytes(content)
-        os.truncate(folder / name, len(content) if size is None else size)      # what is longer takes no room
+    for name in ("gigabyte.txt", "header.safetensors"):
+        os.truncate(folder / name, 10 ** 9)                                     # sparse: takes no room
     with zipfile.ZipFile(folder / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
         with archive.open("archive/data.pkl", "w") as file:
             for _ in range(35):                                                 # 350 MB in 2 MB
                 file.write(bytes(10 ** 7))
     torch.save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1).expand(10 ** 12)},
                folder / "boundless.ckpt")
-    torch.save({"state_dict": {"a": Call(os.mkdir, str(folder / "burgled"))}}, folder / "zipped.ckpt")
     files = {path.stem.upper(): path for path in folder.iterdir()}
     return files | {"PICTURE": picture, "BELOW": picture / "below", "WEIGHTS": weights,
-                    "UNET": weights / UNET, "NOT_UTF_8": os.fsdecode(b"caf\xe9"),
-                    "BURGLED": folder / "burgled"}
+                    "UNET": weights / UNET, "NOT_UTF_8": os.fsdecode(b"caf\xe9")}
 
 
 @pytest.fixture
@@ -199,20 +187,16 @@ def test_a_wrong_option_is_one_sentence_before_weights_are_read_and_nothing_is_w
     read, load = [], weights_loader.load
     monkeypatch.setattr(weights_loader, "load", lambda *args, **kw: read.append(args) or load(*args, **kw))
     monkeypatch.chdir(tmp_path)
-    here, before = places | {"OUT": tmp_path / "out"}, snapshot(places)
+
+    def around():
+        """All files, and when they were written."""
+        return {path: path.stat().st_mtime_ns for folder in (places["WEIGHTS"], places["EMPTY"].parent)
+                for path in folder.rglob("*")}
+    here, before = places | {"OUT": tmp_path / "out"}, around()
     command = shlex.split(f"{COMMANDS[script]} --weights WEIGHTS {option} {value}")
-    assert_one_sentence(*run_script(f"{script}.py", *[str(here.get(word, word)) for word in command]))
-    assert bool(read) == (when == "later")
-    assert not list(tmp_path.glob("out/**/*.*")) and snapshot(places) == before
-
-
-def snapshot(places):
-    """All files around, and when they were written."""
-    return {path: path.stat().st_mtime_ns for root in (places["WEIGHTS"], places["EMPTY"].parent)
-            for path in root.rglob("*")}
-
-
-def assert_one_sentence(code, _, stderr):
+    code, _, stderr = run_script(f"{script}.py", *[str(here.get(word, word)) for word in command])
     lines = [line for line in stderr.splitlines() if not line.startswith("warning: ")]
     assert code == 2 and len(lines) == 1 and lines[0].startswith("error: "), stderr
     assert 15 < len(lines[0]) < 500 and "out of memory" not in stderr, stderr
+    assert bool(read) == (when == "later")
+    assert not list(tmp_path.glob("out/**/*.*")) and around() == before

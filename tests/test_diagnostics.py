@@ -1,76 +1,83 @@
-"""diagnostics.py trains what is missing; its figures, their numbers and its pages say what was measured."""
+"""diagnostics.py trains what is missing; its figures, their numbers and its page say what was measured."""
 
+import contextlib
 import csv
-import runpy
+import io
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
-import jupytext
 import nbformat
 import pytest
 import torch
 from PIL import Image
 
+import diagnostics
 import perfusion
 from attention_maps import share_inside
 from models import ROOT, run_script, write_concept
+from support.study import LOCKS
 from test_full_size import LIMIT_GB, apart, script, write_weights
 
 FIGURES = {"1_gates", "2_locks", "3_keys", "4_layers", "5_beta", "6_two"}
 TEDDY = ROOT / "examples" / "teddy"
-LOCKS = ["super-category", "locked keys", "global lock", "trained keys", "textual inversion"]
 
 
 @pytest.fixture(scope="module")
 def result(weights, tmp_path_factory):
-    """The script's names after a whole run that trained one concept of four; its folder."""
+    """A whole run that trained one concept of four; its folder; what it said."""
     out, files = tmp_path_factory.mktemp("figures"), tmp_path_factory.mktemp("files")
-    command = ["diagnostics.py", "--weights", weights, "--steps", "2", "--out", out, "--images", TEDDY,
-               "--super", "teddy bear", "--training-steps", "1"]
+    command = ["--weights", weights, "--steps", "2", "--out", out, "--images", TEDDY, "--super", "teddy bear",
+               "--training-steps", "1"]
     for option, name, words, lock in (
             ("--concept", "teddy", "teddy bear", "locked"), ("--trained", "trained", "teddy bear", "trained"),
             ("--second", "cat", "cat", "locked")):
         command += [option, write_concept(weights, files / f"{name}.safetensors", words, lock)]
 
-    def run(command):
+    def run(command, stdout):
         """Here in this process: importing torch anew takes seconds."""
+        assert stdout == subprocess.DEVNULL
         return SimpleNamespace(returncode=run_script("train.py", *command[2:])[0])
-    with pytest.MonkeyPatch.context() as patch:
+    runs, said, start = [], io.StringIO(), diagnostics.start
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setattr(subprocess, "run", run)
-        patch.setattr(sys, "argv", [str(word) for word in command])
-        return runpy.run_path(str(ROOT / "diagnostics.py"), run_name="__main__"), out
+        patch.setattr(diagnostics, "start", lambda argv: runs.append(start(argv)) or runs[0])
+        diagnostics.main([str(word) for word in command])
+    return runs[0], out, said.getvalue()
 
 
 def rows(out, name):
     return list(csv.DictReader(open(out / f"{name}.csv", encoding="utf-8")))
 
 
-def test_all_figures_are_written_with_their_numbers_and_the_pages(result):
-    _, out = result
-    assert {path.name for path in out.iterdir()} == {"trained", "explorer.html", "explorer_two.html"} | {
+def test_all_figures_are_written_with_their_numbers_and_the_page(result):
+    _, out, said = result
+    assert {path.name for path in out.iterdir()} == {"trained", "index.html"} | {
         f"{name}.{kind}" for name in FIGURES for kind in ("png", "csv")}
     for name in FIGURES:
         image = Image.open(out / f"{name}.png").convert("L")
         assert image.width > 250 and len(image.getcolors(maxcolors=2 ** 24)) > 20, name
+    assert "training 1 of 1: teddy bear, --keys none" in said and said.count("draw with it") == 1
 
 
 def test_the_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(result):
-    names, out = result
-    one, table = names["one"], [row for row in rows(out, "1_gates") if "<cat>" not in row["prompt"]]
-    model, concept = names["model"], one.concepts[0]["locked"]
+    one, table = result[0].one, [row for row in rows(result[1], "1_gates") if "<cat>" not in row["prompt"]]
+    model, (concept,) = one.model, one.locked
     words = "start a photo of a teddy bear wearing a hat on the beach end"
     assert [row["token"] for row in table] == words.split()
     e, _, _ = perfusion.encode(model.text_encoder, model.tokenizer, [one.prompt], [concept])
     ratio = e[0] @ concept.d_star / (concept.i_star @ concept.d_star)
     expected = torch.sigmoid((ratio - 0.7) / 0.15)[:len(table)]
     assert [float(row["gate"]) for row in table] == pytest.approx(expected.tolist(), abs=1e-4)  # 4 decimals
+    place, swept = one.named[0].tokens[-1], rows(result[1], "5_beta")
+    assert [float(row["gate of the concept's word"]) for row in swept] == pytest.approx(
+        [torch.sigmoid((ratio[place] - float(row["beta"])) / 0.15).item() for row in swept], abs=1e-4)
 
 
 def test_every_lock_has_a_row_and_only_the_concepts_word_a_share(result):
-    names, out = result
-    assert list(names["one"].drawn) == LOCKS and list(names["pair"].drawn) == LOCKS[:3]
+    run, out, _ = result
+    assert run.one.locks == list(LOCKS)
+    assert set(LOCKS) - set(run.pair.locks) == {"trained keys", "textual inversion"}
     table = rows(out, "2_locks")
     assert [(row["row"], row["column"]) for row in table] == [
         (lock, word) for lock in LOCKS for word in ("<teddy>", "hat", "beach")]
@@ -79,21 +86,14 @@ def test_every_lock_has_a_row_and_only_the_concepts_word_a_share(result):
 
 
 def test_figure_3_changes_the_keys_alone(result):
-    one = result[0]["one"]
-    again = one.watch(0, "locked", map_version="trained")
-    assert torch.equal(again.picture, one.drawn["locked keys"].picture)
-    assert not torch.allclose(again.maps[0], one.drawn["locked keys"].maps[0])
-
-
-def test_figure_5_ranges_from_an_open_gate_to_one_nearly_shut(result):
-    gates = [float(row["gate of the concept's word"]) for row in rows(result[1], "5_beta")]
-    assert gates[0] > 0.95 and gates == sorted(gates, reverse=True) and gates[-1] < 0.2
+    locked, other = (result[0].one.drawn("locked keys", 0, version) for version in (None, "trained"))
+    assert torch.equal(other.picture, locked.picture)
+    assert not torch.allclose(other.maps[0], locked.maps[0])
 
 
 def test_each_of_two_concepts_is_measured_on_its_own_object(result):
-    names, out = result
-    pair, table = names["pair"], rows(out, "6_two")
-    drawn = pair.drawn["locked keys"]
+    pair, table = result[0].pair, rows(result[1], "6_two")
+    drawn = pair.drawn("locked keys", 0)
     for row, word, j in ((table[0], 5, 0), (table[1], 9, 1)):
         assert row["column"] == pair.words[word].label
         share = share_inside(drawn.maps[0][:, word].mean(0)[None], drawn.masks[j:j + 1]).item()
@@ -101,32 +101,34 @@ def test_each_of_two_concepts_is_measured_on_its_own_object(result):
 
 
 def test_without_optional_files_the_other_figures_are_drawn(weights, concept_files, tmp_path):
-    code, out, err = run_script("diagnostics.py", "--weights", weights, "--concept", concept_files["teddy"],
-                                "--steps", 1, "--out", tmp_path, "--tokenizer", weights / "tokenizer",
-                                "--prompt", "a {} {x}", "--words", "")
+    page = tmp_path / "docs" / "page.html"
+    code, _, err = run_script("diagnostics.py", "--weights", weights, "--concept", concept_files["teddy"],
+                              "--steps", 1, "--out", tmp_path, "--tokenizer", weights / "tokenizer",
+                              "--prompt", "a {} {x}", "--words", "", "--page", page)
     assert code == 0, err
     assert {path.stem for path in tmp_path.glob("*.png")} == FIGURES - {"3_keys", "6_two"}
-    assert "figure 3 needs --trained" in out
+    assert page.exists() and not (tmp_path / "index.html").exists()
 
 
-def test_what_is_missing_is_trained_once_and_kept_and_every_picture_was_announced(result):
-    names, out = result
-    assert names["one"].concepts[0]["none"].metadata["steps"] == 1
+def test_what_is_missing_is_trained_once_and_kept(result):
+    run, out, _ = result
+    assert run.one.concepts[0]["none"].metadata["steps"] == 1
     assert len(list((out / "trained").iterdir())) == 1
-    assert names["concept_files"](names["model"])[1] == []          # nothing is missing any more
-    assert names["progress"].n == names["pictures"]
+    assert diagnostics.concept_files(run.args, run.model)[1] == []
 
 
 def test_other_pictures_words_weights_or_steps_are_another_training(result, tmp_path, monkeypatch):
-    names, model, folder = result[0]["training_folder"], result[0]["model"], tmp_path / "pictures"
+    run, folder = result[0], tmp_path / "pictures"
+
+    def kept(words="teddy bear", lock="locked"):
+        return diagnostics.training_folder(run.args, run.model, folder, words, lock)
     shutil.copytree(TEDDY, folder)
-    seen = {names(model, folder, *which) for which in (("teddy bear", "locked"), ("bear", "locked"),
-                                                       ("teddy bear", "none"))}
+    seen = {kept(), kept("bear"), kept(lock="none")}
     Image.open(folder / "0.png").rotate(90).save(folder / "0.png")
-    seen.add(names(model, folder, "teddy bear", "locked"))
-    for owner, name, value in ((result[0]["args"], "training_steps", 7), (model, "fingerprint", "x")):
+    seen.add(kept())
+    for owner, name, value in ((run.args, "training_steps", 7), (run.model, "fingerprint", "x")):
         monkeypatch.setattr(owner, name, value)
-        seen.add(names(model, folder, "teddy bear", "locked"))
+        seen.add(kept())
     assert len(seen) == 6
 
 
@@ -140,12 +142,15 @@ def test_at_sd_v1s_size_the_page_is_small_and_the_memory_bounded(tokenizer_folde
     peak = apart(script, "diagnostics.py", "--weights", weights, "--device", "cpu", *flags,
                  "--steps", 1, "--out", tmp_path / "out")
     assert peak < LIMIT_GB
-    assert (tmp_path / "out" / "explorer.html").stat().st_size < 5_000_000
+    assert (tmp_path / "out" / "index.html").stat().st_size < 8_000_000
 
 
-def test_the_notebook_is_the_script_and_at_most_1_mb():
-    notebook, script = ROOT / "diagnostics.ipynb", ROOT / "diagnostics.py"
-    sources = [[cell.source for cell in cells] for cells in (
-        nbformat.read(notebook, 4).cells, jupytext.read(script).cells)]
-    assert sources[0] == sources[1], "make it again as its first cell says"
-    assert notebook.stat().st_size <= 1_000_000
+def test_the_notebook_is_short_cells_that_ran_and_at_most_1_mb():
+    cells = [cell for cell in nbformat.read(ROOT / "diagnostics.ipynb", 4).cells]
+    ran = [cell for cell in cells if cell.cell_type == "code"]
+    assert all(len(cell.source.splitlines()) <= 15 for cell in cells)
+    assert [cell.execution_count for cell in ran] == list(range(1, len(ran) + 1))
+    outputs = [output for cell in ran for output in cell.outputs]
+    assert not any(output.output_type == "error" for output in outputs)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 6
+    assert (ROOT / "diagnostics.ipynb").stat().st_size <= 1_000_000

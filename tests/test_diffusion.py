@@ -4,9 +4,6 @@ import diffusers
 import pytest
 import torch
 
-import diffusion
-import perfusion
-import weights_loader
 from diffusion import SAMPLERS, Schedule, ddim_timesteps, dpm_timesteps, guided
 
 PUBLISHED = {"_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012,
@@ -35,10 +32,6 @@ def reference(name="ddim", **changes):
 
 
 def test_the_schedule_has_the_published_values(schedule):
-    assert schedule.alphas_cumprod.shape == (1000,) and schedule.alphas_cumprod.dtype == torch.float32
-    values = schedule.alphas_cumprod[[0, 500, 981, 999]]
-    published = torch.tensor([0.99915, 0.2763327, 0.0057755, 0.0046601])
-    torch.testing.assert_close(values, published, rtol=1e-5, atol=0)
     torch.testing.assert_close(schedule.alphas_cumprod, reference().alphas_cumprod, rtol=1e-5, atol=0)
 
 
@@ -81,18 +74,3 @@ def test_guidance_leads_away_from_the_prediction_without_text(model, prediction_
     torch.testing.assert_close(result, eps[0] + 7.5 * (eps[1] - eps[0]), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="keys of 6 prompts, not 4"):
         guided(unet, schedule, unet.keys(e), unet.values(e), 7.5)(torch.randn(3, 4, 8, 8), 500)
-
-
-@torch.no_grad()
-def test_dpm_from_the_noisiest_timestep_comes_nearer_to_the_converged_picture(monkeypatch):
-    model = weights_loader.load("tiny")
-    text = perfusion.condition(model, ["", "a photo of a red robot on the beach"], [])
-
-    def picture(steps):
-        return diffusion.draw(model, text.keys, text.values, range(3), model.size, steps, model.guidance,
-                              "dpm++")
-    converged, now = picture(20), picture(8)
-    monkeypatch.setattr(diffusion, "dpm_timesteps", ddim_timesteps)     # what this sampler took before
-    before, now = ((x - converged).square().mean().sqrt().item() for x in (picture(8), now))
-    print(f"distance of 8 steps: {now:.4f}, with the leading timesteps {before:.4f}")
-    assert now < 0.7 * before

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from concept import Concept
-from models import ROOT, run_script, write_concept
+from models import ROOT, noise, run_script, write_concept
 from support import pictures, plots
 from support.intervals import mean_and_interval
 
@@ -23,16 +23,14 @@ def unit(*shape):
 
 def test_image_similarity_is_the_mean_cosine_over_all_pairs():
     generated, training = unit(3, 4, 8), unit(5, 8)
-    expected = torch.stack([torch.stack([torch.cosine_similarity(g, t, dim=0) for t in training]).mean()
-                            for g in generated.flatten(0, 1)]).view(3, 4)
+    expected = torch.cosine_similarity(generated[:, :, None], training, dim=-1).mean(-1)
     assert (EVALUATE["image_similarity"](generated, training) - expected).abs().max() < 1e-10
 
 
 def test_text_similarity_compares_each_picture_with_its_own_prompt():
     generated, texts = unit(3, 4, 8), unit(3, 8)
-    found = EVALUATE["text_similarity"](generated, texts)
-    assert found.shape == (3, 4)
-    assert abs(found[2, 1] - torch.cosine_similarity(generated[2, 1], texts[2], dim=0)) < 1e-10
+    expected = torch.cosine_similarity(generated, texts[:, None], dim=-1)
+    assert (EVALUATE["text_similarity"](generated, texts) - expected).abs().max() < 1e-10
 
 
 @pytest.mark.parametrize("n, t", [(4, 3.182), (5, 2.776), (8, 2.365), (31, 2.042)])
@@ -42,11 +40,6 @@ def test_the_interval_is_students_and_of_fewer_than_four_numbers_there_is_none(n
     assert abs(mean - values.mean()) < 1e-10
     assert half == pytest.approx(t * values.std().item() / math.sqrt(n), rel=0.01)
     assert math.isnan(mean_and_interval(values.tolist()[:3])[1])
-
-
-def test_a_range_includes_both_ends():
-    assert EVALUATE["numbers"]("0.4:0.9:0.05") == [0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9]
-    assert EVALUATE["numbers"]("0.6,0.7") == [0.6, 0.7]
 
 
 @pytest.fixture(scope="module")
@@ -60,25 +53,23 @@ def folder(weights, tmp_path_factory):
     write_concept(weights, folder / "inverted.safetensors", lock="none")
     (folder / "images").mkdir()
     for k in range(2):
-        Image.new("RGBA", (20 + 4 * k, 16), (200, 40 * k, 90, 128)).save(folder / "images" / f"{k}.png")
-    (folder / "images" / "notes.txt").write_text("not a picture")
+        noise(16, 20, seed=k).save(folder / "images" / f"{k}.png")
     (folder / "prompts.txt").write_text("a photo of a {}\n\na {} on the beach\n")
     return folder
 
 
-def evaluate(weights, folder, out, *arguments):
-    """Run evaluate.py with one step; returns its rows and stdout. Files of the folder by their stems."""
-    files = [folder / f"{name}.safetensors" if (folder / f"{name}.safetensors").exists() else name
-             for name in arguments]
+def evaluate(weights, folder, out, names, *arguments):
+    """Run evaluate.py with one step on files of the folder; returns its rows and stdout."""
+    files = [folder / f"{name}.safetensors" for name in names]
     code, stdout, stderr = run_script(
-        "evaluate.py", "--weights", weights, "--steps", 1, "--prompts", folder / "prompts.txt",
-        "--images", folder / "images", "--out", out, "--concept", *files)
+        "evaluate.py", "--weights", weights, "--steps", 1, "--prompts", folder / "prompts.txt", "--images",
+        folder / "images", "--out", out, "--concept", *files, *arguments)
     assert code == 0, stderr
     return list(csv.DictReader(open(out / "results.csv"))), stdout
 
 
 def test_a_sweep_writes_every_row_once_and_a_figure(weights, folder, tmp_path):
-    rows, out = evaluate(weights, folder, tmp_path, "teddy", "inverted", "--beta", "0.5:0.7:0.1")
+    rows, out = evaluate(weights, folder, tmp_path, ["teddy", "inverted"], "--beta", "0.5:0.7:0.1")
     assert [f"{row['concept']} {row['beta']}" for row in rows] == [
         "teddy bear (no concept) ", "teddy 0.5", "teddy 0.6", "teddy 0.7", "inverted "]
     assert all(-1 <= float(row[f"{kind}_similarity"]) <= 1 for row in rows for kind in ("image", "text"))
@@ -90,7 +81,7 @@ def test_a_sweep_writes_every_row_once_and_a_figure(weights, folder, tmp_path):
 
 def test_of_several_files_of_one_concept_the_best_is_named_and_kept(weights, folder, tmp_path):
     names = ["teddy", "teddy_0010"]
-    rows, out = evaluate(weights, folder, tmp_path, *names, "--beta", "0.5,1.2", "--seeds", 1,
+    rows, out = evaluate(weights, folder, tmp_path, names, "--beta", "0.5,1.2", "--seeds", 1,
                          "--keep-best", tmp_path / "kept")
     best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
     assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out

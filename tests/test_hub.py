@@ -3,11 +3,14 @@
 A stand-in for the hub on 127.0.0.1 serves a small model and writes down what it is asked for.
 """
 
+import functools
 import hashlib
 import http.server
+import json
 import shutil
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -26,29 +29,14 @@ WEIGHTS = {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_mo
 KINDS = {"bins": bins, "half": half, "shards": shards}
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        """/owner/name/resolve/revision/path as huggingface.co answers: the commit and a tag."""
-        self.server.asked.append((self.command, self.path))
-        repo, _, rest = self.path.lstrip("/").partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        owner, _, kind = repo.partition("/")
-        known = (repo, revision) == (REPO, REVISION) or (owner, revision) == ("someone", "main")
-        file = self.server.folder / (kind if owner == "someone" else "model") / name
-        found = known and file.is_file()
-        data = file.read_bytes() if found else b""
-        self.send_response(200 if found else 404)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-        if known:
-            self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
+class Answer(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, with what huggingface.co says of them."""
 
-    do_HEAD = do_GET
+    def send_response(self, code, message=None):
+        self.server.asked.append((self.command, self.path))
+        super().send_response(code, message)
+        self.send_header("ETag", f'"{hashlib.sha256(self.path.encode()).hexdigest()}"')
+        self.send_header(*("X-Error-Code", "RepoNotFound") if code == 404 else ("X-Repo-Commit", REVISION))
 
     def log_message(self, *arguments):
         pass
@@ -58,8 +46,8 @@ class Hub(http.server.ThreadingHTTPServer):
     """The stand-in; asked: what was asked of it, as (method, path)."""
 
     def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.asked = folder, []
+        super().__init__(("127.0.0.1", 0), functools.partial(Answer, directory=folder))
+        self.asked = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def off(self):
@@ -69,8 +57,7 @@ class Hub(http.server.ThreadingHTTPServer):
     def fetched(self, repo=REPO, revision=REVISION):
         """The files of the repository that were fetched since the last call; nothing else was asked for."""
         prefix = f"/{repo}/resolve/{revision}/"
-        client = "/api/agent-harnesses"  # which the client asks for, for its own user agent
-        asked = [(method, path) for method, path in self.asked if path != client]
+        asked = [(method, path) for method, path in self.asked if not path.startswith("/api/")]
         assert all(path.startswith(prefix) for _, path in asked), asked
         files = [path.removeprefix(prefix) for method, path in asked if method == "GET"]
         assert len(files) == len(set(files))
@@ -80,7 +67,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Repositories: `model` holds much more than is needed, those of KINDS only one form of weights."""
+    """Models: `model` with much more than is needed, those of KINDS with one form of weights; served."""
     folder = tmp_path_factory.mktemp("repositories")
     weights_loader.save(small_model(configs=FEW), folder / "model")
     for kind, write in KINDS.items():
@@ -90,6 +77,13 @@ def folder(tmp_path_factory):
         path.with_suffix(".fp16.safetensors").write_bytes(path.read_bytes())
     for name in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "model_index.json"):
         (folder / "model" / name).write_bytes(b"big")
+    for kind in ("model", *KINDS):
+        repo, revision = (REPO, REVISION) if kind == "model" else (f"someone/{kind}", "main")
+        shutil.copytree(folder / kind, folder / repo / "resolve" / revision)
+        listing = folder / "api" / "models" / repo / "revision" / revision
+        listing.parent.mkdir(parents=True)
+        names = [str(path.relative_to(folder / kind)) for path in (folder / kind).rglob("*.*")]
+        listing.write_text(json.dumps({"id": repo, "siblings": [{"rfilename": name} for name in names]}))
     return folder
 
 
@@ -124,11 +118,48 @@ def test_exactly_the_needed_files_at_the_pinned_revision_once(hub, fingerprint, 
     weights = {name.replace(".safetensors", ".fp16.safetensors") for name in WEIGHTS} if variant else WEIGHTS
     assert hub.fetched() == NEEDED | weights
     assert load("sd15", variant) == f"{fingerprint} sd15" and not hub.asked  # not even for something newer
+    if variant:  # while the hub is there, half precision is not taken for full
+        load("sd15")
+        assert {f"/{REPO}/resolve/{REVISION}/{name}" for name in WEIGHTS} <= {path for _, path in hub.asked}
     hub.off()
     assert load("sd15", variant) == f"{fingerprint} sd15"
-    if variant:  # what is there is not taken for what was asked for
-        with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is"):
-            load("sd15")
+
+
+@pytest.fixture
+def cached(folder, tmp_path):
+    """A function: what another program leaves in the cache, of a repository that is one of `folder`'s."""
+    def put(kind, repo, commit, named):
+        cache = tmp_path / "cache" / f"models--{repo.replace('/', '--')}"
+        shutil.copytree(folder / kind, cache / "snapshots" / commit)
+        if named:
+            (cache / "refs").mkdir()
+            (cache / "refs" / "main").write_text(commit)
+    return put
+
+
+@pytest.mark.parametrize("kind, repo, commit, named, said", [
+    ("bins", "someone/bins", "abc", True, []), ("shards", "sd15", REVISION, False, []),
+    ("bins", "gone/away", "abc", False, ["gone/away: out of reach, taken from the local cache, commit abc"]),
+    ("model", "sd15", "abc", True, [f"{REPO}: out of reach, taken from the local cache, commit abc"]),
+    ("half", "sd15", REVISION, False, ["sd15: its files are in half precision (fp16)"])])
+def test_a_complete_model_in_the_cache_is_enough(hub, cached, fingerprint, kind, repo, commit, named, said):
+    cached(kind, REPO if repo == "sd15" else repo, commit, named)
+    if repo != "gone/away":     # which the hub does not know
+        hub.off()
+    with warnings.catch_warnings(record=True) as lines:
+        warnings.simplefilter("always")
+        assert load(repo) == f"{fingerprint} {repo}"
+    assert len(lines) == len(said) and all(words in str(line.message) for line, words in zip(lines, said))
+
+
+def test_what_is_cached_in_parts_is_completed_and_another_commit_does_not_count(hub, cached, fingerprint):
+    cached("model", REPO, "abc", True)
+    cached("shards", "someone/shards", REVISION, True)
+    *_, missing = Path(constants.HF_HUB_CACHE).glob("*shards/**/*-00002-*")
+    missing.unlink()
+    assert load("someone/shards") == f"{fingerprint} someone/shards"
+    assert hub.fetched("someone/shards", "main") == {missing.relative_to(missing.parents[1]).as_posix()}
+    assert load("sd15") == f"{fingerprint} sd15" and WEIGHTS <= hub.fetched()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -136,7 +167,7 @@ def test_a_repository_with_another_form_of_weights_is_there_offline(hub, folder,
     repo = f"someone/{kind}"
     assert load(repo) == f"{fingerprint} {repo}"
     weights = {str(path.relative_to(folder / kind)) for name in WEIGHTS
-               for path in (folder / kind / name).parent.iterdir() if path.name != "config.json"}
+               for path in (folder / kind / name).parent.iterdir() if path.suffix != ".json"}
     assert hub.fetched(repo, "main") == NEEDED | weights
     hub.off()
     assert load(repo) == f"{fingerprint} {repo}"  # what it lacks is remembered, too
@@ -154,7 +185,7 @@ def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
 def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
     hub.off()
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=f"{REPO}: neither a folder here, nor is unet/config.json in the"):
+    with pytest.raises(ValueError, match=f"{REPO}: not a folder here, and unet/config.json and what"):
         load("sd15")
     assert time.perf_counter() - start < 5  # the client's five retries would take 23
 
@@ -162,5 +193,5 @@ def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
 def test_what_the_hub_does_not_have_is_named(hub):
     with pytest.raises(ValueError, match=r"to be had from the hub \(RepositoryNotFoundError\)$"):
         load("no/such-model")
-    with pytest.raises(ValueError, match=f"{REPO}: there is no file unet/diffusion_pytorch_model.bf16.safe"):
+    with pytest.raises(ValueError, match=f"{REPO}/unet/.*bf16.safetensors: there is no such file$"):
         load("sd15", "bf16")

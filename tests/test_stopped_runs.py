@@ -1,12 +1,12 @@
 """Whatever stops a run, no file has a final name and half its content, and nothing reported is gone."""
 
 import csv
-import hashlib
 import multiprocessing
 import os
 import random
 import resource
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -17,36 +17,35 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from models import ROOT, run_script, write_concept, write_weights
+from models import ROOT, noise
 
 COMMANDS = {
     "sample": ["a <teddy>", "--concept", "CONCEPT", "--steps", 1, "--n", 12, "--out", "OUT"],
     "train": ["--images", "IMAGES", "--super", "teddy bear", "--token", "teddy", "--steps", 6, "--batch", 2,
-              "--preview", "PREVIEW", "--checkpoint", 1, "--out", "OUT"],
+              "--preview", 3, "--checkpoint", 1, "--out", "OUT"],
     "evaluate": ["--concept", "CONCEPT", "--images", "IMAGES", "--prompts", "PROMPTS", "--steps", 1,
                  "--beta", "0.5,0.6", "--out", "OUT"],
     "covariance": ["--n", 300],                             # writes beside the weights
     "export": ["--concept", "CONCEPT", "--out", "NEW"]}     # replaces nothing
 
+READ = {".png": lambda path: Image.open(path).load(), ".safetensors": load_file, ".pt": torch.load}
+
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Weights with a covariance, a concept, pictures and prompts."""
-    write_concept(write_weights(tmp_path / "weights"), tmp_path / "teddy.safetensors")
-    (tmp_path / "images").mkdir()
-    Image.new("RGB", (16, 16), "red").save(tmp_path / "images" / "red.png")
+def folder(weights, concept_files, tmp_path):
+    """Weights with a covariance, a concept, a picture and prompts."""
+    shutil.copytree(weights, tmp_path / "weights")
+    shutil.copy(concept_files["teddy"], tmp_path)
+    noise(16, 16).save(tmp_path / "picture.png")
     (tmp_path / "prompts.txt").write_text("a photo of a {}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    code, _, stderr = run_script("covariance.py", "--weights", tmp_path / "weights", "--n", 300)
-    assert code == 0, stderr
     return tmp_path
 
 
-def run(script, folder, name="", largest=resource.RLIM_INFINITY, preview=0):
+def run(script, folder, name="", largest=resource.RLIM_INFINITY):
     """Start a script in a process of its own, whose files cannot grow beyond `largest` bytes."""
     out, (reading, writing) = folder / script, os.pipe()    # a pipe has no size
-    places = {"CONCEPT": folder / "teddy.safetensors", "IMAGES": folder / "images", "OUT": out,
-              "PROMPTS": folder / "prompts.txt", "NEW": out / name, "PREVIEW": preview}
+    places = {"CONCEPT": folder / "teddy.safetensors", "IMAGES": folder / "picture.png", "OUT": out,
+              "PROMPTS": folder / "prompts.txt", "NEW": out / name}
 
     def child():
         torch.set_num_threads(1)                            # threads do not survive a fork
@@ -67,33 +66,25 @@ def run(script, folder, name="", largest=resource.RLIM_INFINITY, preview=0):
 
 
 def check(out, reports, pictures):
-    """Files with a final name are whole, what was reported is there, pictures: {path: digest} as before."""
-    for path in [path for path in out.rglob("*") if path.is_file() and not path.name.startswith(".")]:
-        if path.suffix == ".png":
-            Image.open(path).load()
-        elif path.suffix == ".safetensors":
-            load_file(path)
-        elif path.suffix == ".pt":
-            torch.load(path, weights_only=True)
-        elif path.suffix == ".csv":
+    """Files with a final name are whole, what was reported is there, pictures: {path: content} as before."""
+    for path in out.rglob("[!.]*.*"):
+        if path.suffix == ".csv":
             assert path.read_text().endswith("\n") and len({len(row) for row in csv.reader(open(path))}) == 1
+        elif path.suffix in READ:
+            READ[path.suffix](path)
     for report in reports:                                  # the last line may be cut off
         reported = [word.strip(":,") for line in report.split("\n")[:-1] for word in line.split()
                     if word.startswith(str(out))]
         assert all(os.path.exists(path) for path in reported)
     for path in out.glob("[0-9]*.png"):
-        assert pictures.setdefault(path, digest(path)) == digest(path)
-    assert all(path.exists() for path in pictures)
+        pictures.setdefault(path, path.read_bytes())
+    assert all(path.read_bytes() == content for path, content in pictures.items())
 
 
-def digest(path):
-    return hashlib.sha256(path.read_bytes()).digest()
-
-
-def stopped_runs(folder, script, stops, rng, preview=0):
+def stopped_runs(folder, script, stops, rng):
     """Run once to the end, to know how long it takes and what it writes; then stop it in all these ways."""
     out, start, pictures = folder / ("weights" if script == "covariance" else script), time.time(), {}
-    process, _ = run(script, folder, "whole", preview=preview)
+    process, _ = run(script, folder, "whole")
     process.join()
     seconds = time.time() - start
     assert process.exitcode == 0
@@ -101,7 +92,7 @@ def stopped_runs(folder, script, stops, rng, preview=0):
     for k, stop in enumerate(stops):
         largest = rng.choice(sizes) - 1 if stop == "full" else resource.RLIM_INFINITY
         names = [f"{k}a", f"{k}b"] if stop == "two" else [f"{k}"]
-        runs = [run(script, folder, name, largest, preview) for name in names]
+        runs = [run(script, folder, name, largest) for name in names]
         if stop != "full":
             time.sleep(rng.uniform(0, seconds))
             os.kill(runs[0][0].pid, signal.SIGTERM if stop == "term" else signal.SIGKILL)
@@ -122,4 +113,4 @@ def test_a_stopped_run_leaves_whole_files(script, folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_hundred_stopped_runs_leave_whole_files(script, folder):
-    stopped_runs(folder, script, ["kill", "term", "full", "two"] * 5, random.Random(1), preview=3)
+    stopped_runs(folder, script, ["kill", "term", "full", "two"] * 5, random.Random(1))

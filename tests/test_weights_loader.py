@@ -1,6 +1,7 @@
 """weights_loader.py takes the public files of Stable Diffusion v1 in every form; complete means loadable."""
 
 import dataclasses
+import inspect
 import json
 import re
 import shutil
@@ -14,23 +15,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights_loader
-from models import (
-    FEW,
-    PUBLISHED,
-    SMALL,
-    Call,
-    bins,
-    half,
-    rewritten,
-    shards,
-    single_file_tensors,
-    small_model,
-)
+from models import (BIN, FEW, PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
+                    small_model)
 from support import weight_names
 
 PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
 PLAIN = "model.diffusion_model."
+
+
+def averaged(key):
+    """The name of a tensor's moving average in a single file."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
 @pytest.fixture(scope="module")
@@ -87,54 +83,47 @@ def assert_equal(model, loaded):
             assert value.equal(expected[name]), name
 
 
-def header(name):
-    """What `mapped` makes of a published file: its names, shapes and types, without data."""
-    integers = {key: torch.int64 if kind == "I64" else torch.int32
-                for key, kind in PUBLISHED["ldm_dtypes_nonf32"].items()}
-    return {key: (Path(f"{name}.safetensors"), torch.empty(shape, dtype=integers.get(key), device="meta"))
-            for key, shape in PUBLISHED[name].items()}
-
-
-def write_single(model, path, tensors, **beside):
+def write_single(model, path, tensors, write=None, **beside):
     """A single file with the model's vocabulary; beside the tensors of a .ckpt lies what is given."""
     path.parent.mkdir(exist_ok=True)
     model.tokenizer.save(path.parent)
-    if path.suffix == ".ckpt":
-        torch.save({"state_dict": tensors, **beside} if beside else tensors, path)
-    else:
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    write = write or (torch.save if path.suffix == ".ckpt" else save)
+    write({"state_dict": tensors, **beside} if beside else tensors, path)
     return path
+
+
+def save(tensors, path, **options):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, **options)
+
+
+def save_with_captions(tensors, path):
+    """A header of 5 MB: training tools keep all captions there."""
+    save(tensors, path, metadata={"ss_tag_frequency": "teddy, " * 700_000})
+
+
+def save_old(tensors, path):
+    """As torch did before version 1.6."""
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
 
 
 # ---- names: the published files, key by key
 
-@pytest.mark.parametrize("name, part", [("diffusers_unet", "unet"), ("diffusers_vae_new_names", "vae"),
-                                        ("diffusers_vae_old_names", "vae"), ("text_encoder", "text_encoder")])
-def test_published_folder_files_fit(monkeypatch, name, part):
+@pytest.mark.parametrize("name, part", [
+    ("diffusers_unet", "unet"), ("diffusers_vae_new_names", "vae"), ("diffusers_vae_old_names", "vae"),
+    ("text_encoder", "text_encoder"), *(("ldm_single_file_pruned_with_ema", part) for part in PARTS)])
+def test_published_files_fit_as_the_published_maps_say(monkeypatch, name, part):
     monkeypatch.undo()
-    tensors = header(name)
+    integers = {key: torch.int64 if kind == "I64" else torch.int32
+                for key, kind in PUBLISHED["ldm_dtypes_nonf32"].items()}
+    tensors = {key: (Path(name), torch.empty(shape, dtype=integers.get(key), device="meta"))
+               for key, shape in PUBLISHED[name].items()}
     config = weight_names.read_config(part, PUBLISHED["configs_v1-5"][part])
     assert config == weight_names.SD_V1[part]
-    _, names = weights_loader.connect(part, config, tensors)
+    network, names = weights_loader.connect(part, config, tensors)
+    table = PUBLISHED["map_ldm_to_diffusers"][part] | PUBLISHED["vae_old_to_new_names"]
+    assert names.keys() == network.state_dict().keys()
     for ours, key in names.items():
-        assert ours == PUBLISHED["vae_old_to_new_names"].get(key, key).removeprefix("text_model.")
-    assert tensors.keys() - names.values() <= {"text_model.embeddings.position_ids"}
-
-
-@pytest.mark.parametrize("name, average", [
-    ("ldm_single_file_emaonly", False), ("ldm_single_file_pruned_with_ema", False),
-    ("ldm_single_file_pruned_with_ema", True)])
-def test_published_single_files_fit_as_the_published_map_says(monkeypatch, name, average):
-    monkeypatch.undo()
-    tensors = {key: value for key, value in header(name).items() if not (average and key.startswith(PLAIN))}
-    for part in PARTS:
-        _, names = weights_loader.connect(part, weight_names.SD_V1[part], tensors)
-        table = {single: ours.removeprefix("text_model.")
-                 for single, ours in PUBLISHED["map_ldm_to_diffusers"][part].items()}
-        if part == "unet" and average:
-            table = {"model_ema." + single.removeprefix("model.").replace(".", ""): ours
-                     for single, ours in table.items()}
-        assert names == {ours: single for single, ours in table.items() if not ours.endswith("position_ids")}
+        assert ours == table.get(key, key).removeprefix("text_model.")
 
 
 # ---- data: every form of file gives the same networks
@@ -161,11 +150,11 @@ def single(change=dict, name="v1.safetensors", **beside):
 
 def attention(*names):
     """A change: these names for q, k, v and proj_out of the VAE's attention in a single file."""
-    new = dict(zip(("q", "k", "v", "proj_out"), names))
-
-    def renamed(key):
-        return re.sub(r"(mid\.attn_1\.)(\w+)", lambda match: match[1] + new.get(match[2], match[2]), key)
-    return lambda tensors: {renamed(key): tensor for key, tensor in tensors.items()}
+    def change(tensors):
+        for old, new in zip(("q", "k", "v", "proj_out"), names):
+            tensors = {key.replace(f".attn_1.{old}.", f".attn_1.{new}."): x for key, x in tensors.items()}
+        return tensors
+    return change
 
 
 def linear_attention(tensors):
@@ -194,6 +183,21 @@ def odd_addresses(model, folder):
     return folder
 
 
+def old_bins(tensors, path):
+    save_old(tensors, path.with_name(BIN[path.name]))
+
+
+def notepad(encoding):
+    """A form: the folder, whose texts were saved with a mark of their encoding in front."""
+    def write(model, folder):
+        texts = [*folder.rglob("*.json"), *folder.rglob("*.txt")]
+        assert len(texts) == 7
+        for path in texts:
+            path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
+        return folder
+    return write
+
+
 def tokenizer_json(model, folder):
     model.tokenizer._tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     (folder / "tokenizer" / "merges.txt").unlink()
@@ -206,27 +210,23 @@ def lightning(model, folder):
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = types.ModuleType(name)
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
-    callback = module.ModelCheckpoint()
-    callback.best = 1
     with pytest.MonkeyPatch.context() as patch:
         for key in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
             patch.setitem(sys.modules, key, module)
-        path = single(name="v1.ckpt", epoch=3, callbacks={module.ModelCheckpoint: callback},
-                      loss=numpy.float64(1.5))(model, folder)
+        callback = module.ModelCheckpoint()
+        callback.best = 1
+        path = single(name="v1.ckpt", callbacks={"a": callback}, loss=numpy.float64(1.5))(model, folder)
     assert name not in sys.modules
     return path
 
 
 def average(tensors):
     """A change: the plain names are the model; a moving average of something else is added."""
-    other = single_file_tensors(small_model(seed=5), average=True)
-    return tensors | {key: tensor for key, tensor in other.items() if key.startswith("model_ema.diff")}
+    return tensors | {averaged(key): tensor + 1 for key, tensor in tensors.items() if key.startswith(PLAIN)}
 
 
-def average_alone(model, folder):
-    tensors = {key: tensor for key, tensor in single_file_tensors(model, average=True).items()
-               if not key.startswith(PLAIN)}
-    return write_single(model, folder.parent / "one" / "v1.ckpt", tensors, global_step=1)
+def average_alone(tensors):
+    return {averaged(key) if key.startswith(PLAIN) else key: tensor for key, tensor in tensors.items()}
 
 
 IDS = {"text_model.embeddings.position_ids": torch.arange(16)[None],    # some old files hold them as floats
@@ -235,7 +235,7 @@ DREAMBOOTH = {"embedding_manager.initial_embeddings.x": torch.zeros(1, 8), "lora
               **{f"embedding_manager.string_to_param_dict.{i}": torch.zeros(1, 8) for i in "*+"}}
 TOP_LEVEL = {"global_step": 3, "epoch": 1, "optimizer": {"state": [1]}, "name": "v1", 7: None}
 BUFFERS = "alphas_cumprod* (1)"  # the noise schedule in single files
-HALF = "its files are in half precision (fp16), it has no others"
+HALF = "its files are in half precision (fp16), there are no others"
 FORMS = {  # how a model is kept -> a function that keeps it so, parts of the lines that load() says of it
     "as saved": (lambda model, folder: folder, []),
     "the old names of the VAE's attention": (changed("vae", lambda tensors: {
@@ -245,8 +245,17 @@ FORMS = {  # how a model is kept -> a function that keeps it so, parts of the li
     "position ids": (changed("text_encoder", lambda tensors: tensors | IDS), ["not used: text_model* (2)"]),
     "only bins": (files(bins), []), "only half": (files(half), [HALF]),
     "shards": (files(shards), []), "shards of bins": (files(shards, ".bin"), []),
+    "bins before torch 1.6": (files(old_bins), []),
     "data at any address": (odd_addresses, []), "tokenizer.json": (tokenizer_json, []),
-    "a single file": (single(), [BUFFERS]), "NovelAI, in half": (single(novelai_and_half), [BUFFERS]),
+    "saved by Notepad": (notepad("utf-8-sig"), []), "by PowerShell": (notepad("utf-16"), []),
+    "a single file": (single(), [BUFFERS]),
+    "captions in the header": (single(write=save_with_captions), [BUFFERS]),
+    "a suffix in capitals": (single(name="V1.SAFETENSORS", write=save), [BUFFERS]),
+    "a blob of the hub": (single(name="v1", write=save), [BUFFERS]),
+    "safetensors called .ckpt": (single(name="v1.ckpt", write=save), [BUFFERS]),
+    "a pickle called .safetensors": (single(write=torch.save), [BUFFERS]),
+    "a .ckpt before torch 1.6": (single(name="v1.ckpt", write=save_old), [BUFFERS]),
+    "NovelAI, in half": (single(novelai_and_half), [BUFFERS]),
     "new attention": (single(attention("to_q", "to_k", "to_v", "to_out.0")), [BUFFERS]),
     "old attention": (single(attention("query", "key", "value", "proj_attn")), [BUFFERS]),
     "linear attention": (single(linear_attention), [BUFFERS]),
@@ -256,8 +265,8 @@ FORMS = {  # how a model is kept -> a function that keeps it so, parts of the li
                                         "v1.ckpt"), ["not used: model_ema* (2), "]),
     "Lightning": (lightning, ["not used: model_ema* (2), "]),
     "an average beside": (single(average), ["not used: model_ema* (688), "]),
-    "an average alone": (average_alone, ["its U-Net is the moving average (model_ema)",
-                                         "not used: model_ema* (2), "])}
+    "an average alone": (single(average_alone, "v1.ckpt", global_step=1),
+                         ["its U-Net is the moving average (model_ema)", "not used: model_ema* (2), "])}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -267,7 +276,7 @@ def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few,
     loaded, said = load(path)
     model = few if path == folder else model
     assert_equal(model, loaded)
-    assert loaded.fingerprint == fingerprints[path.stem]
+    assert loaded.fingerprint == fingerprints[path.stem.lower()]
     assert loaded.guidance == 4         # narrow text makes a small model, however deep its VAE is
     assert len(said) == len(expected), said
     for line, words in zip(said, expected):
@@ -287,7 +296,7 @@ def test_whole_files_come_before_others_and_a_variant_by_name(few, folder):
     assert_equal(few, load(folder)[0])
     variant, said = load(folder, variant="fp16")
     assert variant.unet.conv_in.weight.equal(few.unet.conv_in.weight + 1) and not said
-    with pytest.raises(ValueError, match="model.bf16.safetensors: there is no such file"):
+    with pytest.raises(ValueError, match="model.bf16.safetensors: there is no such file$"):
         load(folder, variant="bf16")
 
 
@@ -335,14 +344,16 @@ def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_sc
 
 
 @pytest.mark.parametrize("yaml, prediction", [
-    (None, "epsilon"), ('model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
-    ("    parameterization: 'eps'\n", "epsilon"), ("    # parameterization: v\n", "epsilon")])
+    (None, "epsilon"), (b"# \xe9\nparameterization: v", "v_prediction"),
+    *(("parameterization: v".encode(encoding), "v_prediction") for encoding in ("utf-8-sig", "utf-16")),
+    (b'model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
+    (b"    parameterization: 'eps'\n", "epsilon"), (b"    # parameterization: v\n", "epsilon")])
 def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, yaml, prediction):
     path = write_single(model, tmp_path / "v1.5 (tuned).ckpt", {"a": torch.zeros(1)})
     (tmp_path / "v1.5.yaml").write_text("parameterization: v")  # of another file
     if yaml is not None:
-        path.with_suffix(".yaml").write_bytes(yaml.encode())
-    assert weights_loader.open_single_file(path)[1] == prediction
+        path.with_suffix(".yaml").write_bytes(yaml)
+    assert weights_loader.open_single_file(path, None)[1] == prediction
 
 
 def test_the_users_word_goes_before_the_yaml_and_another_type_is_one_sentence(model, tmp_path):
@@ -356,15 +367,14 @@ def test_the_users_word_goes_before_the_yaml_and_another_type_is_one_sentence(mo
         load(path)
 
 
-@pytest.mark.parametrize("place", ["beside", "tokenizer", "given"])
+@pytest.mark.parametrize("place", ["", "tokenizer", "given"])
 def test_a_single_file_takes_the_vocabulary_beside_it_or_the_one_given(model, tmp_path, place):
-    path = write_single(model, tmp_path / "v1.safetensors", single_file_tensors(model))
-    if place != "beside":
-        (tmp_path / place).mkdir()
-        for name in ("vocab.json", "merges.txt"):
-            (tmp_path / name).rename(tmp_path / place / name)
-    loaded, _ = load(path, tokenizer=tmp_path / "given" if place == "given" else None)
-    assert loaded.tokenizer.vocabulary == model.tokenizer.vocabulary and loaded.folder == tmp_path
+    path = write_single(model, tmp_path / "v1.safetensors", {"a": torch.zeros(1)})
+    (tmp_path / place).mkdir(exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).rename(tmp_path / place / name)
+    given = tmp_path / "given" if place == "given" else None
+    assert weights_loader.open_single_file(path, given)[2:] == (tmp_path / place, tmp_path)
 
 
 # ---- what is refused
@@ -390,6 +400,57 @@ def test_an_incomplete_or_other_model_is_refused_in_one_sentence(model, tmp_path
     assert "\n" not in str(error.value)
 
 
+def entries(part, reference):
+    """All entries of the config that the reference's newest version writes."""
+    path, = (reference.folder / part).glob("*config.json")
+    return json.loads(path.read_text())
+
+
+def read(part, public):
+    if part == "scheduler":
+        return weight_names.read_prediction(public)
+    return weight_names.read_config(part, public)
+
+
+CONFIGS = {"unet": {"time_cond_proj_dim": 256, "attention_type": "gated", "flip_sin_to_cos": None, "new": 1},
+           "vae": {"use_post_quant_conv": False, "latents_mean": [0.1], "new": "fast"},
+           "text_encoder": {"use_attention_mask": True, "layer_norm_eps": 1e-6, "new": 0.5},
+           "scheduler": {"rescale_betas_zero_snr": True, "shift": 3.0, "beta_end": 0.02}}
+
+
+@pytest.mark.parametrize("part, key", [(part, key) for part, changes in CONFIGS.items() for key in changes])
+def test_an_entry_that_changes_the_result_is_refused_known_or_not(reference, part, key):
+    public = entries(part, reference)
+    read(part, public | {"new_but_off": False, "other": None, "_written_by": "x", "dropout": 0.1})
+    with pytest.raises(ValueError, match=f"^{key} is"):
+        read(part, public | {key: CONFIGS[part][key]})
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_entry_of_the_reference_is_changed_unseen(reference, part):
+    """Each is refused, read, or named in a table as without effect."""
+    public = entries(part, reference)
+    before = read(part, public)
+    for key, value in public.items():
+        other = {bool: not value, str: "other", list: [97]}.get(type(value), 97)
+        try:
+            unseen = read(part, public | {key: other}) == before and not key.startswith("_")
+        except (ValueError, TypeError):
+            continue
+        assert not unseen or key in " ".join(weight_names.WITHOUT_EFFECT.values()).split(), key
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_every_scheduler_with_the_noise_of_sd_v1_is_read_but_those_of_distilled_models():
+    from diffusers import LCMScheduler, PNDMScheduler
+    noise = weight_names.CONSTANTS["scheduler"]
+    kinds = [kind for kind in PNDMScheduler().compatibles
+             if "beta_start" in inspect.signature(kind).parameters]
+    assert len(kinds) > 8 and all(read("scheduler", kind(**noise).config) == "epsilon" for kind in kinds)
+    with pytest.raises(ValueError, match="original_inference_steps is 50, which is not of Stable"):
+        read("scheduler", LCMScheduler(**noise).config)
+
+
 def test_parts_of_two_models_are_refused(folder):
     other = small_model(configs=FEW | {"text_encoder": dataclasses.replace(FEW["text_encoder"], width=32)})
     weights_loader.save(other, folder)
@@ -397,15 +458,40 @@ def test_parts_of_two_models_are_refused(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("wrap", [lambda evil: {"state_dict": {"a": torch.zeros(1)}, "callbacks": evil},
-                                  lambda evil: {"state_dict": {"a": evil}}, lambda evil: evil])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_path, wrap, zipped):
-    path = tmp_path / "evil.ckpt"
-    evil = wrap(Call(eval, f"open({str(tmp_path / 'was-run')!r}, 'w')"))
-    torch.save(evil, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match="evil.ckpt.*" + ("asks to run .*eval" if zipped else "not a zip")):
+def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_path, zipped):
+    path, evil = tmp_path / "evil.ckpt", Call(eval, f"open({str(tmp_path / 'was-run')!r}, 'w')")
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "callbacks": evil}, path,
+               _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="evil.ckpt.*asks to run eval$"):
         load(path)
     assert list(tmp_path.iterdir()) == [path]
     torch.load(path, weights_only=False)
     assert (tmp_path / "was-run").exists()      # so it was a real one
+
+
+@pytest.mark.parametrize("given, guess", [
+    ("https://huggingface.co/someone/model/tree/main", "someone/model"), ("hf.co/a/b/", "a/b"),
+    ("https://civitai.com/models/1", "the path of the file, once"), ("SD15", "sd15"), ("sd-v1.5", "sd15"),
+    ("runwayml/stable-diffusion-v1-5", "sd15"), ("Tiny", "tiny"), ("HERE/sd/model_index.json", "HERE/sd"),
+    ("HERE/sd/unet/config.json", "HERE/sd"), ("HERE", "HERE/sd"), ("HERE/one", "HERE/one/v1.ckpt")])
+def test_what_was_meant_is_guessed(folder, given, guess):
+    (folder / "model_index.json").write_text("{}")
+    one = folder.parent / "one"
+    one.mkdir()
+    (one / "v1.ckpt").write_bytes(bytes(9))
+    (one / "style.safetensors").write_bytes(bytes(8))
+    given, guess = (text.replace("HERE", str(folder.parent)) for text in (given, guess))
+    with pytest.raises(ValueError, match=rf"; did you mean {guess}[^/]*\?$"):
+        load(given)
+
+
+@pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json",
+                                  "tokenizer/vocab.json"])
+@pytest.mark.parametrize("content, words", [
+    (b"version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull` fetches the file itself$"),
+    (b"\n<!DOCTYPE html>", "it is a web page: take the link that downloads the file$")])
+def test_what_stands_in_the_place_of_a_file_is_told(folder, name, content, words):
+    (folder / name).write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        load(folder)

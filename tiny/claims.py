@@ -12,6 +12,7 @@ Intervals are 95 %, Student's t over concepts, as the pictures of one concept ar
 are paired by concept.
 """
 import argparse
+import functools
 import json
 import math
 import multiprocessing
@@ -69,8 +70,8 @@ MEASURES = {  # of a concept alone; key of a record: (its title, factor)
     "image": ("image similarity", 1), "text": ("text similarity", 1),
     "share": ("attention inside the true mask", 1), "pose": ("pose variety: 1 - IoU of silhouettes", 1),
 }
-PAIR_MEASURES = {"kinds": "both kinds", "one": "and at least one individual first among 50",
-                 "both": "and both individuals, each first among 50"}
+PAIR_MEASURES = {"kinds": ("both kinds, %", 100), "one": ("and an individual first among 50, %", 100),
+                 "both": ("and both individuals first among 50, %", 100)}
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,8 @@ def sweep(training: str, betas: tuple = SWEEP) -> list[Row]:
 
 
 LOCKED, TRAINED, UNGATED = "locked keys, beta 0.7", "trained keys, beta 0.7", "locked keys, ungated"
-GLOBAL = f"global lock, beta {GLOBAL_BETA}"
+GLOBAL, INVERSION = f"global lock, beta {GLOBAL_BETA}", "textual inversion"
+LOW, HIGH = "locked keys, beta 0.5", "locked keys, beta 1.0"
 ROWS = (  # in the order in which they are measured
     Row("pair: locked keys", "locked keys", who="different kinds"),
     Row("pair of examples: locked keys", "locked keys", who="examples"),
@@ -113,27 +115,25 @@ ROWS = (  # in the order in which they are measured
     *sweep("locked keys, 400 steps", LONG_SWEEP), *sweep("trained keys, 400 steps", LONG_SWEEP),
 )
 COMPARISONS = (  # claim of the paper, measures in which A is then higher, other measures, row A, row B
+    ("locked keys keep two concepts apart", "kinds both", "one", "pair: locked keys", "pair: trained keys"),
+    ("better than textual inversion", "kinds both", "one", "pair: locked keys", "pair: textual inversion"),
     ("a trained key's attention leaks beyond the object", "share", "", LOCKED, TRAINED),
-    ("locked keys keep more of the prompt at the same beta", "kept text", "first pattern image",
-     LOCKED, TRAINED),
+    ("locked keys keep more of the prompt", "kept text", "first pattern image", LOCKED, TRAINED),
     ("after 400 steps too", "kept text share", "first pattern image",
      "locked keys, 400 steps, beta 0.7", "trained keys, 400 steps, beta 0.7"),
-    ("a low beta shows more of the concept", "first image", "",
-     "locked keys, beta 0.5", "locked keys, beta 1.0"),
-    ("a high beta keeps more of the prompt", "kept text", "",
-     "locked keys, beta 1.0", "locked keys, beta 0.5"),
+    ("a low beta shows more of the concept", "first image", "", LOW, HIGH),
+    ("a high beta keeps more of the prompt", "kept text", "", HIGH, LOW),
     ("global lock gives more freedom than local", "pose kept text", "first", GLOBAL, LOCKED),
     ("masks reduce overfitting", "kept text", "first image", LOCKED, "no masks"),
     ("a higher training beta helps", "kept text", "first image", LOCKED, "training beta 0.5"),
     ("tau above training's helps", "kept text", "first image", LOCKED, "tau 0.1"),
     ("one image works, with slight overfitting", "first kept text", "image", LOCKED, "one image"),
-    ("textual inversion follows the prompt worst", "kept text share", "first pattern image",
-     LOCKED, "textual inversion"),
+    ("textual inversion follows the prompt worst", "kept text", "first pattern image", LOCKED, INVERSION),
     ("the gate is better than ROME's linear weight", "first kept share", "image", LOCKED, UNGATED),
 )
 PARETO = (("first", "kept"), ("image", "text"))  # x, y
 PUBLISHED = ("pair: locked keys", "pair: trained keys", "pair: textual inversion", LOCKED, TRAINED,
-             "textual inversion", "super-category")  # in records.json: what the page and the README show
+             INVERSION, "super-category")  # in records.json: what the page and the README show
 
 
 def cases(who: str, concepts: int) -> list[tuple]:
@@ -192,7 +192,7 @@ class Study:
         model = weights_loader.load("tiny", device)
         fast_cpu.enable(model)
         folder = args.workdir / model.fingerprint
-        for name in ("records", "pictures", "lineups"):
+        for name in ("records", "pictures"):
             (folder / name).mkdir(parents=True, exist_ok=True)
         clip = clip_image.load(model.folder / "clip", model.text_encoder).to(device)
         return cls(model, judges.Judge.load(), clip, folder, args)
@@ -220,14 +220,10 @@ def start_work(args: argparse.Namespace):
     STUDY = Study.open(args, args.device)
 
 
+@functools.cache
 def lineup(name: str) -> torch.Tensor:
-    """`judges.lineup` of a concept, from --workdir if it is there."""
-    file = STUDY.folder / "lineups" / f"{name}.pt"
-    if not file.exists():
-        known = judges.lineup(STUDY.judge, individual_and_specs(name)[0], name)
-        with replacing(file) as partial:
-            torch.save(known, partial)
-    return torch.load(file)
+    """`judges.lineup` of a concept, computed once."""
+    return judges.lineup(STUDY.judge, individual_and_specs(name)[0], name)
 
 
 def train_one(job: tuple):
@@ -428,8 +424,9 @@ def comparison_lines(results: dict) -> list:
     lines = []
     for claim, claimed, others, a, b in COMPARISONS:
         for name in f"{claimed} {others}".split() if {a, b} <= results.keys() else ():
+            title, factor = (MEASURES | PAIR_MEASURES)[name]
             values = [(row, per_concept(results[row], name)) for row in (a, b)]
-            lines.append(comparison(claim, *MEASURES[name], *values, name in claimed.split()))
+            lines.append(comparison(claim, title, factor, *values, name in claimed.split()))
     for length in ("", ", 400 steps"):
         names = [f"locked keys{length}", f"trained keys{length}"]
         for x, y in PARETO:
@@ -451,7 +448,7 @@ def pair_lines(results: dict) -> list:
         cells = [title]
         for name in PAIR_MEASURES:
             hits = [hit for record in records for hit in record[name]]
-            cells.append(f"{sum(hits)} of {len(hits)} ({written(per_concept(records, name), 100)} %)")
+            cells.append(f"{sum(hits)} of {len(hits)} ({written(per_concept(records, name), 100)})")
         lines.append([*cells, written(per_concept(records, "sim"))])
     return lines
 
@@ -474,9 +471,10 @@ def tables(results: dict, args: argparse.Namespace) -> str:
         "A - B is paired by concept. The claim says that A is higher. The verdict says whether the interval "
         "is above 0, below, or else how large a difference can be. A measure in brackets is no claim.",
         markdown(["claim", "measure", "A", "B", "value of A", "value of B", "A - B", "verdict"],
-                 comparison_lines(alone)),
+                 comparison_lines(results)),
         f'Two concepts in one picture ("... next to ... {PAIR_SCENE}"), trained apart; intervals over pairs:',
-        markdown(["row", *PAIR_MEASURES.values(), "sim/energy of the second word"], pair_lines(pairs)), ""))
+        markdown(["row", *(title for title, _ in PAIR_MEASURES.values()), "sim/energy of the second word"],
+                 pair_lines(pairs)), ""))
 
 
 def published(results: dict, study: Study) -> str:
@@ -502,10 +500,14 @@ def pareto_figure(results: dict) -> Figure:
                 if rows else ([], []) for name in names)
             axes.errorbar(x, y, y_half, x_half, color=color, label=training, marker="o", elinewidth=0.5)
             for row, *place in zip(rows, x, y):
-                axes.annotate(row.beta, place, (0, 10 * side), textcoords="offset points", color=color,
-                              fontsize=9, ha="center", va="center")
+                if row.beta > 0.7:
+                    axes.annotate(row.beta, place, (0, 10 * side), textcoords="offset points", color=color,
+                                  ha="center", va="center")
+                elif row.beta == 0.6:   # of three points that lie on one another
+                    axes.annotate("   0.5 to 0.7", place, color=color, va="center")
         axes.set(xlabel=MEASURES[names[0]][0], ylabel=MEASURES[names[1]][0])
-        axes.legend(title="at the points: beta")
+        axes.margins(x=0.25)
+        axes.legend(title="at the points: beta", loc="lower right")
     return figure
 
 

@@ -41,14 +41,14 @@ BASE_PROMPTS = (  # the last three are held out of training
     "a cat wearing a hat on the grass", "a cat next to a robot in a room")
 HERO_PROMPTS = ("a photo of a {} at night", "a photo of a {} wearing sunglasses on the beach",
                 "a photo of a {} holding a balloon on the grass", "a photo of a {} next to a mug in a room")
-GAP = 6  # pixels
 
 
 def show(axes, images: torch.Tensor, columns: int, title: str, seeds: range = range(0)):
     """A grid of pictures (n, 3, H, W) with a title above it, and seeds below its columns."""
-    width = images.shape[-1]
-    axes.imshow(diffusion.to_bytes(diffusion.grid(images, columns, GAP)))
-    axes.set(xticks=[k * (width + GAP) + width / 2 for k in range(len(seeds))], yticks=[], frame_on=False)
+    sheet = diffusion.to_bytes(diffusion.grid(images, columns, gap=6))
+    axes.imshow(sheet)
+    places = [(k + 0.5) * sheet.shape[1] / columns for k in range(len(seeds))]
+    axes.set(xticks=places, yticks=[], frame_on=False)
     axes.set_xticklabels([f"seed {seed}" for seed in seeds], fontsize=7)
     axes.tick_params(length=0, pad=1)
     axes.set_title(title, fontsize=8, loc="left", pad=2)
@@ -122,8 +122,8 @@ def lock(model, steps: int) -> Figure:
     axes.set(xlim=(0, 200), xticks=[], ylim=(2.75, -0.6), yticks=[k + 0.19 for k in range(3)])
     axes.set_yticklabels([name.replace(" ", "\n") for name in names], fontsize=7)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    axes.set_title(f"{len(hits)} pictures of {len(rows['pair: locked keys']['kinds'])} other pairs", fontsize=8,
-                   loc="left")
+    count = len(rows["pair: locked keys"]["kinds"])
+    axes.set_title(f"{len(hits)} pictures of {count} other pairs", fontsize=8, loc="left")
     return figure
 
 

@@ -100,13 +100,12 @@ def write_pictures(specs: list, folder: Path, masks: Path | None = None, size: i
 
 
 def main(argv=None):
-    parser = command_line.Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=ROOT / "examples", help="folder of the concept folders")
-    args = parser.parse_args(argv)
+    command_line.Parser(__doc__).parse_args(argv)
+    out = ROOT / "examples"
     for name in EXAMPLES:
         individual, specs = individual_and_specs(name)
-        write_pictures(specs, args.out / name, args.out / "masks" / name)
-        print(f"{args.out / name}: {len(specs)} of a {individual.kind}")
+        write_pictures(specs, out / name, out / "masks" / name)
+        print(f"{out / name}: {len(specs)} of a {individual.kind}")
 
 
 if __name__ == "__main__":

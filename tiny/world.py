@@ -419,8 +419,7 @@ def draw_ball(pen: Pen):
     pen.ellipse(-r * 0.45, r * 1.55, r * 0.14, r * 0.14, (255, 255, 255))
 
 
-DRAW = {"teddy bear": draw_teddy_bear, "cat": draw_cat, "dog": draw_dog, "robot": draw_robot, "mug": draw_mug,
-        "ball": draw_ball}
+DRAW = dict(zip(KINDS, (draw_teddy_bear, draw_cat, draw_dog, draw_robot, draw_mug, draw_ball)))
 
 
 def draw_accessory(pen: Pen, thing: Thing, at: dict):

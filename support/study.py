@@ -1,0 +1,227 @@
+"""A prompt with one or two concepts, drawn under several locks while its attention is kept.
+
+    study = Study(model, "a photo of a {} next to a {}", [{"locked": teddy}, {"locked": cat}], steps=20,
+                  guidance=4.0, seeds=range(4))
+    drawn = study.drawn("locked keys", seed=0)          # picture, maps, masks, queries; drawn once, then kept
+    pictures = study.moved(slide=0.5)                   # (seeds, 3, H, W): keys halfway between two locks
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import diffusion
+import perfusion
+from attention_maps import MASK_TIMESTEPS, attention, noised_map, record_queries
+from clip_text import WORD_END
+from concept import prepare
+from diffusion import seeded_noise
+from perfusion import DRAWING_BETA, DRAWING_TAU
+
+MAP_SIDE, QUERY_SIDE = 24, 16       # cells: the longer side of maps and queries that are kept, at most
+LOCKS = {  # name -> lock in training (None: no concept), lock in drawing, what it is
+    "locked keys": ("locked", "local", "Learned values, and the key of the ordinary word."),
+    "trained keys": ("trained", "local", "Learned values, and a key that was learned with them."),
+    "ordinary words": (None, "local", "The base model. Nothing is edited."),
+    "textual inversion": ("none", "local", "Only a word embedding is learned. Nothing is edited."),
+    "global lock": ("locked", "global", "Learned values, and all keys of the ordinary prompt.")}
+
+
+@dataclass
+class Word:
+    """A word of a prompt. tokens: its places; pieces: the text of each token; concept: which one it names;
+    mark: it is the start mark, the end mark, or all further end marks."""
+    label: str
+    tokens: list[int]
+    pieces: list[str]
+    concept: int | None = None
+    mark: bool = False
+
+
+@dataclass
+class Drawn:
+    """A picture (3, H, W) in [0, 1] and how it came about.
+
+    maps: (steps, words, height, width), first the mean over layers, then one per layer: at a place the shares
+    of all words sum to 1. seen: what the U-Net saw (steps, c, h, w). masks: (n, h, w) of 0 and 1, where the n
+    concepts are. gates: (T, n), None where nothing is edited. queries: of the middle step, `thinned`.
+    """
+    picture: Tensor
+    maps: list[Tensor]
+    seen: Tensor
+    masks: Tensor
+    gates: Tensor | None
+    queries: list[Tensor]
+
+
+def prompt_words(tokenizer, prompt: str, concepts: list) -> list[Word]:
+    """The words of a prompt in order, a concept named in it as one word, and the marks around them."""
+    ids, (found,) = tokenizer.encode([prompt], {concept.token: concept.words for concept in concepts})
+    ids, pieces = ids[0].tolist(), tokenizer.tokens(ids[0])
+    names = {i: name for name, i in tokenizer.vocabulary.items()}
+    owner = {t: (j, place[0]) for j, concept in enumerate(concepts)
+             for place in found[concept.token] for t in place}
+    words, end = [Word("start", [0], ["start"], mark=True)], ids.index(tokenizer.end)
+    for t in range(1, end):
+        mine, last = owner.get(t), owner.get(t - 1)
+        same = mine == last if mine or last else t > 1 and not names[ids[t - 1]].endswith(WORD_END)
+        if not same:
+            words.append(Word("", [], [], mine and mine[0]))
+        words[-1].tokens.append(t)
+        words[-1].pieces.append(pieces[t])
+        words[-1].label = concepts[mine[0]].token if mine else "".join(words[-1].pieces)
+    padding = list(range(end + 1, len(ids)))
+    return words + [Word("end", [end], ["end"], mark=True),
+                    Word("padding", padding, ["padding"], mark=True)][:1 + bool(padding)]
+
+
+def shrink(maps: Tensor) -> Tensor:
+    """Maps (n, h, w), at most MAP_SIDE high and wide: means over areas, so that shares stay shares."""
+    scale = MAP_SIDE / max(maps.shape[-2:])
+    size = [round(side * scale) for side in maps.shape[-2:]]
+    return maps if scale >= 1 else F.interpolate(maps[None], size, mode="area")[0]
+
+
+def thinned(queries: Tensor, size: tuple[int, int]) -> Tensor:
+    """Queries (h w, width) of one picture -> (h', w', width), float32 on the CPU: every k-th row and column,
+    so that at most QUERY_SIDE are left. A mean would not be a query that any place has asked."""
+    every = -(-max(size) // QUERY_SIDE)
+    return queries.unflatten(0, tuple(size))[every // 2::every, every // 2::every].float().cpu()
+
+
+def fill(template: str, names: Sequence[str]) -> str:
+    """A template with the concepts' names, or their ordinary words, in the places of its {}."""
+    for name in names:
+        template = template.replace("{}", name, 1)
+    return template
+
+
+def check_room(model, template: str, names: Sequence[str]) -> None:
+    """ValueError when a prompt is so long that a concept is cut off."""
+    prompt = fill(template, names)
+    for name in names:
+        if len(model.tokenizer.find(prompt, name)) < names.count(name):
+            raise ValueError(f'the prompt "{prompt}" is too long: it has no room for "{name}"')
+
+
+class Study:
+    """A prompt with one or two concepts and everything that is drawn of it, each picture once.
+
+    template: a prompt with {} for each concept. concepts: per concept {lock in training: Concept}, ready for
+    the model. seeds: of the pictures. on_picture(n) is called when n more pictures are drawn.
+    ValueError when the prompt has no room for a concept.
+    """
+
+    def __init__(self, model, template: str, concepts: list[dict], steps: int, guidance: float,
+                 seeds: Sequence[int], on_picture: Callable = lambda n: None):
+        self.model, self.template, self.concepts = model, template, concepts
+        self.steps, self.guidance, self.seeds, self.on_picture = steps, guidance, seeds, on_picture
+        self.locks = [name for name, (version, _, _) in LOCKS.items() if self.has(version)]
+        self.locked = prepare([versions["locked"] for versions in concepts], model)
+        self.tokens, self.names = [c.token for c in self.locked], [c.words for c in self.locked]
+        check_room(model, template, self.names)
+        self.prompt, self.ordinary = fill(template, self.tokens), fill(template, self.names)
+        self.words = prompt_words(model.tokenizer, self.prompt, self.locked)
+        self.named = [next(word for word in self.words if word.concept == j) for j in range(len(concepts))]
+        self.drawn, self.moved = functools.cache(self._drawn), functools.cache(self._moved)
+
+    def has(self, version: str | None) -> bool:
+        """Whether every concept was trained with this lock."""
+        return version is None or all(version in versions for versions in self.concepts)
+
+    def condition(self, version: str | None, lock: str = "local", beta: float | None = None,
+                  tau: float = DRAWING_TAU, slide: float = 0) -> perfusion.Conditioning:
+        """Keys and values of ["", prompt] and the gates, with concepts of one lock in training, None: with
+        the ordinary words. slide: how far the keys are moved from this version's to the trained ones."""
+        mine = [versions[version] for versions in self.concepts if version]
+        if slide:
+            mine = [dataclasses.replace(a, o_keys=[torch.lerp(x, y, slide) for x, y in zip(
+                a.o_keys, versions["trained"].o_keys)]) for a, versions in zip(mine, self.concepts)]
+        prompt = self.prompt if mine else self.ordinary
+        return perfusion.condition(self.model, ["", prompt], mine, beta, tau, lock)
+
+    def pictures(self, name: str) -> Tensor:
+        """Pictures (seeds, 3, H, W) under one of LOCKS."""
+        return torch.stack([self.drawn(name, seed).picture for seed in self.seeds])
+
+    def _moved(self, slide: float = 0, beta: float = DRAWING_BETA["local"]) -> Tensor:
+        """`moved`: pictures (seeds, 3, H, W) of the locked concepts with keys that slid, or another beta."""
+        if (slide, beta) == (0, DRAWING_BETA["local"]):
+            return self.pictures("locked keys")
+        given, pictures = self.condition("locked", beta=beta, slide=slide), []
+        for seed in self.seeds:         # one at a time, to spare memory
+            pictures.append(diffusion.draw(self.model, given.keys, given.values, [seed], self.model.size,
+                                           self.steps, self.guidance))
+            self.on_picture(1)
+        return torch.cat(pictures)
+
+    @torch.no_grad()
+    def _drawn(self, name: str, seed: int, map_version: str | None = None) -> Drawn:
+        """`drawn`: one seed under one of LOCKS, with its attention: that of the keys that draw, or of those
+        of another version."""
+        version, lock, _ = LOCKS[name]
+        model, given = self.model, self.condition(version, lock)
+        map_keys = self.condition(map_version, lock).keys if map_version else given.keys
+        size = tuple(side // model.vae.factor for side in model.size)
+        tokens_of = torch.zeros(given.keys[0].shape[1], len(self.words), device=given.keys[0].device)
+        for w, word in enumerate(self.words):
+            tokens_of[word.tokens, w] = 1
+        kept, seen, middle = [], [seeded_noise(seed, (model.unet.config.in_channels, *size))], []
+
+        def keep(z: Tensor) -> None:
+            layers, mine = [], [q[-1:] for q in queries]
+            for a in attention(mine, [k[-1:] for k in map_keys], model.unet.config.attention_heads):
+                height = round((a.shape[2] * size[0] / size[1]) ** 0.5)
+                layers.append((a[0].mean(0) @ tokens_of).T.unflatten(1, (height, -1)))
+            mean = torch.stack([F.interpolate(x[None], size, mode="bilinear")[0] for x in layers]).mean(0)
+            kept.append([shrink(x).cpu() for x in (mean, *layers)])
+            if len(kept) == self.steps // 2 + 1:
+                middle.extend(thinned(q[0], x.shape[-2:]) for q, x in zip(mine, layers))
+            seen.append(z.cpu())
+
+        with record_queries(model.unet) as queries:
+            latents = diffusion.draw_latents(model.unet, model.schedule, given.keys, given.values, [seed],
+                                             size, self.steps, self.guidance, on_step=keep)
+        self.on_picture(1)
+        return Drawn(diffusion.decode(model.vae, latents)[0], [torch.stack(level) for level in zip(*kept)],
+                     torch.cat(seen[:-1]), self.masks(latents),
+                     None if given.gates is None else given.gates[1].cpu(), middle)
+
+    @torch.no_grad()
+    def masks(self, latents: Tensor) -> Tensor:
+        """Where the base model sees the concepts' ordinary words in a picture: (n, h, w) of 0 and 1."""
+        ordinary = self.condition(None)
+        keys, values = [k[1:] for k in ordinary.keys], [v[1:] for v in ordinary.values]
+        maps = torch.stack([torch.cat([noised_map(self.model, latents, t, keys, values, word.tokens)
+                                       for word in self.named]) for t in MASK_TIMESTEPS]).mean(0)
+        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        return (maps > (low + high) / 2).float().cpu()
+
+    def rows(self, text: str) -> list[int]:
+        """Which of the prompt's words are a concept's name or an ordinary phrase; ValueError if none."""
+        places = {t for found in self.model.tokenizer.find(self.ordinary, text)[:1] for t in found}
+        rows = [i for i, word in enumerate(self.words) if word.label == text or places >= set(word.tokens)]
+        if not rows:
+            raise ValueError(f'--words: the prompt "{self.prompt}" has no word "{text}"')
+        return rows
+
+    def map_of(self, text: str, maps: Tensor) -> Tensor:
+        """Maps (steps, h, w) of a word, see `rows`, from one level (steps, words, h, w) of drawn maps."""
+        return maps[:, self.rows(text)].sum(1)
+
+    def key_parts(self) -> tuple[Tensor, list[Tensor], list[list[Tensor]]]:
+        """What the prompt's keys are made of, float32 on the CPU: sim / energy (T, n) of every token with
+        every concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and,
+        where there are such, trained: lists over layers of (n, width)."""
+        e, _, _ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
+        e_perp, ratio = perfusion.split(e, *(torch.stack([getattr(concept, name) for concept in self.locked])
+                                             for name in ("i_star", "d_star")))
+        sides = [zip(*(own[side].o_keys for own in self.concepts), strict=True)
+                 for side in ("locked", "trained") if self.has(side)]
+        return (ratio[0].cpu(), [k[0].float().cpu() for k in self.model.unet.keys(e_perp)],
+                [[torch.stack(layer).float().cpu() for layer in side] for side in sides])
