@@ -108,7 +108,7 @@ def hook(args: Namespace, precision: str) -> Lines:
     concepts = prepare([Concept.load(file)], model)
     keys, values, *_ = perfusion.condition(model, ["", PROMPT], concepts)
     theirs = UNet2DConditionModel.from_pretrained(model.folder / "unet", torch_dtype=DTYPES[precision])
-    z = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1).to(args.device, DTYPES[precision])
+    z = torch.randn(2, model.unet.config.in_channels, 16, 16).to(args.device, DTYPES[precision])
     with diffusers_hook.personal(theirs.to(args.device), model, concepts) as encode:
         e = encode(PROMPT)
         text = torch.cat([e["negative_prompt_embeds"], e["prompt_embeds"]])
@@ -119,7 +119,8 @@ def hook(args: Namespace, precision: str) -> Lines:
 
 def begin(args: Namespace, model: weights_loader.Model, precision: str, batch=4, parts=1):
     """A Training before its first step, on random latents and with C = 1: they take the time of real ones."""
-    latents = torch.randn(5, 2, 4, args.latent, args.latent, device=args.device)
+    shape = model.unet.config.in_channels, args.latent, args.latent
+    latents = torch.randn(5, 2, *shape, device=args.device)
     data = pictures.Data(latents[:, 0], latents, torch.ones_like(latents[:, :, :1]))
     settings = train.Settings("teddy bear", "<teddy>", STEPS, batch, precision=precision, accumulate=parts)
     return train.Training(model, data, settings, torch.eye(model.text_encoder.config.width).double())
