@@ -78,8 +78,9 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(t_emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + self.conv_shortcut(x)
+        h = F.silu(self.norm2(h))
+        # The shortcut first: a checkpoint is recomputed up to the last tensor that it saved, so conv2 is not.
+        return self.conv_shortcut(x) + self.conv2(h)
 
 
 class Attention(nn.Module):
