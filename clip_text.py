@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from support.files import replacing
+from support.files import replacing, write_json
 from support.weight_files import read_json, read_text
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
@@ -36,12 +36,6 @@ class TextConfig:
     heads: int = 12
     intermediate: int = 3072
     max_length: int = 77
-
-    def __post_init__(self):
-        sizes = vars(self).values()
-        if not all(isinstance(n, int) and n > 0 for n in sizes) or self.width % self.heads:
-            raise ValueError(f"the sizes of a text encoder are positive whole numbers, and its width is a "
-                             f"multiple of its heads, unlike in {self}")
 
 
 SD_V1 = TextConfig()
@@ -174,13 +168,11 @@ class Tokenizer:
         """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""
         config = {"model_max_length": self.max_length, "bos_token": START, "eos_token": END, "unk_token": END,
                   "pad_token": END, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-        bpe = json.loads(self._tokenizer.to_str())["model"]
-        merges = "\n".join(["#version: 0.2", *map(" ".join, bpe["merges"]), ""])
-        vocab = json.dumps(bpe["vocab"], ensure_ascii=False)
-        for name, text in (("vocab.json", vocab), ("merges.txt", merges),
-                           ("tokenizer_config.json", json.dumps(config, indent=2) + "\n")):
-            with replacing(Path(folder) / name) as path:
-                path.write_text(text, encoding="utf-8")
+        bpe, folder = json.loads(self._tokenizer.to_str())["model"], Path(folder)
+        with replacing(folder / "merges.txt") as path:
+            path.write_text("\n".join(["#version: 0.2", *map(" ".join, bpe["merges"]), ""]), encoding="utf-8")
+        write_json(folder / "vocab.json", bpe["vocab"])
+        write_json(folder / "tokenizer_config.json", config)
 
     @property
     def vocab_size(self) -> int:
@@ -241,7 +233,7 @@ class Tokenizer:
         while True:
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
             ends = [text[slice(*span)] for i, span in zip(encoding.ids, encoding.offsets) if i == self.end]
-            new = {piece: None for piece in ends if piece != END and piece.strip()}
+            new = dict.fromkeys(piece for piece in ends if piece != END and piece.strip())
             if not new:
                 return encoding.ids, encoding.offsets, list(unknown)
             unknown |= new

@@ -193,8 +193,8 @@ def decode(vae, latents: Tensor) -> Tensor:
         image = vae.decode(latent.to(next(vae.parameters()).dtype))
         if not torch.isfinite(image).all():
             image = vae.float().decode(latent.float())
-        if not torch.isfinite(image).all():
-            raise ValueError("the VAE decoded a picture to NaN or infinity")
+            if not torch.isfinite(image).all():
+                raise ValueError("the VAE decoded a picture to NaN or infinity")
         images.append((image.float() / 2 + 0.5).clamp(0, 1).cpu())
     return torch.cat(images)
 

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import diffusion
 import perfusion
 import weights_loader
-from clip_text import TextConfig, TextEncoder, Tokenizer
+from clip_text import Tokenizer
 from concept import Concept, prepare
 from support import clip_image, command_line, pictures
 from support.base_model import open_model
@@ -96,16 +96,16 @@ def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_ima
     """A CLIP, its tokenizer and its name, from a folder or the hub; without a text tower, the model's."""
     own = model.folder and Path(model.folder) / "clip"
     source = source or (str(own) if own and own.is_dir() else PUBLIC_CLIP)
-    need = {"config": [["config.json"]], "weights": [["model.safetensors"], ["pytorch_model.bin"]]}
+    need = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
     folder = weights_loader.locate(source, need)["config"][0].parent
-    _, sizes = clip_image.read_config(folder)
-    if sizes is None:
-        text_encoder, tokenizer = copy.deepcopy(model.text_encoder).float(), model.tokenizer
+    clip, tokenizer = clip_image.load(folder, model.text_encoder), model.tokenizer
+    if clip.text_model is model.text_encoder:
+        clip.text_model = copy.deepcopy(clip.text_model).float()
     else:
-        text_encoder = TextEncoder(TextConfig(**sizes))
-        tokenizer = Tokenizer.load(weights_loader.find_vocabulary(source), sizes["max_length"])
+        vocabulary = weights_loader.find_vocabulary(source)
+        tokenizer = Tokenizer.load(vocabulary, clip.text_model.config.max_length)
     name = f"{model.name}'s own" if own and folder == own else source
-    return clip_image.load(folder, text_encoder).to(model.device), tokenizer, name
+    return clip.to(model.device), tokenizer, name
 
 
 # -------------------------------------------------------------------------------------------------- the rows

@@ -39,18 +39,6 @@ class UNetConfig:
     cross_attention: tuple = (True, True, True, False)
     sample_size: int | tuple = 64
 
-    def __post_init__(self):
-        height, width = self.sample_size if isinstance(self.sample_size, tuple) else 2 * (self.sample_size,)
-        sizes = (self.in_channels, self.out_channels, self.layers_per_block, self.cross_attention_dim,
-                 self.attention_heads, self.norm_num_groups, height, width, *self.block_out_channels)
-        if not self.block_out_channels or not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise ValueError(f"the sizes of a U-Net are positive whole numbers, not {self}")
-        if len(self.cross_attention) != len(self.block_out_channels):
-            raise ValueError(f"a U-Net needs one entry of cross_attention per level, not {self}")
-        if any(c % self.norm_num_groups or c % self.attention_heads for c in self.block_out_channels):
-            raise ValueError(f"the U-Net's channels {self.block_out_channels} must be multiples of its "
-                             f"{self.norm_num_groups} groups and {self.attention_heads} heads")
-
 
 SD_V1 = UNetConfig()
 
@@ -90,8 +78,9 @@ class ResnetBlock(nn.Module):
     def forward(self, x: Tensor, t_emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = h + self.time_emb_proj(F.silu(t_emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + self.conv_shortcut(x)
+        h = F.silu(self.norm2(h))
+        # The shortcut first: a checkpoint is recomputed up to the last tensor that it saved, so conv2 is not.
+        return self.conv_shortcut(x) + self.conv2(h)
 
 
 class Attention(nn.Module):

@@ -24,15 +24,6 @@ class VAEConfig:
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
 
-    def __post_init__(self):
-        sizes = (self.in_channels, self.latent_channels, self.layers_per_block, self.norm_num_groups,
-                 *self.block_out_channels)
-        if not self.block_out_channels or not all(isinstance(n, int) and n > 0 for n in sizes):
-            raise ValueError(f"the sizes of a VAE are positive whole numbers, not {self}")
-        if any(c % self.norm_num_groups for c in self.block_out_channels):
-            raise ValueError(f"the VAE's channels {self.block_out_channels} must be multiples of "
-                             f"norm_num_groups = {self.norm_num_groups}")
-
 
 SD_V1 = VAEConfig()
 

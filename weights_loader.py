@@ -10,10 +10,7 @@ a warning of one line.
 """
 
 import contextlib
-import fnmatch
 import hashlib
-import itertools
-import json
 import math
 import re
 import warnings
@@ -30,7 +27,7 @@ import diffusion
 import unet
 import vae
 from support import weight_names
-from support.files import replacing
+from support.files import replacing, write_json
 from support.weight_files import kind, read_json, read_tensors, read_text
 
 NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
@@ -46,8 +43,9 @@ WEIGHTS = {  # names in the published layout, the preferred first; a variant sta
     "unet": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "vae": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
     "text_encoder": ("model.safetensors", "pytorch_model.bin")}
-VOCABULARY = {"vocabulary": [["tokenizer/merges.txt", "tokenizer/vocab.json"], ["tokenizer/tokenizer.json"],
-                             ["merges.txt", "vocab.json"], ["tokenizer.json"]]}
+VOCABULARY = {"vocabulary": ["tokenizer/merges.txt tokenizer/vocab.json", "tokenizer/tokenizer.json",
+                             "merges.txt vocab.json", "tokenizer.json"]}
+SHARD = re.compile(r"-\d{5}-of-(\d{5})(?=\.)")  # in the name of a part of a file
 CHUNK = 2**28  # bytes, see fill
 FINGERPRINT = re.compile(r".*(attn2\.to_[kv]|token_embedding)\.weight")  # what Perfusion edits, and the words
 
@@ -113,10 +111,11 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     predict, "epsilon" or "v_prediction", instead of what the files say.
     """
     path, networks, names = Path(weights), {}, {}
-    single = path.is_file()
     try:
-        opened = open_single_file(path, tokenizer) if single else open_folder(weights, variant, tokenizer)
-        parts, predicted, vocabulary, folder = opened
+        if path.is_file():
+            parts, predicted, vocabulary, folder = open_single_file(path, tokenizer)
+        else:
+            parts, predicted, vocabulary, folder = open_folder(weights, variant, tokenizer)
         for part, (config, tensors) in parts.items():
             networks[part], names[part] = connect(part, config, tensors)
     except ValueError as error:
@@ -128,22 +127,17 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     tokenizer = clip_text.Tokenizer.load(vocabulary, t.max_length)
     if tokenizer.vocab_size > t.vocab_size:
         raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
-    schedule = diffusion.Schedule.sd_v1(prediction or predicted)
-    name = path.stem if single else str(weights)
-    if prediction and prediction != predicted:
-        warnings.warn(f"{name}: its U-Net is used with {prediction}, its files say {predicted}", stacklevel=2)
-    model = Model(**networks, tokenizer=tokenizer, schedule=schedule, fingerprint="", name=name,
-                  folder=folder)
-    for remark in remarks(model, parts, names, variant):
-        warnings.warn(f"{name}: {remark}", stacklevel=2)
+    model = Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(prediction or predicted),
+                  fingerprint="", name=path.stem if path.is_file() else str(weights), folder=folder)
+    for remark in remarks(model, parts, names, variant, predicted):
+        warnings.warn(f"{model.name}: {remark}", stacklevel=2)
     digests = [digest for part, (_, tensors) in parts.items()
                for digest in fill(networks[part], names[part], tensors, device, dtype)]
     model.fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
     return model
 
 
-def open_folder(weights: str | Path, variant: str | None,
-                tokenizer: str | Path | None) -> tuple[dict, str, str | Path, Path]:
+def open_folder(weights: str | Path, variant: str | None, tokenizer: str | Path | None) -> tuple:
     """A folder in the diffusers layout, or such a repository of the hub, before any data are read.
 
     Returns {part: (config, tensors as from mapped)}, prediction type, folder of the vocabulary, folder.
@@ -158,7 +152,7 @@ def open_folder(weights: str | Path, variant: str | None,
     return parts, predicted, tokenizer or files["vocabulary"][0].parent, scheduler.parents[1]
 
 
-def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple[dict, str, str | Path, Path]:
+def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple:
     """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
@@ -166,46 +160,47 @@ def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple[dict, st
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
     parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
-    return parts, predicted, tokenizer or find_vocabulary(path.parent, "sd15"), path.parent
-
-
-def find_vocabulary(place: str | Path, *others: str | Path) -> Path:
-    """The folder of the vocabulary in the first of these places that has one."""
     try:
-        return locate(place, VOCABULARY)["vocabulary"][0].parent
+        vocabulary = tokenizer or find_vocabulary(path.parent)
     except ValueError:
-        if not others:
-            raise
-        return find_vocabulary(*others)
+        vocabulary = find_vocabulary("sd15")
+    return parts, predicted, vocabulary, path.parent
 
 
-def needs(variant: str | None) -> dict[str, list[list[str]]]:
-    """What there must be of a model: {what: alternatives, the preferred first, each of patterns of names}.
+def find_vocabulary(weights: str | Path) -> Path:
+    """The folder of the vocabulary of a model, see `locate`."""
+    return locate(weights, VOCABULARY)["vocabulary"][0].parent
 
-    fp32 comes before fp16, .safetensors before .bin, a file in one piece before one in shards.
+
+def needs(variant: str | None) -> dict[str, list[str]]:
+    """What there must be of a model: {what: alternatives, the preferred first}, each the names of its files.
+
+    fp32 comes before fp16, .safetensors before .bin.
     """
-    need, shard = {}, "[0-9]" * 5
+    need, infixes = {}, [f".{variant}"] if variant else ["", ".fp16"]
     for part, names in WEIGHTS.items():
-        need[f"{part}/config"], need[part] = [[f"{part}/config.json"]], []
-        for infix in [f".{variant}"] if variant else ["", ".fp16"]:
-            for name in names:
-                stem, suffix = name.split(".")
-                for end in (infix, f"-{shard}-of-{shard}{infix}", f"{infix}-{shard}-of-{shard}"):
-                    need[part].append([f"{part}/{stem}{end}.{suffix}"])
-    return need | {"scheduler": [["scheduler/scheduler_config.json"]]}
+        need[f"{part}/config"] = [f"{part}/config.json"]
+        need[part] = [f"{part}/{name.replace('.', infix + '.')}" for infix in infixes for name in names]
+    return need | {"scheduler": ["scheduler/scheduler_config.json"]}
+
+
+def pieces(name: str, listed: set[str]) -> list[str]:
+    """The files that hold what one of this name would: itself, or all of its shards, or none."""
+    if name in listed:
+        return [name]
+    shards = sorted(other for other in listed if SHARD.sub("", other) == name)
+    return shards if shards and len(shards) == int(SHARD.search(shards[0])[1]) else []
 
 
 def choose(place: str | Path, listed: set[str], need: dict) -> dict[str, list[str]]:
-    """{what: names of the first alternative of which all is listed}; ValueError where there is none."""
+    """{what: files of the first alternative of which all is listed}; ValueError where there is none."""
     chosen = {}
     for what, alternatives in need.items():
-        for patterns in alternatives:
-            found = [sorted(fnmatch.filter(listed, pattern)) for pattern in patterns]
-            if all(names and len(names) == int(names[0].partition("-of-")[2][:5] or 1) for names in found):
-                chosen[what] = [name for names in found for name in names]
-                break
-        else:
-            raise ValueError(f"{place}/{alternatives[0][0]}: there is no such file")
+        found = [[pieces(name, listed) for name in names.split()] for names in alternatives]
+        complete = [files for files in found if all(files)]
+        if not complete:
+            raise ValueError(f"{place}/{alternatives[0].split()[0]}: there is no such file")
+        chosen[what] = sum(complete[0], [])
     return chosen
 
 
@@ -214,15 +209,6 @@ def in_folder(folder: Path, need: dict) -> dict[str, list[Path]]:
     listed = {path.relative_to(folder).as_posix() for depth in ("*", "*/*") for path in folder.glob(depth)
               if path.is_file()}
     return {what: [folder / name for name in names] for what, names in choose(folder, listed, need).items()}
-
-
-def fetch(repo: str, revision: str, need: dict) -> Path:
-    """The folder of a hub repository in the local cache, after what is needed has been fetched."""
-    import huggingface_hub as hub  # takes half a second: only where it is needed
-    listed = {file.rfilename for file in hub.HfApi().model_info(repo, revision=revision, timeout=10).siblings}
-    for name in itertools.chain(*choose(repo, listed, need).values()):
-        path = Path(hub.hf_hub_download(repo, name, revision=revision))
-    return path.parents[name.count("/")]
 
 
 def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
@@ -237,16 +223,20 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
     repo, revision = SD15 if weights == "sd15" else (str(weights), "main")
     if not re.fullmatch(HUB_ID, repo) or repo.lower().endswith(SINGLE):
         raise ValueError(f"{weights}: there is no such file or folder")
-    from huggingface_hub import constants
-    cache = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    import huggingface_hub as hub  # the most of it takes half a second, and is imported where it is used
+    cache = Path(hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     ref = cache / "refs" / revision
-    as_asked = {what: [names for names in alternatives if ".fp16" not in names[0]] or alternatives
-                for what, alternatives in need.items()}
     wanted = cache / "snapshots" / (ref.read_text() if ref.is_file() else revision)
+    as_asked = {what: [names for names in alternatives if ".fp16" not in names] or alternatives
+                for what, alternatives in need.items()}
     with contextlib.suppress(ValueError):
         return in_folder(wanted, as_asked)
     try:
-        return in_folder(fetch(repo, revision, need), need)
+        info = hub.HfApi().model_info(repo, revision=revision, timeout=10)
+        files = choose(repo, {file.rfilename for file in info.siblings}, need)
+        for name in sum(files.values(), []):
+            path = Path(hub.hf_hub_download(repo, name, revision=revision))
+        return in_folder(path.parents[name.count("/")], need)
     except ValueError:
         raise
     except Exception as error:  # the errors of several libraries
@@ -256,7 +246,7 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
                 if folder != wanted:
                     warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
                 return files
-        first = next(iter(need.values()))[0][0]
+        first = next(iter(need.values()))[0].split()[0]
         raise ValueError(f"{repo}: not a folder here, and {first} and what belongs to it is neither in the "
                          f"local cache nor to be had from the hub ({type(error).__name__})") from error
 
@@ -267,12 +257,10 @@ def meant(weights: str) -> str | Path | None:
         found = re.fullmatch(pattern, weights, re.IGNORECASE)
         if found and weights != guess:
             return found.expand(guess)
-    path, whole = Path(weights), "unet/config.json"
-    if (path / "unet").is_dir():
-        return None
-    around = list(path.iterdir()) if path.is_dir() else path.absolute().parents[:2]
-    likely = [other for other in around if other.suffix.lower() in SINGLE or (other / whole).is_file()]
-    return max(likely, key=lambda other: other.stat().st_size, default=None)
+    path = Path(weights)
+    near = [] if (path / "unet").is_dir() else [*path.glob("*"), *path.absolute().parents[:2]]
+    likely = [file for file in near if file.suffix.lower() in SINGLE or (file / "unet/config.json").is_file()]
+    return max(likely, key=lambda file: file.stat().st_size, default=None)
 
 
 def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
@@ -313,15 +301,18 @@ def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str
     return network, names
 
 
-def remarks(model: Model, parts: dict, names: dict, variant: str | None) -> Iterator[str]:
+def remarks(model: Model, parts: dict, names: dict, variant: str | None, predicted: str) -> Iterator[str]:
     """What one may not expect of a model, in a line each."""
     held = {(path, key) for _, tensors in parts.values() for key, (path, _) in tensors.items()}
     used = {(parts[part][1][key][0], key) for part in parts for key in names[part].values()}
+    prediction = model.schedule.prediction_type
+    if prediction != predicted:
+        yield f"its U-Net is used with {prediction}, its files say {predicted}"
     if any(key.startswith("model_ema.") for _, key in used):
         yield "its U-Net is the moving average (model_ema), the only one in the file"
     if not variant and any(".fp16." in path.name for path, _ in used):
         yield "its files are in half precision (fp16), there are no others"
-    kind = *model.size, model.schedule.prediction_type
+    kind = *model.size, prediction
     if model.folder != TINY and kind != (512, 512, "epsilon"):
         yield "not as in Stable Diffusion v1: trained for {} x {} pixels, with {}".format(*kind)
     rest = Counter(key.split(".")[0] for _, key in sorted(held - used)).most_common()
@@ -337,10 +328,10 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
 
     A mapped file is opened anew after every CHUNK: what was read of it is counted as memory until then.
     """
-    parameters, ours = dict(network.named_parameters()), {key: name for name, key in names.items()}
+    parameters = dict(network.named_parameters())
     state, digests, opened, room = {}, [], None, 0
-    for key in [key for key in tensors if key in ours]:
-        path, name = tensors[key][0], ours[key]
+    for name, key in sorted(names.items(), key=lambda item: tensors[item[1]][0]):  # file by file
+        path = tensors[key][0]
         if path != opened or room <= 0:
             data, opened, room = read_tensors(path), path, math.inf if kind(path) == "pickle" else CHUNK
         tensor = data[key].reshape(parameters[name].shape)
@@ -360,7 +351,7 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
 
 def save(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -> None:
     """Write a Model in the published diffusers layout, its weights as `dtype`."""
-    folder, configs = Path(folder), {}
+    folder = Path(folder)
     for part in (*NETWORKS, "scheduler", "tokenizer"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     for part in NETWORKS:
@@ -369,11 +360,8 @@ def save(model: Model, folder: str | Path, dtype: torch.dtype = torch.float32) -
                    for name, parameter in network.named_parameters()}
         with replacing(folder / part / WEIGHTS[part][0]) as path:
             save_file(tensors, path, metadata={"format": "pt"})
-        configs[f"{part}/config.json"] = weight_names.write_config(part, network.config)
-    configs["scheduler/scheduler_config.json"] = weight_names.CONSTANTS["scheduler"] | {
+        write_json(folder / part / "config.json", weight_names.write_config(part, network.config))
+    write_json(folder / "scheduler" / "scheduler_config.json", weight_names.CONSTANTS["scheduler"] | {
         "_class_name": "DDIMScheduler", "prediction_type": model.schedule.prediction_type,
-        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
-    for name, config in configs.items():
-        with replacing(folder / name) as path:
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1})
     model.tokenizer.save(folder / "tokenizer")

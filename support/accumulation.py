@@ -1,5 +1,6 @@
 """What a training step is summed over: parts of its batch, to save memory, and processes; half precision."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -47,9 +48,10 @@ class Accumulation:
         loss, encoding = self.loss, self.encoding / self.batch
         self.loss, self.encoding = 0, 0
         self.processes.add_up([loss, encoding, *(x.grad for x in self.learned)])
-        if not loss.isfinite():
+        loss = loss.item()          # here the processor waits for the device
+        if not math.isfinite(loss):
             raise FloatingPointError("the loss is not a number")
         self.scaler.step(optimizer)
         self.scaler.update()
         optimizer.zero_grad()
-        return loss.item(), encoding
+        return loss, encoding

@@ -8,7 +8,6 @@ Parameter names are those of the public files (`vision_model.*`, `visual_project
 from the same file; the embedded model's CLIP was fitted to the frozen text encoder of its diffusion model.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,17 +16,15 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clip_text import Layer, TextEncoder
-from support.files import replacing
+from clip_text import Layer, TextConfig, TextEncoder
+from support import weight_names
+from support.files import replacing, write_json
 from support.weight_files import read_json, read_tensors
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-BOTH = {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
-        "intermediate": "intermediate_size"}  # fields of our configs -> published
-VISION = BOTH | {"image_size": "image_size", "patch_size": "patch_size"}
-TEXT = BOTH | {"vocab_size": "vocab_size", "max_length": "max_position_embeddings"}
+VISION = ("width", "layers", "heads", "intermediate", "image_size", "patch_size")  # as in vision_config
 
 
 @dataclass(frozen=True)
@@ -112,42 +109,38 @@ class CLIP(nn.Module):
         return F.normalize(self.text_projection(e[torch.arange(len(ids)), ids.argmax(dim=-1)]), dim=-1)
 
 
-def read_config(folder: str | Path) -> tuple[ImageConfig, dict[str, int] | None]:
-    """config.json of a CLIP folder -> (ImageConfig, sizes of its text tower or None). ValueError."""
-    return read_json(Path(folder) / "config.json", _sizes)
-
-
-def _sizes(public: dict) -> tuple[ImageConfig, dict[str, int] | None]:
+def read_config(public: dict) -> tuple[ImageConfig, TextConfig | None]:
+    """The content of a config.json -> the sizes of both towers, None for a text tower that is not there."""
     vision, text = public["vision_config"], public["text_config"]
-    for part in (vision, text):
-        if (part.get("hidden_act", "quick_gelu"), part.get("layer_norm_eps", 1e-5)) != ("quick_gelu", 1e-5):
-            raise ValueError("a CLIP of OpenAI's has the activation quick_gelu and a layer_norm_eps of 1e-05")
+    if (vision.get("hidden_act", "quick_gelu"), vision.get("layer_norm_eps", 1e-5)) != ("quick_gelu", 1e-5):
+        raise ValueError("a CLIP of OpenAI's has the activation quick_gelu and a layer_norm_eps of 1e-05")
     config = ImageConfig(projection=public["projection_dim"], text_width=text["hidden_size"],
-                         **{ours: vision[theirs] for ours, theirs in VISION.items()})
-    if not all(isinstance(size, int) and size > 0 for size in vars(config).values()):
+                         **{name: vision[weight_names.RENAMED.get(name, name)] for name in VISION})
+    if not all(isinstance(size, int) and size > 0 for size in vars(config).values()) \
+            or config.width % config.heads:
         raise ValueError(f"the sizes of a CLIP are positive whole numbers, unlike in {config}")
-    if "vocab_size" not in text:
-        return config, None
-    return config, {ours: text[theirs] for ours, theirs in TEXT.items()}
+    return config, weight_names.read_config("text_encoder", text) if "vocab_size" in text else None
 
 
 def load(folder: str | Path, text_encoder: TextEncoder) -> CLIP:
     """A folder with config.json and model.safetensors (or pytorch_model.bin) -> CLIP, frozen.
 
-    text_encoder is filled from the file if the file has a text tower, else used as it is. Strict: every other
-    tensor must be there with its shape. Raises ValueError with one sentence that names the file.
+    text_encoder is its text tower if the file has none. Strict: every other tensor must be there with its
+    shape. Raises ValueError with one sentence that names the file.
     """
     folder = Path(folder)
-    config, text_sizes = read_config(folder)
+    config, text_config = read_json(folder / "config.json", read_config)
     path = folder / "model.safetensors"
     if not path.exists():
         path = folder / "pytorch_model.bin"
     # position_ids are 0, 1, 2, ... ; the temperature only matters in training.
     state = {name: value.float() for name, value in read_tensors(path).items()
              if not name.endswith("position_ids") and name != "logit_scale"}
-    clip = CLIP(config, text_encoder)
-    if text_sizes is None:
+    if text_config:
+        text_encoder = TextEncoder(text_config)
+    else:
         state |= {f"text_model.{name}": value for name, value in text_encoder.state_dict().items()}
+    clip = CLIP(config, text_encoder)
     try:
         clip.load_state_dict(state)
     except RuntimeError as error:
@@ -162,10 +155,9 @@ def save(clip: CLIP, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     data = {"model_type": "clip", "projection_dim": config.projection,
             "text_config": {"hidden_size": config.text_width},
-            "vision_config": {theirs: getattr(config, ours) for ours, theirs in VISION.items()}}
+            "vision_config": {weight_names.RENAMED.get(name, name): getattr(config, name) for name in VISION}}
     state = {name: value.half().contiguous() for name, value in clip.state_dict().items()
              if not name.startswith("text_model.")}
-    with replacing(folder / "config.json") as path:
-        path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", data)
     with replacing(folder / "model.safetensors") as path:
         save_file(state, path, metadata={"format": "pt"})

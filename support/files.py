@@ -5,6 +5,7 @@
 """
 
 import contextlib
+import json
 import os
 from pathlib import Path
 
@@ -34,6 +35,12 @@ def replacing(path: str | os.PathLike):
         raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: dict) -> None:
+    """Write an object as a JSON file, see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:

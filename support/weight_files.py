@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stand in for them
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint", "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
+FORMS = {b"PK": "zip", b"\x80": "pickle"}  # how files of torch.save begin, since version 1.6 and before
 STRANGERS = {  # how a file begins that stands in another's place -> what it is, and what to do
     b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
     b"<": "it is a web page: take the link that downloads the file"}
@@ -38,26 +39,16 @@ class Inert:
 
 
 def kind(path: str | os.PathLike) -> str:
-    """What a file of tensors is by its first bytes, whatever its name: "safetensors", "zip" or "pickle".
+    """What a file is by its first bytes, whatever its name.
 
-    The last two are those of torch.save, since version 1.6 and before. ValueError for any other file.
+    "safetensors", one of the FORMS, or in a sentence why it is no file of tensors, perhaps one of STRANGERS.
     """
     with open(path, "rb") as file:
         start = file.read(64)
     if start[8:9] == b"{":  # after the length of the header
         return "safetensors"
-    for mark, name in ((b"PK", "zip"), (b"\x80", "pickle")):
-        if start.startswith(mark):
-            return name
-    refuse_strangers(start)
-    raise ValueError("it is empty" if not start else "it is neither of safetensors nor of torch.save")
-
-
-def refuse_strangers(start: bytes) -> None:
-    """ValueError, with what to do, for a file that begins like one of the STRANGERS."""
-    for mark, what in STRANGERS.items():
-        if start.lstrip().startswith(mark):
-            raise ValueError(what)
+    found = [what for mark, what in (FORMS | STRANGERS).items() if start.lstrip().startswith(mark)]
+    return (found or ["it is neither of safetensors nor of torch.save" if start else "it is empty"])[0]
 
 
 def read(path: str | os.PathLike) -> object:
@@ -71,6 +62,8 @@ def read(path: str | os.PathLike) -> object:
         form = kind(path)
         if form == "safetensors":
             return load_file(path)
+        if form not in FORMS.values():
+            raise ValueError(form)
         if form == "zip" and any(item.compress_type for item in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is a compressed archive")
         mapped = form == "zip" and Path(path).suffix != ".safetensors"  # torch.load would believe the suffix
@@ -88,8 +81,7 @@ def read(path: str | os.PathLike) -> object:
 def read_tensors(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """{name: tensor} of a file as `read` reads it, or of its `state_dict`. What is no tensor is left out."""
     content = read(path)
-    if isinstance(content, dict):
-        content = content.get("state_dict", content)
+    content = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(content, dict):
         raise ValueError(f"{path} cannot be read as a file of weights: its content has no names")
     return {str(name): tensor.detach() for name, tensor in content.items()
@@ -105,9 +97,9 @@ def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
 def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
     """What `make` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
     try:
-        text = read_text(path)
-        refuse_strangers(text[:64].encode())
-        value = json.loads(text)
+        if (form := kind(path)) in STRANGERS.values():
+            raise ValueError(form)
+        value = json.loads(read_text(path))
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         return make(value)
@@ -124,8 +116,10 @@ def what_is(path: str | os.PathLike) -> str:
         start = b""
     # Of safetensors the header, after its length; of torch.save a pickle, alone or first in an archive.
     names = b"" if start[8:9] != b"{" else start[8:8 + int.from_bytes(start[:8], "little")]
-    if start.startswith((b"\x80", b"PK")):
+    if start.startswith(tuple(FORMS)):
         names = start.removeprefix(b"PK").partition(b"PK")[0]
     text = names.decode("latin-1")
-    found = [kind for pattern, kind in KINDS.items() if re.search(pattern, text, re.DOTALL)]
-    return (found or ["a file of another kind"])[0]
+    for pattern, what in KINDS.items():
+        if re.search(pattern, text, re.DOTALL):
+            return what
+    return "a file of another kind"

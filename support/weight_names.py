@@ -81,23 +81,18 @@ CONSTANTS = {  # entries that our code implements with one value only; what is o
     "scheduler": {
         "beta_start": diffusion.BETA_START, "beta_end": diffusion.BETA_END, "beta_schedule": "scaled_linear",
         "num_train_timesteps": diffusion.NUM_TIMESTEPS}}
-WITHOUT_EFFECT = {  # reason -> entries that do not change what our networks and samplers compute
-    "for training": "dropout attention_dropout initializer_factor initializer_range gradient_checkpointing",
-    "of a moving average in training": "decay inv_gamma min_decay optimization_step power update_after_step"
-        " use_ema_warmup",
+OTHER_NOISE = (  # entries of a scheduler that tell another noise, or a distilled model, where they are on
+    "trained_betas", "rescale_betas_zero_snr", "shift", "sigma_data", "original_inference_steps")
+WITHOUT_EFFECT = {  # reason -> entries that do not change what our networks compute
+    "for training": "dropout attention_dropout initializer_factor initializer_range gradient_checkpointing"
+        " decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup",
     "precision, the caller's choice": "upcast_attention force_upcast torch_dtype dtype",
     "of a layer that is not there": "addition_embed_type_num_heads projection_dim",
     "the size is the U-Net's": "sample_size",
     "the tokenizer knows its marks": "bos_token_id eos_token_id pad_token_id",
     "said of every model of transformers": "architectures transformers_version return_dict use_cache id2label"
         " label2id tie_word_embeddings num_beams num_beam_groups num_return_sequences max_length temperature"
-        " top_k top_p typical_p length_penalty repetition_penalty",
-    "of a sampler, for which ours do not ask": "skip_prk_steps set_alpha_to_one steps_offset timestep_spacing"
-        " timestep_type solver_order solver_type solver_p algorithm_type predict_x0 disable_corrector"
-        " lower_order_final euler_at_final final_sigmas_type interpolation_type use_karras_sigmas"
-        " use_exponential_sigmas use_beta_sigmas use_lu_lambdas lambda_min_clipped variance_type clip_sample"
-        " clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value flow_shift"
-        " time_shift_type tensor_format"}
+        " top_k top_p typical_p length_penalty repetition_penalty"}
 RENAMED = {  # fields of our configs -> published, where they differ
     "attention_heads": "attention_head_dim", "width": "hidden_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "intermediate": "intermediate_size",
@@ -121,19 +116,29 @@ def check(public: dict, expected: dict) -> None:
 def read_config(part: str, public: dict):
     """A published config.json -> the config of our network; a size that is absent or null is SD v1's.
 
-    ValueError, TypeError where it describes another network.
+    ValueError, TypeError where it describes another network. Sizes are positive whole numbers; channels are
+    multiples of the groups of their norms and of the heads.
     """
     public = {key: value for key, value in public.items() if value is not None or key in CONSTANTS[part]}
     fields = {}
     for name, default in vars(SD_V1[part]).items():
         value = public.get(RENAMED.get(name, name), default)
         fields[name] = tuple(value) if isinstance(value, list) else value
-        if isinstance(default, float) and not isinstance(value, (int, float)):
-            raise ValueError(f"{name} is {value!r}, not a number")
+        sizes = value if isinstance(value, list) else [value]
+        per_level = isinstance(value, list) and (name, len(value)) != ("sample_size", 2)
+        if value is not default and not (sizes and per_level == isinstance(default, tuple) and all(
+                isinstance(n, (int, type(default))) and n > 0 for n in sizes)):
+            raise ValueError(f"{name} is {value!r}, which no network of Stable Diffusion v1's kind can have")
     if part == "unet" and "down_block_types" in public:
         fields["cross_attention"] = tuple(kind == "CrossAttnDownBlock2D"
                                           for kind in public["down_block_types"])
     config = dataclasses.replace(SD_V1[part], **fields)
+    channels = fields.get("block_out_channels") or (fields["width"],)
+    divisors = [fields[name] for name in ("norm_num_groups", "attention_heads", "heads") if name in fields]
+    levels = len(fields.get("cross_attention", channels))
+    if len(channels) != levels or any(c % n for c in channels for n in divisors):
+        raise ValueError(f"the channels {channels} do not go with its {levels} levels, or are not multiples "
+                         f"of its groups and heads, {divisors}")
     check(public, write_config(part, config))
     return config
 
@@ -154,7 +159,10 @@ def write_config(part: str, config) -> dict:
 
 
 def read_prediction(public: dict) -> str:
-    """A published scheduler_config.json -> the prediction type; ValueError where the noise is not SD v1's."""
-    prediction = public.get("prediction_type") or "epsilon"
-    check({**public, "prediction_type": prediction}, CONSTANTS["scheduler"] | {"prediction_type": prediction})
-    return prediction
+    """A published scheduler_config.json -> the prediction type; ValueError where the noise is not SD v1's.
+
+    Only what is said of the noise counts: the rest is of a sampler, and ours do not ask for it.
+    """
+    check({key: public.get(key) for key in OTHER_NOISE}, {})
+    check({key: public[key] for key in CONSTANTS["scheduler"] if key in public}, CONSTANTS["scheduler"])
+    return public.get("prediction_type") or "epsilon"

@@ -1,27 +1,30 @@
 """Time and memory against diffusers, in one run, at full Stable Diffusion v1 size with random weights.
 
     python tests/bench.py                                  # everything: ten minutes on two quiet cores, 9 GB
-    python tests/bench.py step train --device cuda
+    python tests/bench.py step train                       # on a CPU; gpu_check.py does it on a GPU
     python tests/bench.py bf16 --latent 8                  # a CPU without bfloat16: diffusers takes minutes
+    python -W ignore tests/bench.py step bf16 --peers      # also against compilers of diffusers' U-Net
 
 `plain` are our networks as they are, `fast` after fast_cpu.enable. All hold the same weights and take turns,
 so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With one
-thread, seconds of the processor are counted, not the clock's: other programs disturb them little. Parts:
+thread, seconds of the processor are counted, not the clock's: other programs disturb them little. The peers
+are diffusers' U-Net compiled by torch.compile (`compiled`) and by OpenVINO (`openvino`). Parts:
+
     memory  peak memory of loading from files and one guided step in float32
     step    one guided step (two latents) in float32
     bf16    the same in bfloat16, with each one's error against float32
     train   one training step (one latent): forward, and backward to the text encoding
 """
 
-import argparse
-import gc
+import copy
 import importlib.util
+import multiprocessing
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,8 +41,8 @@ import weights_loader
 from support import fast_cpu, weight_names
 
 PARTS = ("memory", "step", "bf16", "train")  # memory first: a child's peak counts from its parent's
-BARS = {"step": 0.92, "bf16": 0.90, "train": 0.90}  # of the time: fast / diffusers
-PLAIN_BAR = 1.05
+MEASURED = ("plain", "fast", "diffusers")
+PLAIN, FAST = 1.05, {"step": 0.92, "bf16": 0.90, "train": 0.90}  # bars of the time: it / diffusers
 GUIDANCE, TIMESTEP, TOKENS = 7.5, 501, 77
 
 
@@ -51,19 +54,14 @@ def plain_unet(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.S
     return network.bfloat16().to(dtype).eval().requires_grad_(False)
 
 
-def has_diffusers() -> bool:
-    return importlib.util.find_spec("diffusers") is not None
-
-
 def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1) -> dict[str, nn.Module]:
-    """The networks that take turns, with the same weights; without diffusers where it is not installed."""
+    """The networks that take turns, with the same weights."""
+    from diffusers import UNet2DConditionModel
     networks = {"plain": plain_unet(dtype, device, config)}
     with torch.device("meta"):
-        if has_diffusers():
-            from diffusers import UNet2DConditionModel
-            networks["diffusers"] = UNet2DConditionModel.from_config(
-                weight_names.write_config("unet", config))
-        networks |= {"fast": unet.UNet(config)} if device == "cpu" else {"contiguous": unet.UNet(config)}
+        networks["diffusers"] = UNet2DConditionModel.from_config(weight_names.write_config("unet", config))
+        if device == "cpu":
+            networks["fast"] = unet.UNet(config)
     for network in networks.values():
         network.load_state_dict(networks["plain"].state_dict(), assign=True)
         network.eval().requires_grad_(False)
@@ -75,13 +73,29 @@ def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1)
     return networks
 
 
-def inputs(args: argparse.Namespace, dtype: torch.dtype, n: int = 1,
-           width: int = 768) -> tuple[Tensor, Tensor]:
+def openvino_unet(network: nn.Module, z: Tensor, e: Tensor) -> Callable[..., SimpleNamespace]:
+    """diffusers' U-Net compiled for a guided step of these sizes, in e's precision, and called like it."""
+    import openvino
+    exact = copy.deepcopy(network).float()
+    exact.forward = lambda *args: network.forward.__func__(exact, *args).sample
+    data = torch.cat([z, z]), torch.tensor(TIMESTEP), e.float()
+    graph = openvino.convert_model(exact, example_input=data, input=[list(x.shape) for x in data])
+    run = openvino.compile_model(graph, "CPU", {
+        "INFERENCE_PRECISION_HINT": "bf16" if e.dtype == torch.bfloat16 else "f32",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads()})
+
+    def unet(z: Tensor, t: int, encoder_hidden_states: Tensor) -> SimpleNamespace:
+        output, = run((z.float(), torch.tensor(t), encoder_hidden_states.float())).values()
+        return SimpleNamespace(sample=torch.from_numpy(output))
+    return unet
+
+
+def inputs(side: int, dtype: torch.dtype, device: str = "cpu", n: int = 1, width: int = 768) -> tuple:
     """Latents of noise (n, 4, side, side) and text encodings (2n, 77, width)."""
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(n, 4, args.latent, args.latent, generator=generator)
+    z = torch.randn(n, 4, side, side, generator=generator)
     e = torch.randn(2 * n, TOKENS, width, generator=generator)
-    return z.to(args.device), e.to(args.device, dtype)
+    return z.to(device), e.to(device, dtype)
 
 
 def guided_step(network: nn.Module, z: Tensor, e: Tensor) -> Callable[[], Tensor]:
@@ -116,36 +130,26 @@ def training_step(network: nn.Module, z: Tensor, e: Tensor, parts: int = 1) -> C
     return step
 
 
-def measure(jobs: dict[str, Callable[[], Tensor]], device: str, repeats: int,
-            clock: Callable[[], float] = time.perf_counter) -> dict[str, list[float]]:
-    """The seconds of each job, run in turn, after one warm-up each."""
+def measure(jobs: dict[str, Callable], device: str, repeats: int) -> dict[str, float]:
+    """The median seconds of each job, run in turn, after one warm-up each."""
+    clock = time.process_time if device == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     seconds = {name: [] for name in jobs}
     for k in range(repeats + 1):
         for name in [*jobs] if k % 2 else [*jobs][::-1]:
             start = clock()
             jobs[name]()
             getattr(torch, device).synchronize()
-            if k > 0:
-                seconds[name].append(clock() - start)
-    return seconds
-
-
-def compare(part: str, jobs: dict[str, Callable[[], Tensor]], args: argparse.Namespace):
-    """Print the ratios of the jobs' median times to diffusers'."""
-    clock = time.process_time if args.device == "cpu" and args.threads == 1 else time.perf_counter
-    seconds = measure(jobs, args.device, args.repeats, clock)
-    report(part, {name: statistics.median(times) for name, times in seconds.items()}, "s")
-    print("    least to most: " + ", ".join(f"{name} {min(times):.3f} to {max(times):.3f} s"
-                                            for name, times in seconds.items()), flush=True)
+            seconds[name].append(clock() - start)
+    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def report(part: str, numbers: dict[str, float], unit: str):
-    """Print each of our numbers against diffusers', and whether a ratio of times meets its bar."""
-    for name in [name for name in ("plain", "fast") if name in numbers]:
-        ratio, bar = numbers[name] / numbers["diffusers"], BARS.get(part) if name == "fast" else PLAIN_BAR
-        verdict = f"bar {bar:.2f} {'met' if ratio <= bar else 'MISSED'}" if part in BARS else ""
-        print(f"{part:8} {name:6} {numbers[name]:8.3f} {unit}  diffusers {numbers['diffusers']:8.3f} {unit}  "
-              f"ratio {ratio:.3f}  {verdict}", flush=True)
+    """Print each number against diffusers', and whether a ratio of our times meets its bar."""
+    bars = {"plain": PLAIN, "fast": FAST[part]} if part in FAST else {}
+    for name, number in numbers.items():
+        ratio = number / numbers["diffusers"]
+        verdict = f"bar {bars[name]:.2f} {'met' if ratio <= bars[name] else 'MISSED'}" if name in bars else ""
+        print(f"{part:8} {name:9} {number:8.3f} {unit}  ratio {ratio:.3f}  {verdict}", flush=True)
 
 
 def difference(a: Tensor, b: Tensor) -> float:
@@ -153,77 +157,72 @@ def difference(a: Tensor, b: Tensor) -> float:
     return ((a.float() - b.float()).norm() / b.float().norm()).item()
 
 
-def bench_time(part: str, args: argparse.Namespace):
-    make, dtype = (training_step if part == "train" else guided_step), torch.float32
+def bench_time(part: str, args: Namespace):
+    make = training_step if part == "train" else guided_step
+    dtype = torch.bfloat16 if part == "bf16" else torch.float32
+    networks, data = build(dtype, "cpu"), inputs(args.latent, dtype)
+    if args.peers and part != "train":
+        networks["compiled"] = torch.compile(networks["diffusers"])
+        if importlib.util.find_spec("openvino"):
+            networks["openvino"] = openvino_unet(networks["diffusers"], *data)
+        else:
+            print("OpenVINO is not installed")
+    jobs = {name: make(network, *data) for name, network in networks.items()}
+    against, exact = "diffusers", jobs["diffusers"]
     if part == "bf16":
-        dtype = torch.bfloat16
-        expected = guided_step(plain_unet(torch.float32, args.device), *inputs(args, torch.float32))()
-    jobs = {name: make(network, *inputs(args, dtype)) for name, network in build(dtype, args.device).items()}
-    results = {name: job() for name, job in jobs.items()}
-    against = expected if part == "bf16" else results["diffusers"]
-    print(f"{part:8} difference to {'float32' if part == 'bf16' else 'diffusers'}: " + ", ".join(
-        f"{name} {difference(x, against):.2e}" for name, x in results.items() if x is not against))
-    compare(part, jobs, args)
+        against, data = "float32", inputs(args.latent, torch.float32)
+        exact = make(plain_unet(torch.float32, "cpu"), *data)
+    expected = exact()
+    errors = ", ".join(f"{name} {difference(job(), expected):.2e}" for name, job in jobs.items())
+    print(f"{part:8} difference to {against}: {errors}")
+    report(part, measure(jobs, "cpu", args.repeats), "s")
 
 
-def bench_memory(args: argparse.Namespace):
+def bench_memory(args: Namespace):
     """Each in a process of its own, whose peak is clean."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = [sys.executable, __file__, "--device", args.device, "--latent", str(args.latent),
-               "--folder", folder]
-        peaks = {}
-        for who in ("write", "plain", "fast", "diffusers"):
-            output = subprocess.run([*run, f"child-{who}"], check=True, capture_output=True, text=True).stdout
-            peaks[who] = float(output.split()[-1])
-        report("memory", peaks, "GB")
+    processes = multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1)
+    with processes, tempfile.TemporaryDirectory() as folder:
+        write, *peaks = (processes.apply(peak, (who, Path(folder), args)) for who in ("write", *MEASURED))
+        report("memory", dict(zip(MEASURED, peaks)), "GB")
 
 
 @torch.no_grad()
-def child(who: str, args: argparse.Namespace):
-    """Write a random model, or load it, take one guided step and print the peak in GB."""
-    z, e = inputs(args, torch.float32)
+def peak(who: str, folder: Path, args: Namespace) -> float:
+    """Write a random model, or load it and take one guided step; the peak in GB of this process."""
+    torch.set_num_threads(args.threads)
     if who == "write":
-        config = clip_text.TextConfig(vocab_size=514)  # the toy tokenizer's; full width and depth
-        model = models.toy_model(weight_names.SD_V1 | {"text_encoder": config},
-                                 models.toy_tokenizer(TOKENS), "random")
-        weights_loader.save(model, args.folder)
+        configs = weight_names.SD_V1 | {"text_encoder": clip_text.TextConfig(vocab_size=514)}  # the toy one's
+        weights_loader.save(models.toy_model(configs, models.toy_tokenizer(TOKENS), "random"), folder)
     elif who == "diffusers":
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel
-        parts = (("unet", UNet2DConditionModel), ("vae", AutoencoderKL), ("text_encoder", CLIPTextModel))
-        loaded = [network.from_pretrained(f"{args.folder}/{part}").to(args.device) for part, network in parts]
-        guided_step(loaded[0], z, e)()
+        parts = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}
+        loaded = {part: network.from_pretrained(folder / part) for part, network in parts.items()}
+        guided_step(loaded["unet"], *inputs(args.latent, torch.float32))()
     else:
-        model = weights_loader.load(args.folder, args.device)
+        model = weights_loader.load(folder)
         if who == "fast":
             fast_cpu.enable(model)
-        guided_step(model.unet, z, e)()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    print((torch.cuda.max_memory_allocated() if args.device == "cuda" else peak) / 1e9)
+        guided_step(model.unet, *inputs(args.latent, torch.float32))()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: all cores)")
     parser.add_argument("--latent", type=int, default=64, help="side of the latents (default: 64)")
-    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    parser.add_argument("--peers", action="store_true", help="in step and bf16: compiled, see above")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    if args.folder:
-        return child(args.parts[0].removeprefix("child-"), args)
     if set(args.parts) - set(PARTS) or args.repeats < 1:
         parser.error(f"the parts are {', '.join(PARTS)}, and --repeats is at least 1")
-    processor = torch.cuda.get_device_name() if args.device == "cuda" else (
-        f"{args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
-    print(f"torch {torch.__version__}, {processor}, {args.latent}x{args.latent} latents", flush=True)
+    torch.set_num_threads(args.threads)
+    print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
     for part in sorted(args.parts or PARTS, key=PARTS.index):
         with torch.set_grad_enabled(part == "train"):
             bench_memory(args) if part == "memory" else bench_time(part, args)
-        gc.collect()
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ In float32, torch lets cuDNN round the inputs of convolutions to 11 bits (TF32) 
 is compared is computed without that, what is timed with it.
 """
 
-import statistics
 import sys
 import tempfile
 import time
@@ -109,7 +108,7 @@ def hook(args: Namespace, precision: str) -> Lines:
     concepts = prepare([Concept.load(file)], model)
     keys, values, *_ = perfusion.condition(model, ["", PROMPT], concepts)
     theirs = UNet2DConditionModel.from_pretrained(model.folder / "unet", torch_dtype=DTYPES[precision])
-    z = torch.randn(1, 4, 16, 16).repeat(2, 1, 1, 1).to(args.device, DTYPES[precision])
+    z = torch.randn(2, model.unet.config.in_channels, 16, 16).to(args.device, DTYPES[precision])
     with diffusers_hook.personal(theirs.to(args.device), model, concepts) as encode:
         e = encode(PROMPT)
         text = torch.cat([e["negative_prompt_embeds"], e["prompt_embeds"]])
@@ -120,7 +119,8 @@ def hook(args: Namespace, precision: str) -> Lines:
 
 def begin(args: Namespace, model: weights_loader.Model, precision: str, batch=4, parts=1):
     """A Training before its first step, on random latents and with C = 1: they take the time of real ones."""
-    latents = torch.randn(5, 2, 4, args.latent, args.latent, device=args.device)
+    shape = model.unet.config.in_channels, args.latent, args.latent
+    latents = torch.randn(5, 2, *shape, device=args.device)
     data = pictures.Data(latents[:, 0], latents, torch.ones_like(latents[:, :, :1]))
     settings = train.Settings("teddy bear", "<teddy>", STEPS, batch, precision=precision, accumulate=parts)
     return train.Training(model, data, settings, torch.eye(model.text_encoder.config.width).double())
@@ -154,8 +154,7 @@ def cost(args: Namespace, jobs: dict, networks: dict, repeats: int = REPEATS) ->
         job()
         torch.cuda.synchronize()
         memory[name] = f"{(torch.cuda.max_memory_allocated() - others) / 1e9:.1f} GB"
-    times = bench.measure(jobs, args.device, repeats)
-    seconds = {name: statistics.median(times[name]) for name in jobs}
+    seconds = bench.measure(jobs, args.device, repeats)
     return seconds, ", ".join(f"{name} {seconds[name]:.4f} s {memory[name]}" for name in jobs)
 
 
@@ -166,7 +165,7 @@ def speed(args: Namespace, precision: str) -> Lines:
     for name, (batch, parts, checkpointing) in ({"guided step": (1, 1, False)} | args.shapes).items():
         networks["plain"].checkpointing = checkpointing
         getattr(networks["diffusers"], f"{'en' if checkpointing else 'dis'}able_gradient_checkpointing")()
-        data = bench.inputs(args, dtype, batch // parts, config.cross_attention_dim)
+        data = bench.inputs(args.latent, dtype, args.device, batch // parts, config.cross_attention_dim)
         guided, jobs = name == "guided step", {}
         for who in ("plain", "diffusers"):
             jobs[who] = (bench.guided_step(networks[who], *data) if guided else

@@ -109,11 +109,8 @@ def tiny_model():
     return toy_model(TINY, toy_tokenizer(24, WORDS), "random")
 
 
-def single_file_tensors(model, average=False):
-    """The tensors of a small_model as CompVis' code saved them, through the published table of names.
-
-    average: the U-Net twice, under its plain names with 1 added, and as the moving average as it is.
-    """
+def single_file_tensors(model):
+    """The tensors of a small_model as CompVis' code saved them, through the published table of names."""
     tensors = {}
     for part, table in PUBLISHED["map_ldm_to_diffusers"].items():
         if part in ("unet", "vae", "text_encoder"):
@@ -127,10 +124,6 @@ def single_file_tensors(model, average=False):
         tensors[key] = torch.zeros(PUBLISHED["ldm_single_file_emaonly"][key])
     tensors["model_ema.num_updates"] = torch.tensor(7, dtype=torch.int32)
     tensors["cond_stage_model.transformer.text_model.embeddings.position_ids"] = torch.arange(16)[None]
-    if average:
-        for key in [key for key in tensors if key.startswith("model.diffusion_model.")]:
-            tensors["model_ema." + key.removeprefix("model.").replace(".", "")] = tensors[key]
-            tensors[key] = tensors[key] + 1
     return tensors
 
 

@@ -40,15 +40,11 @@ def tokenizer(tokenizer_folder):
     return Tokenizer.load(tokenizer_folder)
 
 
-def padded(ids):
-    return (ids + [49407] * 77)[:77]
-
-
 @pytest.mark.filterwarnings("ignore:the prompt has")
 def test_golden_prompts_have_their_published_ids(tokenizer):
     ids, _ = tokenizer.encode(list(GOLDEN))
     assert ids.dtype == torch.long and ids.shape == (len(GOLDEN), 77)
-    assert ids.tolist() == [padded(golden) for golden in GOLDEN.values()]
+    assert ids.tolist() == [(golden + [49407] * 77)[:77] for golden in GOLDEN.values()]
 
 
 @pytest.mark.filterwarnings("ignore:the prompt has")
@@ -75,14 +71,23 @@ def test_a_long_prompt_is_truncated_with_a_warning_that_shows_the_rest(tokenizer
         tokenizer.encode(["word " * 75])
 
 
-def test_a_placeholder_becomes_its_words_and_is_found(tokenizer):
-    prompts = ["a photo of a <teddy>", "<teddy>'s friend is<teddy>", "nothing here"]
-    ids, positions = tokenizer.encode(prompts, {"<teddy>": "teddy bear"})
-    plain = ["a photo of a teddy bear", "teddy bear's friend is teddy bear", "nothing here"]
-    assert ids.equal(tokenizer.encode(plain)[0])
-    assert positions == [{"<teddy>": [[5, 6]]}, {"<teddy>": [[1, 2], [6, 7]]}, {"<teddy>": []}]
-    bear = tokenizer.encode(["teddy bear"])[0][0, 1:3]
-    assert all(row[indices].equal(bear) for row, found in zip(ids, positions) for indices in found["<teddy>"])
+TEDDY = {"<teddy>": "teddy bear"}
+
+
+@pytest.mark.filterwarnings("ignore:the prompt has")
+@pytest.mark.parametrize("words, prompt, plain, expected", [
+    (TEDDY, "a photo of a <teddy>", "a photo of a teddy bear", [[[5, 6]]]),
+    (TEDDY, "<teddy>'s friend is<teddy>", "teddy bear's friend is teddy bear", [[[1, 2], [6, 7]]]),
+    (TEDDY, "nothing here", "nothing here", [[]]),
+    ({"sks": "dog", "sks dog": "puppy"}, "a sks and a sks dog and sksy", "a dog and a puppy and sksy",
+     [[[2]], [[5]]]),                                           # the longer one wins, no word is cut open
+    ({"<a>": "a <b> toy", "<b>": "cat"}, "<a> <b>", "a <b> toy cat", [[[1, 2, 3, 4, 5]], [[6]]]),
+    (TEDDY, "word " * 73 + "<teddy>", "word " * 73 + "teddy bear", [[[74, 75]]]),
+    (TEDDY, "word " * 74 + "<teddy>", "word " * 74 + "teddy bear", [[]])])      # cut by truncation
+def test_placeholders_become_their_words_and_are_found(tokenizer, words, prompt, plain, expected):
+    ids, positions = tokenizer.encode([prompt], words)
+    assert ids.equal(tokenizer.encode([plain])[0])
+    assert positions == [dict(zip(words, expected))]
 
 
 def test_words_of_several_tokens_accents_and_emoji_do_not_shift_positions(tokenizer):
@@ -92,27 +97,6 @@ def test_words_of_several_tokens_accents_and_emoji_do_not_shift_positions(tokeni
         expected = [i for i in tokenizer.encode([text])[0][0].tolist()[1:] if i != 49407]
         assert all(ids[0, indices].tolist() == expected for indices in positions[placeholder])
     assert len(positions["<a>"]) == 1 and len(positions["<b>"]) == 2
-
-
-def test_of_two_placeholders_the_longer_one_wins_and_words_are_not_cut_open(tokenizer):
-    words = {"sks": "dog", "sks dog": "puppy"}
-    ids, positions = tokenizer.encode(["a sks and a sks dog and sksy"], words)
-    assert ids.equal(tokenizer.encode(["a dog and a puppy and sksy"])[0])
-    assert positions == [{"sks": [[2]], "sks dog": [[5]]}]
-
-
-def test_the_words_of_one_placeholder_are_not_searched_for_another(tokenizer):
-    ids, positions = tokenizer.encode(["<a> <b>"], {"<a>": "a <b> toy", "<b>": "cat"})
-    assert ids.equal(tokenizer.encode(["a <b> toy cat"])[0])
-    assert positions[0]["<b>"] == [[6]]
-
-
-@pytest.mark.filterwarnings("ignore:the prompt has")
-def test_an_occurrence_that_truncation_cuts_is_dropped(tokenizer):
-    words = {"<teddy>": "teddy bear"}
-    for filler, expected in ((73, [[74, 75]]), (74, []), (75, [])):
-        _, [positions] = tokenizer.encode(["word " * filler + "<teddy>"], words)
-        assert positions["<teddy>"] == expected
 
 
 def test_empty_placeholders_and_words_are_refused(tokenizer):
@@ -158,13 +142,9 @@ def test_words_of_characters_that_are_all_unknown_stand_nowhere():
         perfusion.super_encoding(None, tokenizer, "日本 ;")
 
 
-def encoder_ids(model):
-    config = model.text_encoder.config
-    return torch.randint(0, config.vocab_size - 2, (2, config.max_length))
-
-
 def test_encodings_and_their_gradient_equal_the_reference(reference, model):
-    ids = encoder_ids(model)
+    config = model.text_encoder.config
+    ids = torch.randint(0, config.vocab_size - 2, (2, config.max_length))
 
     def theirs(embeddings):
         hook = reference.text_encoder.embeddings.token_embedding.register_forward_hook(lambda *_: embeddings)

@@ -1,25 +1,21 @@
 """With fast_cpu switched on the networks compute what they did, and each trick is used where it belongs."""
 
 import copy
+from unittest.mock import Mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from bench import difference
 from support import fast_cpu
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """The shapes that went through Winograd's algorithm."""
-    shapes, original = [], fast_cpu.winograd
-
-    def recorded(x, *args, **options):
-        shapes.append(tuple(x.shape))
-        return original(x, *args, **options)
-
-    monkeypatch.setattr(fast_cpu, "winograd", recorded)
-    return shapes
+def winograd(monkeypatch):
+    """Knows what went through Winograd's algorithm."""
+    monkeypatch.setattr(fast_cpu, "winograd", Mock(wraps=fast_cpu.winograd))
+    return fast_cpu.winograd
 
 
 @pytest.fixture
@@ -36,31 +32,26 @@ def frozen(c_in, c_out, stride=1):
     return fast_cpu.FastConv2d(c_in, c_out, 3, stride, padding=1).requires_grad_(False)
 
 
-def relative(result, expected):
-    return ((result - expected).square().mean().sqrt() / expected.square().mean().sqrt()).item()
-
-
 def run(network, z, e):
     return network(z, 501, network.keys(e), network.values(e))
 
 
-def test_the_networks_compute_the_same_and_keep_their_parameters(model, fast, calls):
+def test_the_networks_compute_the_same_and_keep_their_parameters(model, fast, winograd):
     images, z, e = torch.rand(2, 3, 64, 64), torch.randn(2, 4, 16, 16), torch.randn(2, 7, 48)
-    for name, job in {"U-Net": lambda m: run(m.unet, z, e), "encoder": lambda m: m.vae.encode(images),
-                      "decoder": lambda m: m.vae.decode(z),
-                      "text": lambda m: m.text_encoder(e)}.items():
-        calls.clear()
-        assert relative(job(fast), job(model)) < 1e-5, name     # float32, in another order of summation
-        assert bool(calls) == (name != "text"), name
-        assert relative(job(copy.deepcopy(fast)), job(model)) < 1e-5, name
-    for part in ("unet", "vae", "text_encoder"):
-        state, expected = getattr(fast, part).state_dict(), getattr(model, part).state_dict()
-        assert list(state) == list(expected) and all(state[name].equal(expected[name]) for name in expected)
+    jobs = {"unet": lambda m: run(m.unet, z, e), "vae": lambda m: m.vae.decode(m.vae.encode(images)),
+            "text_encoder": lambda m: m.text_encoder(e)}
+    for name, job in jobs.items():
+        winograd.reset_mock()
+        assert difference(job(fast), job(model)) < 1e-5, name       # float32, in another order of summation
+        assert winograd.called == (name != "text_encoder"), name
+        assert difference(job(copy.deepcopy(fast)), job(model)) < 1e-5, name
+        state, expected = getattr(fast, name).state_dict(), getattr(model, name).state_dict()
+        assert list(state) == list(expected) and all(state[key].equal(expected[key]) for key in expected)
 
 
 @pytest.mark.parametrize("trained", [False, True])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_all_gradients_stay_the_same(model, fast, calls, trained, checkpointing):
+def test_all_gradients_stay_the_same(model, fast, winograd, trained, checkpointing):
     results, z, e = [], torch.randn(1, 4, 16, 16), torch.randn(1, 7, 48)
     for network in (copy.deepcopy(model.unet), fast.unet):
         network.requires_grad_(trained).checkpointing = checkpointing
@@ -68,11 +59,11 @@ def test_all_gradients_stay_the_same(model, fast, calls, trained, checkpointing)
         run(network, z, e).square().sum().backward()
         results.append([z.grad, e.grad, *(p.grad for p in network.parameters() if trained)])
     for ours, expected in zip(*results, strict=True):
-        assert relative(ours, expected) < 1e-4              # float32, in another order of summation
-    assert bool(calls) != trained
+        assert difference(ours, expected) < 1e-4        # float32, in another order of summation
+    assert winograd.called != trained
     with torch.no_grad():
         run(fast.unet, z, e)
-    assert calls                                            # without gradients all weights are frozen
+    assert winograd.called                              # without gradients all weights are frozen
 
 
 def test_on_another_device_nothing_changes(model):
@@ -83,16 +74,12 @@ def test_on_another_device_nothing_changes(model):
         assert not {type(module) for module in network.modules()} & set(fast_cpu.FASTER.values())
 
 
-def layers():
-    return [(fast_cpu.FastLinear(8, 6), torch.randn(2, 5, 8)), (frozen(4, 8), torch.randn(2, 4, 8, 8)),
-            (fast_cpu.FastConv2d(4, 8, 1, bias=False), torch.randn(2, 4, 8, 8)),
-            (fast_cpu.FastGEGLU(8, 16), torch.randn(2, 5, 8))]
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("k", range(4))
-def test_half_precision_is_computed_in_float32_where_the_processor_is_slow_at_it(monkeypatch, dtype, k):
-    layer, x = layers()[k]
+@pytest.mark.parametrize("layer, shape", [
+    (fast_cpu.FastLinear(8, 6), (2, 5, 8)), (fast_cpu.FastGEGLU(8, 16), (2, 5, 8)),
+    (frozen(4, 8), (2, 4, 8, 8)), (fast_cpu.FastConv2d(4, 8, 1, bias=False), (2, 4, 8, 8))])
+def test_half_precision_is_computed_in_float32_where_it_is_slow(monkeypatch, dtype, layer, shape):
+    x = torch.randn(shape)
     rounded = copy.deepcopy(layer).to(dtype).float()            # its weights, as `dtype` holds them
     expected = rounded(x.to(dtype).float())
     monkeypatch.setattr(fast_cpu, "HALF_IS_SLOW", True)
@@ -103,34 +90,32 @@ def test_half_precision_is_computed_in_float32_where_the_processor_is_slow_at_it
     assert leaf.grad.abs().max() > 0
     with torch.autocast("cpu", dtype):
         automatic = layer(x)
-    assert automatic.dtype == dtype and relative(automatic.float(), layer(x)) < 0.01
+    assert automatic.dtype == dtype and difference(automatic, layer(x)) < 0.01
 
 
 # one band of tiles; several with a rest; wider than high; so many images that one row of tiles is a band
-@pytest.mark.parametrize("shape", [(1, 32, 32), (1, 100, 88), (3, 20, 64), (100, 8, 12)])
+@pytest.mark.parametrize("shape", [(1, 128, 32, 32), (1, 128, 100, 88), (3, 128, 20, 64), (100, 128, 8, 12)])
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
-def test_output_and_gradient_equal_those_of_torch_in_float64(calls, shape, layout):
-    B, H, W = shape
-    layer = frozen(128, 144).to(memory_format=layout)
-    x = torch.randn(B, 128, H, W).to(memory_format=layout).requires_grad_()
-    gradient = torch.randn(B, 144, H, W)
-    output = layer(x)
+def test_output_and_gradient_equal_those_of_torch_in_float64(winograd, shape, layout):
+    layer, x = frozen(128, 144).to(memory_format=layout), torch.randn(shape).to(memory_format=layout)
+    output = layer(x.requires_grad_())
+    gradient = torch.randn_like(output)
     output.backward(gradient)
-    assert calls == [(B, 128, H, W), (B, 144, H, W)]  # forward and backward
+    assert [call.args[0].shape for call in winograd.mock_calls] == [x.shape, output.shape]  # and backward
     exact = x.detach().double().requires_grad_()
     expected = F.conv2d(exact, layer.weight.double(), layer.bias.double(), padding=1)
     expected.backward(gradient.double())
-    assert relative(output, expected) < 3e-6
-    assert relative(x.grad, exact.grad) < 3e-6
+    assert difference(output, expected) < 3e-6
+    assert difference(x.grad, exact.grad) < 3e-6
 
 
 @pytest.mark.parametrize("channels, stride, size, dtype", [
     (64, 1, (32, 64), torch.float32), (128, 1, (16, 32), torch.float32), (128, 1, (34, 64), torch.float32),
     (128, 2, (32, 64), torch.float32), (128, 1, (32, 64), torch.bfloat16)])
 def test_few_channels_or_tiles_odd_sizes_strides_and_bfloat16_are_left_to_torch(
-        monkeypatch, calls, channels, stride, size, dtype):
+        monkeypatch, winograd, channels, stride, size, dtype):
     monkeypatch.setattr(fast_cpu, "HALF_IS_SLOW", False)
     layer = frozen(channels, 128, stride).to(dtype, memory_format=torch.channels_last)
     x = torch.randn(1, channels, *size, dtype=dtype)
     assert layer(x).equal(F.conv2d(x, layer.weight, layer.bias, stride=stride, padding=1))
-    assert not calls
+    assert not winograd.called

@@ -97,9 +97,9 @@ def test_a_training_step_mixes_no_devices_and_waits_for_its_loss_and_the_words_e
     training = train.Training(model, data, settings, torch.eye(16, dtype=torch.float64))
     device.waits.clear()
     training.step()
-    # in each part the metric's equation; is the loss a number, and which; i_star, which is kept on the CPU
+    # in each part the metric's equation; the loss; i_star, which is kept on the CPU
     edits = keys == "locked"
-    assert device.waits == ["solved", "solved"] * edits + ["number", "number"] + ["tensor"] * edits
+    assert device.waits == ["solved", "solved"] * edits + ["number"] + ["tensor"] * edits
 
 
 def test_drawing_mixes_no_devices_and_waits_once_in_a_step(model, concept_files, device):
@@ -107,4 +107,4 @@ def test_drawing_mixes_no_devices_and_waits_once_in_a_step(model, concept_files,
     keys, values, *_ = perfusion.condition(model, ["", "a <teddy> on the beach"], concepts)
     assert device.waits == ["solved"]
     diffusion.draw(model, keys, values, [0, 1], model.size, 5)
-    assert device.waits == ["solved"] + 5 * ["number"] + 2 * ["number", "number", "tensor"]  # steps; pictures
+    assert device.waits == ["solved"] + 5 * ["number"] + 2 * ["number", "tensor"]  # steps; pictures

@@ -3,6 +3,7 @@
 A stand-in for the hub on 127.0.0.1 serves a small model and writes down what it is asked for.
 """
 
+import functools
 import hashlib
 import http.server
 import json
@@ -28,34 +29,14 @@ WEIGHTS = {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_mo
 KINDS = {"bins": bins, "half": half, "shards": shards}
 
 
-class Answer(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        """As huggingface.co: /owner/name/resolve/revision/path, and the list of files of a revision."""
-        self.server.asked.append((self.command, self.path))
-        listing = self.path.startswith("/api/models/")
-        repo, _, rest = self.path.removeprefix("/api/models").lstrip("/").partition(
-            "/revision/" if listing else "/resolve/")
-        revision, _, name = rest.partition("/")
-        owner, _, kind = repo.partition("/")
-        known = (repo, revision) == (REPO, REVISION) or (owner, revision) == ("someone", "main")
-        folder = self.server.folder / (kind if owner == "someone" else "model")
-        found = known and (listing or (folder / name).is_file())
-        data = (folder / name).read_bytes() if found and name else b""
-        if found and listing:
-            files = [str(path.relative_to(folder)) for path in folder.rglob("*.*")]
-            data = json.dumps({"id": repo, "siblings": [{"rfilename": file} for file in files]}).encode()
-        self.send_response(200 if found else 404)
-        if not found:
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-        if known:
-            self.send_header("X-Repo-Commit", REVISION)
-        self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(data)
+class Answer(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, with what huggingface.co says of them."""
 
-    do_HEAD = do_GET
+    def send_response(self, code, message=None):
+        self.server.asked.append((self.command, self.path))
+        super().send_response(code, message)
+        self.send_header("ETag", f'"{hashlib.sha256(self.path.encode()).hexdigest()}"')
+        self.send_header(*("X-Error-Code", "RepoNotFound") if code == 404 else ("X-Repo-Commit", REVISION))
 
     def log_message(self, *arguments):
         pass
@@ -65,8 +46,8 @@ class Hub(http.server.ThreadingHTTPServer):
     """The stand-in; asked: what was asked of it, as (method, path)."""
 
     def __init__(self, folder):
-        super().__init__(("127.0.0.1", 0), Answer)
-        self.folder, self.asked = folder, []
+        super().__init__(("127.0.0.1", 0), functools.partial(Answer, directory=folder))
+        self.asked = []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def off(self):
@@ -86,7 +67,7 @@ class Hub(http.server.ThreadingHTTPServer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Repositories: `model` holds much more than is needed, those of KINDS only one form of weights."""
+    """Models: `model` with much more than is needed, those of KINDS with one form of weights; served."""
     folder = tmp_path_factory.mktemp("repositories")
     weights_loader.save(small_model(configs=FEW), folder / "model")
     for kind, write in KINDS.items():
@@ -96,6 +77,13 @@ def folder(tmp_path_factory):
         path.with_suffix(".fp16.safetensors").write_bytes(path.read_bytes())
     for name in ("v1-5-pruned.safetensors", "unet/diffusion_pytorch_model.bin", "model_index.json"):
         (folder / "model" / name).write_bytes(b"big")
+    for kind in ("model", *KINDS):
+        repo, revision = (REPO, REVISION) if kind == "model" else (f"someone/{kind}", "main")
+        shutil.copytree(folder / kind, folder / repo / "resolve" / revision)
+        listing = folder / "api" / "models" / repo / "revision" / revision
+        listing.parent.mkdir(parents=True)
+        names = [str(path.relative_to(folder / kind)) for path in (folder / kind).rglob("*.*")]
+        listing.write_text(json.dumps({"id": repo, "siblings": [{"rfilename": name} for name in names]}))
     return folder
 
 

@@ -28,18 +28,15 @@ def test_nothing_is_found_where_nothing_is(judge):
 
 
 def test_an_individual_is_first_among_fifty_in_company(judge):
-    rng, hits = random.Random(11), 0
-    for k in range(4):
+    rng = random.Random(11)
+    for k in range(2):          # measured: 97 % alone, 96 % both of a pair
         me = world.random_individual(rng, "robot")
-        known = judges.lineup(judge, me, k)
         found, = judge.find(judges.renders([judges.view(rng, me, world.random_individual(rng, "dog"))]))
-        hits += bool(judges.recognise(found, "robot", known))
-    assert hits >= 3            # measured: 97 % alone, 96 % both of a pair
+        assert judges.recognise(found, "robot", judges.lineup(judge, me, k))
 
 
 def test_silhouettes_lie_on_the_things(judge):
-    specs = [world.random_spec(random.Random(seed)) for seed in range(20)]
-    images, masks = zip(*[world.render(spec, masks=True) for spec in specs])
+    images, masks = zip(*[world.render(world.random_spec(random.Random(k)), masks=True) for k in range(20)])
     true = judges.coarse(masks)[:, 1] > 0.5
     found = judge.silhouettes(judges.to_images(images)) > 0.5
     assert (found & true).sum() > 0.7 * (found | true).sum()      # measured: 0.82

@@ -14,13 +14,10 @@ from models import largest_difference, write_vocabulary
 from support import weight_names
 
 BLOCK, LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.", "encoder.layers.1."
-SWAPS = [*(("unet", BLOCK + a, BLOCK + b) for a, b in (
-             ("attn1.to_q", "attn1.to_k"), ("attn2.to_k", "attn2.to_v"), ("norm1", "norm3"))),
-         ("unet", "mid_block.resnets.0", "mid_block.resnets.1"),
+SWAPS = [("unet", BLOCK + "attn1.to_q", BLOCK + "attn1.to_k"), ("unet", BLOCK + "norm1", BLOCK + "norm3"),
+         ("unet", BLOCK + "attn2.to_k", BLOCK + "attn2.to_v"),
          ("unet", "up_blocks.1.attentions.0", "up_blocks.1.attentions.2"),
-         ("vae", "encoder.mid_block.attentions.0.to_q", "encoder.mid_block.attentions.0.to_k"),
          ("vae", "decoder.up_blocks.0.resnets.0", "decoder.up_blocks.0.resnets.1"),
-         ("text_encoder", LAYER + "self_attn.q_proj", LAYER + "self_attn.k_proj"),
          ("text_encoder", LAYER + "layer_norm1", "final_layer_norm")]
 
 

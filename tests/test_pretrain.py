@@ -5,67 +5,49 @@ import pytest
 import torch
 
 import diffusion
+import perfusion
 import pretrain
 import weights_loader
 
 
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """The folders of a finished smoke run."""
+    """The folder of a finished smoke run, and its model."""
     folder = tmp_path_factory.mktemp("pretrain")
-    plan = pretrain.Plan(vae_steps=1, vae_batch=8, pictures=9, steps=1, batch=6, clip_steps=1, clip_batch=8,
+    plan = pretrain.Plan(vae_steps=1, vae_batch=2, pictures=9, steps=1, batch=6, clip_steps=1, clip_batch=2,
                          covariance_captions=200)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pretrain, "retrieval", partial(pretrain.retrieval, groups=1, n=8))
+        patch.setattr(pretrain, "retrieval", partial(pretrain.retrieval, groups=1, n=2))
         pretrain.run(plan, folder / "work", folder / "weights", "cpu")
-    return folder
+    return folder, weights_loader.load(folder / "weights")
 
 
-def test_every_stage_leaves_its_log_and_the_published_layout(smoke):
-    for name in ("unet/config.json", "clip/model.safetensors", "covariance.safetensors"):
-        assert (smoke / "weights" / name).is_file(), name
-    for name in ("vae.jsonl", "text2image.jsonl"):
-        assert (smoke / "work" / name).read_text().startswith('{"step": 1,')
-
-
-def test_the_result_loads_and_draws(smoke):
-    model = weights_loader.load(str(smoke / "weights"))
-    e = model.text_encoder(model.text_encoder.embed(model.tokenizer.encode(["", "a photo of a cat"])[0]))
-    images = diffusion.draw(model, model.unet.keys(e), model.unet.values(e), [0], (64, 64), steps=2)
+def test_every_stage_leaves_its_log_and_the_result_loads_and_draws(smoke):
+    folder, model = smoke
+    for name in ("vae", "text2image", "clip"):
+        assert (folder / "work" / f"{name}.jsonl").read_text().startswith('{"step": 1,')
+    assert {"clip", "covariance.safetensors"} <= {path.name for path in (folder / "weights").iterdir()}
+    text = perfusion.condition(model, ["", "a photo of a cat"], [])
+    images = diffusion.draw(model, text.keys, text.values, [0], (64, 64), steps=2)
     assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all()
 
 
-def attention_of(shares):
-    """Attention (1, 1 head, 16 pixels, 3 tokens) in which token 1 has these shares (4, 4) of the pixels."""
-    rest = (1 - shares.flatten()) / 2
-    return torch.stack([rest, shares.flatten(), rest], dim=1)[None, None]
-
-
 def test_the_attention_loss_is_small_where_the_noun_acts_on_its_object_alone():
-    region = torch.zeros(1, 1, 4, 4)
+    region, places = torch.zeros(1, 1, 4, 4), torch.tensor([[1]])
     region[..., :2] = 1
-    places, floor = torch.tensor([[1]]), pretrain.ATTENTION_FLOOR
-    inside, outside, everywhere = floor * region[0, 0], floor * (1 - region[0, 0]), torch.full((4, 4), floor)
-    good, bad, leaking = (pretrain.attention_loss([attention_of(x)], places, region).item()
-                          for x in (inside, outside, everywhere))
-    assert good < 1e-5 and leaking > 0.3 and bad > 3
-    assert pretrain.attention_loss([attention_of(outside)], -places, region) == 0    # an unnamed noun
 
-
-def test_the_attention_loss_teaches_the_queries_and_the_text():
-    unet, e = pretrain.UNet(pretrain.UNET_CONFIG), torch.randn(1, 32, 128, requires_grad=True)
-    keys = unet.keys(e)
-    with pretrain.record_queries(unet) as queries:
-        unet(torch.randn(1, unet.config.in_channels, 16, 16), torch.tensor([100]), keys, unet.values(e))
-    maps = pretrain.attention(queries, keys, 2)
-    pretrain.attention_loss(maps, torch.tensor([[3, -1]]), torch.rand(1, 2, 16, 16)).backward()
-    assert e.grad[0, 3].any() and all(layer.to_q.weight.grad.any() for layer in unet.cross_attentions)
+    def loss(share, places=places):
+        """share (1, 1, 4, 4): of the attention of each pixel, that of token 1 of 3."""
+        share = pretrain.ATTENTION_FLOOR * share.flatten(2)
+        rest = (1 - share) / 2
+        return pretrain.attention_loss([torch.stack([rest, share, rest], -1)], places, region).item()
+    assert loss(region) < 1e-5 and loss(torch.ones_like(region)) > 0.3 and loss(1 - region) > 3
+    assert loss(1 - region, -places) == 0       # an unnamed noun
 
 
 def test_a_picture_depends_on_its_number_alone(smoke):
-    tokenizer = weights_loader.load(str(smoke / "weights")).tokenizer
-    (images, ids, places, regions), = pretrain.pictures(tokenizer, "clip", range(3, 4), 4, "cpu")
-    later, = pretrain.pictures(tokenizer, "clip", range(7, 8), 2, "cpu")
+    (images, ids, places, regions), = pretrain.pictures(smoke[1].tokenizer, "clip", range(3, 4), 4, "cpu")
+    later, = pretrain.pictures(smoke[1].tokenizer, "clip", range(7, 8), 2, "cpu")
     assert torch.equal(images[2:], later[0])
     assert torch.allclose(regions.sum(1), torch.ones(4, 16, 16))
     assert (ids.gather(2, places.clamp(min=0)) != ids[..., :1])[places >= 0].all()  # nouns, not the start

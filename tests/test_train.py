@@ -5,22 +5,20 @@ import dataclasses
 import io
 import multiprocessing
 import shutil
-import socket
 import sys
 import time
-import warnings
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import covariance
 import diffusion
 import export
 import perfusion
 import train
-import weights_loader
 from attention_maps import noised_map, share_inside
 from concept import KEYS, Concept, prepare
 from models import ROOT, noise
@@ -71,22 +69,20 @@ def three(run, tmp_path_factory):
 # --------------------------------------------------------------------------------------------------- the step
 
 @pytest.mark.parametrize("lock", KEYS)
-def test_a_step_changes_what_is_trained_and_nothing_else(setting, lock):
+def test_a_step_changes_what_is_trained_and_gradients_reach_nothing_else(setting, lock):
     training = setting(keys=lock)
-    networks = training.model.unet, training.model.text_encoder
-    frozen = [p.clone() for network in networks for p in network.parameters()]
-    before, i_star = training.result(), training.i_star
+    parameters = [*training.model.unet.parameters(), *training.model.text_encoder.parameters()]
+    frozen = [p.clone() for p in parameters]
+    before = training.result()
     training.step(), training.step()
     after = training.result()
     assert not torch.equal(before.embedding, after.embedding)
     assert all(not torch.equal(a, b) for a, b in zip(before.o_values, after.o_values))
     if lock != "none":
         assert all(torch.equal(a, b) == (lock == "locked") for a, b in zip(before.o_keys, after.o_keys))
-        assert not torch.equal(i_star, training.i_star)
         d_star = training.C_inverse @ training.i_star
         torch.testing.assert_close(after.d_star.double(), d_star, rtol=1e-5, atol=1e-5)
-    now = [p for network in networks for p in network.parameters()]
-    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(frozen, now, strict=True))
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(frozen, parameters))
 
 
 def test_before_the_first_step_the_concept_is_its_super_category(setting):
@@ -126,9 +122,8 @@ def gradients(training):
 
 def test_parts_of_a_batch_and_recomputed_activations_give_the_same_gradients(setting, monkeypatch):
     whole, parts = gradients(setting()), gradients(setting(accumulate=4))
-    training = setting()
-    monkeypatch.setattr(training.model.unet, "checkpointing", True)
-    for a, b, c in zip(whole, parts, gradients(training), strict=True):
+    monkeypatch.setattr(setting().model.unet, "checkpointing", True)
+    for a, b, c in zip(whole, parts, gradients(setting()), strict=True):
         assert a.abs().max() > 0
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-7)      # float32: sums in another order
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-8)
@@ -139,7 +134,6 @@ def test_mixed_precision_stays_close_to_float32(setting, precision):
     exact, mixed = setting(), setting(precision=precision)
     for _ in range(2):
         assert mixed.step() == pytest.approx(exact.step(), rel=0.05)
-    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in mixed.learned)
 
 
 # ----------------------------------------------------------------------------------- the script and its files
@@ -156,16 +150,13 @@ def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictur
     assert (out / "loss.csv").read_text().count("\n") == 4               # with its header
 
 
-@pytest.mark.parametrize("content", [           # of diffusers, of the web UI, of the original code
-    {"<x>": torch.ones(16)}, {"string_to_token": {"*": 265}, "string_to_param": {"*": torch.ones(1, 16)}},
-    {"string_to_param": torch.nn.ParameterDict({"*": torch.ones(1, 16)})}])
-def test_a_textual_inversion_is_read_in_every_form(tmp_path, content):
-    torch.save(content, tmp_path / "x.pt")
-    assert torch.equal(export.read_embedding(tmp_path / "x.pt"), torch.ones(1, 16))
-
-
-def test_a_training_can_start_from_a_textual_inversion(run, tmp_path):
-    save_file({"emb_params": torch.full((2, 16), 0.5)}, tmp_path / "x.safetensors")
+def test_a_training_starts_from_a_textual_inversion_in_every_form(run, tmp_path):
+    x, file = torch.full((2, 16), 0.5), tmp_path / "x.pt"
+    for content in ({"<x>": x}, {"string_to_token": {"*": 265}, "string_to_param": {"*": x}},
+                    {"string_to_param": torch.nn.ParameterDict({"*": x})}):
+        torch.save(content, file)               # of diffusers, of the web UI, of the original code
+        assert torch.equal(export.read_embedding(file), x)
+    save_file({"emb_params": x}, tmp_path / "x.safetensors")
     run(tmp_path, "--steps", 1, "--lock", "none", "--masks", "none", "--token", "<my_bear>",
         "--init-embedding", tmp_path / "x.safetensors")
     concept = Concept.load(tmp_path / "my_bear.safetensors")
@@ -174,24 +165,22 @@ def test_a_training_can_start_from_a_textual_inversion(run, tmp_path):
 
 
 @pytest.mark.parametrize("side, told", [(20, False), (60, True)])
-def test_photographs_given_to_the_cartoon_model_are_told(run, weights, tmp_path, monkeypatch, capsys, side, told):
-    monkeypatch.setattr(weights_loader, "TINY", weights)
+def test_photographs_for_the_cartoon_model_are_told(
+        run, weights, tmp_path, monkeypatch, capsys, recwarn, side, told):
+    monkeypatch.setattr("weights_loader.TINY", weights)
     noise(side, side).save(tmp_path / "a.png")
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        run(tmp_path / "out", "--images", tmp_path / "a.png", "--weights", "tiny", "--steps", 1)
-    assert any("look like photographs" in str(warning.message) for warning in said) == told
+    run(tmp_path / "out", "--images", tmp_path / "a.png", "--weights", "tiny", "--steps", 1)
+    assert any("look like photographs" in str(warning.message) for warning in recwarn) == told
     assert "base model: tiny, a cartoon model" in capsys.readouterr().out
 
 
 def test_previews_are_numbered_and_leave_the_training_as_it_was(run, three, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "EMBEDDED", dataclasses.replace(train.EMBEDDED, preview_steps=2))
     run(tmp_path, "--steps", 3, "--preview", 2)
-    previews = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert previews == ["preview_0002.png", "preview_0003.png"]
-    assert Image.open(tmp_path / previews[0]).size[1] > 500
-    for n, kept in zip((2, 3), sorted((tmp_path / "steps").iterdir()), strict=True):
-        assert kept.name == f"teddy_000{n}.safetensors" and Concept.load(kept).metadata["steps"] == n
+    assert len(list(tmp_path.glob("*.png"))) == len(list((tmp_path / "steps").iterdir())) == 2
+    for n in (2, 3):
+        assert Image.open(tmp_path / f"preview_000{n}.png").height > 500
+        assert Concept.load(tmp_path / "steps" / f"teddy_000{n}.safetensors").metadata["steps"] == n
     assert same_file(tmp_path, three[0])
 
 
@@ -211,18 +200,13 @@ def same_file(a, b, name="teddy.safetensors"):
     return (a / name).read_bytes() == (b / name).read_bytes()
 
 
-def started(run, *arguments):
-    """A run in a process of its own, forked, as importing torch anew takes seconds."""
-    process = multiprocessing.get_context("fork").Process(target=run, args=arguments)
-    process.start()
-    return process
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no kill -9")
 def test_a_killed_training_resumes_and_ends_bit_identical(run, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     run(whole, "--steps", 7)
-    process = started(run, killed, "--steps", 7, "--checkpoint", 2)
+    fork = multiprocessing.get_context("fork")      # importing torch anew takes seconds
+    process = fork.Process(target=run, args=(killed, "--steps", 7, "--checkpoint", 2))
+    process.start()
     while process.is_alive() and not (killed / "checkpoint.pt").exists():
         time.sleep(0.01)
     process.kill()
@@ -232,19 +216,10 @@ def test_a_killed_training_resumes_and_ends_bit_identical(run, tmp_path):
     assert same_file(whole, killed) and same_file(whole, killed, "loss.csv")
 
 
-def test_two_processes_train_as_one_with_the_same_global_batch(run, three, tmp_path, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in "01":                           # as torchrun does
-        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                            "RANK": rank, "LOCAL_RANK": rank}.items():
-            monkeypatch.setenv(name, value)
-        processes.append(started(run, tmp_path, "--steps", 3))
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
+def test_two_processes_train_as_one_with_the_same_global_batch(run, three, tmp_path):
+    launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", start_method="fork", monitor_interval=0.01)
+    elastic_launch(launch, run)(tmp_path, "--steps", 3)         # what torchrun calls
     one, two = (torch.load(out / "checkpoint.pt") for out in (three[0], tmp_path))
     for a, b in zip([*one["learned"], one["i_star"]], [*two["learned"], two["i_star"]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)      # float32, and sums in another order
@@ -288,7 +263,7 @@ def test_a_locked_key_stays_on_the_object_and_a_trained_key_leaks():
     def inside(prompt, concepts, word):
         keys, values, positions, gates = perfusion.condition(model, [prompt], concepts)
         place, = positions[0][word] if concepts else model.tokenizer.find(prompt, word)
-        assert not concepts or gates[0, place[-1], 0] > 0.8         # the word opens its gate; 0.88 where e = i_star
+        assert not concepts or gates[0, place[-1], 0] > 0.8     # the word opens its gate: 0.88 at i_star
         where = noised_map(model, data.latents[:, 0], 400, keys, values, place)
         return share_inside(where, data.masks[:, 0, 0]).mean().item()
     ordinary = inside("a photo of a teddy bear", [], "teddy bear")
