@@ -94,8 +94,8 @@ class Model:
 
     @property
     def training_steps(self) -> int:
-        """The steps that suit a concept's training: the paper's 400, or 160, in which the small one changes
-        little more (RESULTS.md) and which take it under a minute."""
+        """The steps of a training that suit the model: the paper's 400; for the small one 160, under a minute,
+        after which little changes (RESULTS.md)."""
         return 160 if self.small else 400
 
 
