@@ -81,9 +81,8 @@ def arguments(argv: Sequence[str] | None):
         help="of train.py (default: what suits the model)")
     command_line.add_model(parser)
     add = parser.add_argument_group("finished files, instead of training").add_argument
-    add("--concept", type=Path, metavar="FILE", help="concept with locked keys")
-    add("--trained", type=Path, metavar="FILE", help="the same, trained with --keys trained")
-    add("--inversion", type=Path, metavar="FILE", help="the same, trained with --keys none")
+    for option, lock in VERSIONS.items():
+        add(f"--{option}", type=Path, metavar="FILE", help=f"the concept, trained with --keys {lock}")
     args = parser.parse_args(argv)
     args.words = [word.strip() for word in args.words.split(",") if word.strip()]
     args.page = args.page or args.out / "index.html"
@@ -95,9 +94,10 @@ def arguments(argv: Sequence[str] | None):
         parser.error("--second is a folder of pictures, with --second-super, or a finished file without it")
     given = {lock: file for option, lock in VERSIONS.items() if (file := getattr(args, option))}
     args.sources = [Source(given, args.images, args.super_category)]
-    if args.second:
-        args.sources.append(Source({}, args.second, args.second_super) if args.second_super else
-                            Source({"locked": args.second}))
+    if args.second and args.second_super:
+        args.sources.append(Source({}, args.second, args.second_super))
+    elif args.second:
+        args.sources.append(Source({"locked": args.second}))
     return args
 
 
@@ -150,9 +150,8 @@ def announce(args, model, trainings: int) -> None:
     diffusion.draw(model, given.keys, given.values, [0], model.size, 3, model.guidance)
     step = (time.perf_counter() - start) / 3
     seconds = step * (pictures * args.steps + trainings * args.training_steps * TRAINING_COST)
-    minutes = max(1, round(seconds / 60))
     print(f"{trainings} trainings of {args.training_steps} steps and {pictures} pictures of {args.steps}: "
-          f"about {minutes} minute{'s'[:minutes - 1]} on this machine", flush=True)
+          f"about {max(1, round(seconds / 60))} min on this machine", flush=True)
 
 
 def read_concepts(model, files: dict) -> dict:

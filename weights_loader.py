@@ -94,8 +94,8 @@ class Model:
 
     @property
     def training_steps(self) -> int:
-        """The steps of a training that suit the model: the paper's 400; for the small one 160, under a minute,
-        after which little changes (RESULTS.md)."""
+        """The steps of a training that suit the model: the paper's 400; for the small one 160, which take it
+        under a minute, and after which little changes (RESULTS.md)."""
         return 160 if self.small else 400
 
 

@@ -57,8 +57,8 @@ def panel(axes: Axes, cell: Tensor, title: str = "", top: float = 1) -> None:
 
 def draw_preview(images: Tensor, maps: Tensor, titles: list[str], picture: Tensor, mask: Tensor,
                  losses: list[float]) -> Figure:
-    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture (3, H, W) with its
-    mask (h, w), the loss."""
+    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture (3, H, W) with
+    its mask (h, w), the loss."""
     n = len(images)
     figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
     places = figure.add_gridspec(3, n)
@@ -118,12 +118,11 @@ def gates_figure(prompts: list[tuple[list, list[str], Tensor]], title: str) -> F
     """How far gates are open: per prompt its tokens [(place, text)], the concepts' names, gates (T, n)."""
     figure = Figure(figsize=(8, 2.3 * len(prompts) + 0.4), layout="constrained")
     for axis, (places, names, gates) in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], prompts):
-        n = len(names)
+        at, width = np.array([t for t, _ in places]), 0.8 / len(names)
         for j, name in enumerate(names):
-            axis.bar([t + 0.8 * (j + 0.5) / n - 0.4 for t, _ in places],
-                     [gates[t, j].item() for t, _ in places], 0.8 / n, label=label(name),
+            axis.bar(at + width * (j + 0.5) - 0.4, gates[at, j], width, label=label(name),
                      color=matplotlib.colormaps["viridis"](0.25 + 0.5 * j))
-        axis.set_xticks([t for t, _ in places], [label(text) for _, text in places], rotation=35, fontsize=9)
+        axis.set_xticks(at, [label(text) for _, text in places], rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=10)

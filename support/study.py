@@ -118,8 +118,8 @@ class Study:
 
     def __init__(self, model, template: str, concepts: list[dict], steps: int, guidance: float,
                  seeds: Sequence[int], on_picture: Callable = lambda n: None):
-        self.model, self.template, self.concepts = model, template, concepts
-        self.steps, self.guidance, self.seeds, self.on_picture = steps, guidance, seeds, on_picture
+        self.model, self.concepts, self.steps, self.guidance = model, concepts, steps, guidance
+        self.seeds, self.on_picture = seeds, on_picture
         self.locks = [name for name, (version, _, _) in LOCKS.items()
                       if all(version in (None, *versions) for versions in concepts)]
         self.locked = prepare([versions["locked"] for versions in concepts], model)
@@ -132,8 +132,8 @@ class Study:
 
     def condition(self, name: str, beta: float | None = None, tau: float = DRAWING_TAU,
                   slide: float = 0) -> perfusion.Conditioning:
-        """Keys and values of ["", prompt] and the gates, under one of LOCKS. slide: how far the concepts' keys
-        are moved to the trained ones."""
+        """Keys and values of ["", prompt] and the gates, under one of LOCKS. slide: how far the keys are moved
+        to the trained ones, 0 to 1."""
         version, lock, _ = LOCKS[name]
         concepts = [versions[version] for versions in self.concepts] if version else []
         for j, versions in enumerate(self.concepts if slide else ()):
@@ -218,7 +218,8 @@ class Study:
         every concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and,
         where there are such, trained: lists over layers of (n, width)."""
         e, *_ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
-        I, D = (torch.stack([getattr(concept, name) for concept in self.locked]) for name in ("i_star", "d_star"))
+        I, D = (torch.stack([getattr(concept, name) for concept in self.locked])
+                for name in ("i_star", "d_star"))
         e_perp, ratio = perfusion.split(e, I, D)
         sides = []
         for side in ("locked", "trained")[:1 + ("trained keys" in self.locks)]:

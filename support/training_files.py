@@ -54,8 +54,8 @@ def write_preview(out: Path, model, concept: Concept, prompts: tuple[str, ...], 
     with precision:
         for i, found in enumerate(positions[1:], 1):
             K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
-            latents.append(draw_latents(model.unet, model.schedule, K, V, [seed], data.latents.shape[-2:], steps,
-                                        model.guidance))
+            latents.append(draw_latents(model.unet, model.schedule, K, V, [seed], data.latents.shape[-2:],
+                                        steps, model.guidance))
             maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
                                    [v[1:] for v in V], found[concept.token][0])[0].float().cpu())
     model.vae.to(model.device)

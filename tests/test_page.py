@@ -34,8 +34,8 @@ def concept(model, name, words, keys):
     d_star = covariance.inverse(covariance.cached(model)) @ i_super.double()
     embedding = model.text_encoder.embed(model.tokenizer.encode([words])[0])[0, 1:1 + len(words.split())]
     moved = [k + (keys == "trained") * torch.randn_like(k) for k in perfusion.locked_keys(model, words)]
-    return Concept(name, words, embedding, i_super, d_star.float(), model.unet.values(i_super), moved, keys=keys,
-                   metadata={"base": model.fingerprint})
+    return Concept(name, words, embedding, i_super, d_star.float(), model.unet.values(i_super), moved,
+                   keys=keys, metadata={"base": model.fingerprint})
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,8 @@ def test_watching_does_not_change_the_picture(study):
 
 
 def test_sliding_moves_the_keys_alone_from_locked_to_trained(study):
-    ends, half = [study.condition(name) for name in study.locks[:2]], study.condition("locked keys", slide=0.5)
+    ends = study.condition("locked keys"), study.condition("trained keys")
+    half = study.condition("locked keys", slide=0.5)
     for middle, *keys in zip(half.keys, *(end.keys for end in ends)):
         assert torch.allclose(middle, sum(keys) / 2, atol=1e-4) and not torch.allclose(*keys, atol=0.1)
     assert all(map(torch.equal, half.values, ends[0].values))
