@@ -120,7 +120,7 @@ def gates_figure(prompts: list[tuple[list, list[str], Tensor]], title: str) -> F
     for axis, (places, names, gates) in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], prompts):
         at, width = np.array([t for t, _ in places]), 0.8 / len(names)
         for j, name in enumerate(names):
-            axis.bar(at + width * (j + 0.5) - 0.4, gates[at, j], width, label=label(name),
+            axis.bar(at + width * (j + 0.5) - 0.4, gates[at, j].numpy(), width, label=label(name),
                      color=matplotlib.colormaps["viridis"](0.25 + 0.5 * j))
         axis.set_xticks(at, [label(text) for _, text in places], rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
