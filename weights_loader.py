@@ -224,7 +224,8 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
     if not re.fullmatch(HUB_ID, repo) or repo.lower().endswith(SINGLE):
         raise ValueError(f"{weights}: there is no such file or folder")
     import huggingface_hub as hub  # the most of it takes half a second, and is imported where it is used
-    cache = Path(hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    from huggingface_hub import constants
+    cache = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     ref = cache / "refs" / revision
     wanted = cache / "snapshots" / (ref.read_text() if ref.is_file() else revision)
     as_asked = {what: [names for names in alternatives if ".fp16" not in names] or alternatives
