@@ -144,7 +144,7 @@ def test_a_model_in_the_cache_is_enough(hub, cached, fingerprint, recwarn, kind,
     assert len(recwarn) == len(said) and all(words in str(line.message) for line, words in zip(recwarn, said))
 
 
-def test_what_is_cached_in_part_is_completed_and_another_commit_does_not_count(hub, cached, fingerprint, tmp_path):
+def test_what_is_cached_in_part_is_completed_and_no_other_commit_counts(hub, cached, fingerprint, tmp_path):
     cached("model", REPO, "abc", True)
     cached("shards", "someone/shards", REVISION, True)
     *_, missing = (tmp_path / "cache").glob("*shards/**/*-00002-*")

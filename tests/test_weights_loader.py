@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 import weights_loader
 from models import (BIN, FEW, PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
                     small_model)
-from support import weight_names
+from support import weight_files, weight_names
 
 PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
@@ -473,7 +473,6 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_pa
     ("HERE/one", "HERE/one/v1.ckpt"), ("HERE/styles", ""), ("", "")])
 def test_what_was_meant_is_guessed(folder, monkeypatch, given, guess):
     monkeypatch.chdir(folder.parent)
-    (folder / "model_index.json").write_text("{}")
     for name in ("one", "styles"):
         Path(name).mkdir()
         Path(name, "style.safetensors").write_bytes(bytes(9999))
@@ -487,8 +486,9 @@ def test_what_was_meant_is_guessed(folder, monkeypatch, given, guess):
                                   "tokenizer/vocab.json"])
 @pytest.mark.parametrize("content, words", [
     (b"version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull` fetches the file itself\\)$"),
-    (b"\n<!DOCTYPE html>", "it is a web page \\(take the link that downloads the file\\)$")])
+    (b"\n<!DOCTYPE html>", "a web page \\(take the link that downloads the file\\)$")])
 def test_what_stands_in_the_place_of_a_file_is_told(folder, name, content, words):
     (folder / name).write_bytes(content)
+    assert re.search(words, weight_files.what_is(folder / name))
     with pytest.raises(ValueError, match=words):
         load(folder)
