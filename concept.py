@@ -24,7 +24,7 @@ from support.weight_files import what_is
 
 KEYS = ("locked", "trained", "none")        # what a concept's keys are; "none" is textual inversion: no edit
 FORMAT = 2                                  # of the concept file
-MAX_BYTES = 10_000_000                      # of a concept file: a hundred times what SD v1 needs
+MAX_BYTES = 10_000_000                      # of a concept file: three hundred times what SD v1 needs
 SAME = 0.999                                # squared cosine of two i_star, from which they count as equal
 
 
@@ -138,7 +138,8 @@ def prepare(concepts: list[Concept], model) -> list[Concept]:
     """Concepts as `Concept.load` returns them, checked against a base model and given their locked keys.
 
     model: anything with unet, text_encoder, tokenizer, fingerprint and name (`weights_loader.Model`).
-    ValueError for a concept of another base model, for two of one name, and for two that are equal.
+    ValueError for a concept of another base model or that does not fit it, for two of one name, and for two
+    that are equal; a warning for two of one kind.
     """
     prepared = []
     for concept in concepts:

@@ -29,7 +29,7 @@ from support.files import read_lines, replacing
 CAPTIONS = 10_000       # thirteen times SD v1's 768 dimensions
 FILE = "covariance.safetensors"
 BATCH = 64              # captions encoded at once: for speed only
-MAX_CONDITION = 1e10    # largest over smallest eigenvalue: six digits are left in float64; SD v1: about 3e3
+MAX_CONDITION = 1e10    # largest over smallest eigenvalue of C: six digits are left in float64
 
 # Words and scenes stand first, second and alone in the patterns, so that C prefers no place in a prompt.
 WORDS = json.loads((Path(__file__).parent / "support" / "caption_words.json").read_text(encoding="utf-8"))
