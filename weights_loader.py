@@ -28,7 +28,7 @@ import unet
 import vae
 from support import weight_names
 from support.files import replacing, write_json
-from support.weight_files import kind, read_json, read_tensors, read_text
+from support.weight_files import kind, read_json, read_tensors, read_text, what_is
 
 NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 TINY = Path(__file__).parent / "tiny" / "weights"
@@ -106,16 +106,15 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
 
     weights: "tiny"; "sd15"; a folder in the diffusers layout; a single .safetensors or .ckpt file; or the hub
     id "owner/name" of such a folder. tokenizer: a folder with vocab.json and merges.txt, or tokenizer.json,
-    instead of the model's own. variant: "fp16" for the half-precision files of a folder or hub id; by default
-    the full ones, or where there are none those in half precision. prediction: what the U-Net was trained to
-    predict, "epsilon" or "v_prediction", instead of what the files say.
+    instead of the model's own. variant: "fp16" for the half-precision files of a folder or hub id, or where
+    there are none the full ones; by default the full ones, or where there are none those in half precision,
+    which is said. prediction: what the U-Net was trained to predict, "epsilon" or "v_prediction", instead of
+    what the files say.
     """
     path, networks, names = Path(weights), {}, {}
     try:
-        if path.is_file():
-            parts, predicted, vocabulary, folder = open_single_file(path, tokenizer)
-        else:
-            parts, predicted, vocabulary, folder = open_folder(weights, variant, tokenizer)
+        opened = open_single_file(path) if path.is_file() else open_folder(weights, variant, tokenizer)
+        parts, predicted, vocabulary, folder = opened
         for part, (config, tensors) in parts.items():
             networks[part], names[part] = connect(part, config, tensors)
     except ValueError as error:
@@ -124,6 +123,7 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     u, v, t = (networks[part].config for part in NETWORKS)
     if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
         raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
+    vocabulary = vocabulary or tokenizer or find_vocabulary(folder, "sd15")
     tokenizer = clip_text.Tokenizer.load(vocabulary, t.max_length)
     if tokenizer.vocab_size > t.vocab_size:
         raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
@@ -152,32 +152,35 @@ def open_folder(weights: str | Path, variant: str | None, tokenizer: str | Path 
     return parts, predicted, tokenizer or files["vocabulary"][0].parent, scheduler.parents[1]
 
 
-def open_single_file(path: Path, tokenizer: str | Path | None) -> tuple:
-    """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
+def open_single_file(path: Path) -> tuple:
+    """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder.
+
+    Its vocabulary is not looked for yet: what is no base model is to be refused for that.
+    """
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
         text = read_text(yaml, "replace")
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
     parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
-    try:
-        vocabulary = tokenizer or find_vocabulary(path.parent)
-    except ValueError:
-        vocabulary = find_vocabulary("sd15")
-    return parts, predicted, vocabulary, path.parent
+    return parts, predicted, None, path.parent
 
 
-def find_vocabulary(weights: str | Path) -> Path:
-    """The folder of the vocabulary of a model, see `locate`."""
-    return locate(weights, VOCABULARY)["vocabulary"][0].parent
+def find_vocabulary(*models: str | Path) -> Path:
+    """The folder of the vocabulary of the first of these models that has one, see `locate`. ValueError."""
+    for weights in models:
+        with contextlib.suppress(ValueError):
+            return locate(weights, VOCABULARY)["vocabulary"][0].parent
+    raise ValueError(f"no vocabulary (merges.txt, vocab.json) is in {' or '.join(map(str, models))}, nor to "
+                     "be had from the hub: for --weights, --tokenizer names the folder of one")
 
 
 def needs(variant: str | None) -> dict[str, list[str]]:
     """What there must be of a model: {what: alternatives, the preferred first}, each the names of its files.
 
-    fp32 comes before fp16, .safetensors before .bin.
+    fp32 comes before fp16, or where fp16 is asked for after it; .safetensors before .bin.
     """
-    need, infixes = {}, [f".{variant}"] if variant else ["", ".fp16"]
+    need, infixes = {}, {None: ["", ".fp16"], "fp16": [".fp16", ""]}.get(variant, [f".{variant}"])
     for part, names in WEIGHTS.items():
         need[f"{part}/config"] = [f"{part}/config.json"]
         need[part] = [f"{part}/{name.replace('.', infix + '.')}" for infix in infixes for name in names]
@@ -223,20 +226,21 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
     repo, revision = SD15 if weights == "sd15" else (str(weights), "main")
     if not re.fullmatch(HUB_ID, repo) or repo.lower().endswith(SINGLE):
         raise ValueError(f"{weights}: there is no such file or folder")
-    import huggingface_hub as hub  # the most of it takes half a second, and is imported where it is used
-    from huggingface_hub import constants
-    cache = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
+    import huggingface_hub.constants  # the most of it takes half a second, and is imported where it is used
+    cache = Path(huggingface_hub.constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     ref = cache / "refs" / revision
     wanted = cache / "snapshots" / (ref.read_text() if ref.is_file() else revision)
-    as_asked = {what: [names for names in alternatives if ".fp16" not in names] or alternatives
+    as_asked = {what: [names for names in alternatives if ".fp16" in alternatives[0] or ".fp16" not in names]
                 for what, alternatives in need.items()}
-    with contextlib.suppress(ValueError):
-        return in_folder(wanted, as_asked)
     try:
-        info = hub.HfApi().model_info(repo, revision=revision, timeout=10)
+        return in_folder(wanted, as_asked)
+    except ValueError as error:
+        missing = str(error).removeprefix(f"{wanted}/").partition(":")[0]
+    try:
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=10)
         files = choose(repo, {file.rfilename for file in info.siblings}, need)
         for name in sum(files.values(), []):
-            path = Path(hub.hf_hub_download(repo, name, revision=revision))
+            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
         return in_folder(path.parents[name.count("/")], need)
     except ValueError:
         raise
@@ -247,9 +251,8 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
                 if folder != wanted:
                     warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
                 return files
-        first = next(iter(need.values()))[0].split()[0]
-        raise ValueError(f"{repo}: not a folder here, and {first} and what belongs to it is neither in the "
-                         f"local cache nor to be had from the hub ({type(error).__name__})") from error
+        raise ValueError(f"{repo}: not a folder here, and {missing} is neither in the local cache nor to be "
+                         f"had from the hub ({type(error).__name__})") from error
 
 
 def meant(weights: str) -> str | Path | None:
@@ -259,9 +262,10 @@ def meant(weights: str) -> str | Path | None:
         if found and weights != guess:
             return found.expand(guess)
     path = Path(weights)
-    near = [] if (path / "unet").is_dir() else [*path.glob("*"), *path.absolute().parents[:2]]
-    likely = [file for file in near if file.suffix.lower() in SINGLE or (file / "unet/config.json").is_file()]
-    return max(likely, key=lambda file: file.stat().st_size, default=None)
+    near = [] if not weights or (path / "unet").is_dir() else [*path.glob("*"), *path.absolute().parents[:2]]
+    folders = [place for place in near if (place / "unet/config.json").is_file()]
+    files = [place for place in near if place.suffix.lower() in SINGLE and "whole base" in what_is(place)]
+    return max(folders or files, key=lambda place: place.stat().st_size, default=None)
 
 
 def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:

@@ -15,8 +15,8 @@ HARMLESS = (  # what public .ckpt files name besides tensors; Inert objects stan
     "numpy._core.multiarray.scalar", "numpy.dtype", "numpy.dtypes.Float64DType", "_codecs.encode")
 FORMS = {b"PK": "zip", b"\x80": "pickle"}  # how files of torch.save begin, since version 1.6 and before
 STRANGERS = {  # how a file begins that stands in another's place -> what it is, and what to do
-    b"version https://git-lfs": "it is a pointer of git-lfs: `git lfs pull` fetches the file itself",
-    b"<": "it is a web page: take the link that downloads the file"}
+    b"version https://git-lfs": "a pointer of git-lfs (`git lfs pull` fetches the file itself)",
+    b"<": "a web page (take the link that downloads the file)"}
 KINDS = {  # a pattern among the names in a file -> what the file is; the first that is found
     r'"__metadata__":\s*{"concept":': "a concept file",
     r"lora[._](down|up|A|B|unet|te)\b|lora_unet_": "a LoRA, for other tools",
@@ -41,14 +41,14 @@ class Inert:
 def kind(path: str | os.PathLike) -> str:
     """What a file is by its first bytes, whatever its name.
 
-    "safetensors", one of the FORMS, or in a sentence why it is no file of tensors, perhaps one of STRANGERS.
+    "safetensors", one of the FORMS, or in words why it is no file of tensors, perhaps one of STRANGERS.
     """
     with open(path, "rb") as file:
         start = file.read(64)
     if start[8:9] == b"{":  # after the length of the header
         return "safetensors"
     found = [what for mark, what in (FORMS | STRANGERS).items() if start.lstrip().startswith(mark)]
-    return (found or ["it is neither of safetensors nor of torch.save" if start else "it is empty"])[0]
+    return (found or ["neither of safetensors nor of torch.save" if start else "empty"])[0]
 
 
 def read(path: str | os.PathLike) -> object:
@@ -63,7 +63,7 @@ def read(path: str | os.PathLike) -> object:
         if form == "safetensors":
             return load_file(path)
         if form not in FORMS.values():
-            raise ValueError(form)
+            raise ValueError(f"it is {form}")
         if form == "zip" and any(item.compress_type for item in zipfile.ZipFile(path).infolist()):
             raise ValueError("it is a compressed archive")
         mapped = form == "zip" and Path(path).suffix != ".safetensors"  # torch.load would believe the suffix
@@ -98,7 +98,7 @@ def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
     """What `make` makes of the object in a JSON file; ValueError, with the file's name, where it cannot."""
     try:
         if (form := kind(path)) in STRANGERS.values():
-            raise ValueError(form)
+            raise ValueError(f"it is {form}")
         value = json.loads(read_text(path))
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
@@ -110,16 +110,16 @@ def read_json(path: str | os.PathLike, make: Callable[[dict], object]):
 def what_is(path: str | os.PathLike) -> str:
     """What a file is, in words, by the names at its start: "a LoRA, for other tools". Never an error."""
     try:
+        form = kind(path)
         with open(path, "rb") as file:
             start = file.read(LONGEST)
     except OSError:
-        start = b""
+        form, start = "", b""
     # Of safetensors the header, after its length; of torch.save a pickle, alone or first in an archive.
     names = b"" if start[8:9] != b"{" else start[8:8 + int.from_bytes(start[:8], "little")]
     if start.startswith(tuple(FORMS)):
         names = start.removeprefix(b"PK").partition(b"PK")[0]
-    text = names.decode("latin-1")
     for pattern, what in KINDS.items():
-        if re.search(pattern, text, re.DOTALL):
+        if re.search(pattern, names.decode("latin-1"), re.DOTALL):
             return what
-    return "a file of another kind"
+    return form if form in STRANGERS.values() else "a file of another kind"

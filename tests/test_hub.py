@@ -7,25 +7,27 @@ import functools
 import hashlib
 import http.server
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
 
 import weights_loader
-from models import FEW, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
+from models import FEW, ROOT, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
 from support import weight_names
 
 REPO, REVISION = weights_loader.SD15
 NEEDED = {"unet/config.json", "vae/config.json", "text_encoder/config.json",
           "scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"}
-WEIGHTS = {"unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors",
-           "text_encoder/model.safetensors"}
+WEIGHTS = {f"{part}/{names[0]}" for part, names in weights_loader.WEIGHTS.items()}
 KINDS = {"bins": bins, "half": half, "shards": shards}
 
 
@@ -37,9 +39,6 @@ class Answer(http.server.SimpleHTTPRequestHandler):
         super().send_response(code, message)
         self.send_header("ETag", f'"{hashlib.sha256(self.path.encode()).hexdigest()}"')
         self.send_header(*("X-Error-Code", "RepoNotFound") if code == 404 else ("X-Repo-Commit", REVISION))
-
-    def log_message(self, *arguments):
-        pass
 
 
 class Hub(http.server.ThreadingHTTPServer):
@@ -55,11 +54,9 @@ class Hub(http.server.ThreadingHTTPServer):
         self.server_close()
 
     def fetched(self, repo=REPO, revision=REVISION):
-        """The files of the repository that were fetched since the last call; nothing else was asked for."""
-        prefix = f"/{repo}/resolve/{revision}/"
-        asked = [(method, path) for method, path in self.asked if not path.startswith("/api/")]
-        assert all(path.startswith(prefix) for _, path in asked), asked
-        files = [path.removeprefix(prefix) for method, path in asked if method == "GET"]
+        """The files that were fetched since the last call, each once; those of the repository without it."""
+        files = [path.removeprefix(f"/{repo}/resolve/{revision}/") for method, path in self.asked
+                 if method == "GET" and not path.startswith("/api/")]
         assert len(files) == len(set(files))
         self.asked.clear()
         return set(files)
@@ -142,14 +139,13 @@ def cached(folder, tmp_path):
     ("bins", "gone/away", "abc", False, ["gone/away: out of reach, taken from the local cache, commit abc"]),
     ("model", "sd15", "abc", True, [f"{REPO}: out of reach, taken from the local cache, commit abc"]),
     ("half", "sd15", REVISION, False, ["sd15: its files are in half precision (fp16)"])])
-def test_a_complete_model_in_the_cache_is_enough(hub, cached, fingerprint, kind, repo, commit, named, said):
+def test_a_complete_model_in_the_cache_is_enough(
+        hub, cached, fingerprint, recwarn, kind, repo, commit, named, said):
     cached(kind, REPO if repo == "sd15" else repo, commit, named)
     if repo != "gone/away":     # which the hub does not know
         hub.off()
-    with warnings.catch_warnings(record=True) as lines:
-        warnings.simplefilter("always")
-        assert load(repo) == f"{fingerprint} {repo}"
-    assert len(lines) == len(said) and all(words in str(line.message) for line, words in zip(lines, said))
+    assert load(repo) == f"{fingerprint} {repo}"
+    assert len(recwarn) == len(said) and all(words in str(line.message) for line, words in zip(recwarn, said))
 
 
 def test_what_is_cached_in_parts_is_completed_and_another_commit_does_not_count(hub, cached, fingerprint):
@@ -162,32 +158,43 @@ def test_what_is_cached_in_parts_is_completed_and_another_commit_does_not_count(
     assert load("sd15") == f"{fingerprint} sd15" and WEIGHTS <= hub.fetched()
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_repository_with_another_form_of_weights_is_there_offline(hub, folder, fingerprint, kind):
+def test_a_repository_with_another_form_of_weights_is_there_offline(hub, folder, fingerprint, kind, variant):
     repo = f"someone/{kind}"
-    assert load(repo) == f"{fingerprint} {repo}"
+    assert load(repo, variant) == f"{fingerprint} {repo}"
     weights = {str(path.relative_to(folder / kind)) for name in WEIGHTS
                for path in (folder / kind / name).parent.iterdir() if path.suffix != ".json"}
     assert hub.fetched(repo, "main") == NEEDED | weights
+    assert load(repo, "fp16") == f"{fingerprint} {repo}" and not hub.asked  # the full files serve for half
     hub.off()
     assert load(repo) == f"{fingerprint} {repo}"  # what it lacks is remembered, too
 
 
 def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
-    save_file({key: tensor.contiguous() for key, tensor in single_file_tensors(small_model()).items()},
-              tmp_path / "v1.safetensors")
-    found = load(tmp_path / "v1.safetensors")
+    torch.save(single_file_tensors(small_model()), tmp_path / "v1.ckpt")
+    found = load(tmp_path / "v1.ckpt")
     assert hub.fetched() == {"tokenizer/vocab.json", "tokenizer/merges.txt"}
     hub.off()
-    assert load(tmp_path / "v1.safetensors") == found
+    assert load(tmp_path / "v1.ckpt") == found
 
 
-def test_without_network_and_cache_there_is_one_sentence_quickly(hub):
+def test_without_network_what_the_cache_lacks_is_named_quickly(hub, cached):
+    cached("model", REPO, REVISION, False)
+    *_, missing = Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/vae/config.json")
+    missing.unlink()
     hub.off()
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=f"{REPO}: not a folder here, and unet/config.json and what"):
+    with pytest.raises(ValueError, match=f"{REPO}: not a folder here, and vae/config.json is neither"):
         load("sd15")
     assert time.perf_counter() - start < 5  # the client's five retries would take 23
+
+
+def test_a_program_without_network_and_cache_ends_with_one_sentence(tmp_path):
+    """In a process of its own: here huggingface_hub is imported already."""
+    done = subprocess.run([sys.executable, "sample.py", "a cat", "--weights", "owner/name"], cwd=ROOT, text=True,
+                          env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}, capture_output=True)
+    assert done.returncode == 2 and re.fullmatch("error: owner/name: not a folder .*\n", done.stderr)
 
 
 def test_what_the_hub_does_not_have_is_named(hub):

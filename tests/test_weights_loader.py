@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import weights_loader
@@ -103,13 +104,8 @@ def write_single(model, path, tensors, write=None, **beside):
     return path
 
 
-def save(tensors, path, **options):
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, **options)
-
-
-def save_with_captions(tensors, path):
-    """A header of 5 MB: training tools keep all captions there."""
-    save(tensors, path, metadata={"ss_tag_frequency": "teddy, " * 700_000})
+def save(tensors, path):
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
 
 
 def save_old(tensors, path):
@@ -260,8 +256,6 @@ FORMS = {  # how a model is kept -> a function that keeps it so, parts of the li
     "data at any address": (odd_addresses, []), "tokenizer.json": (tokenizer_json, []),
     "saved by Notepad": (notepad("utf-8-sig"), []), "by PowerShell": (notepad("utf-16"), []),
     "a single file": (single(), [BUFFERS]),
-    "captions in the header": (single(write=save_with_captions), [BUFFERS]),
-    "a suffix in capitals": (single(name="V1.SAFETENSORS", write=save), [BUFFERS]),
     "a blob of the hub": (single(name="v1", write=save), [BUFFERS]),
     "safetensors called .ckpt": (single(name="v1.ckpt", write=save), [BUFFERS]),
     "a pickle called .safetensors": (single(write=torch.save), [BUFFERS]),
@@ -287,7 +281,7 @@ def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few,
     loaded, said = load(path)
     model = few if path == folder else model
     assert_equal(model, loaded)
-    assert loaded.fingerprint == fingerprints[path.stem.lower()]
+    assert loaded.fingerprint == fingerprints[path.stem]
     assert loaded.guidance == 4         # narrow text makes a small model, however deep its VAE is
     assert len(said) == len(expected), said
     for line, words in zip(said, expected):
@@ -300,6 +294,7 @@ def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few,
 
 
 def test_whole_files_come_before_others_and_a_variant_by_name(few, folder):
+    assert_equal(few, load(folder, variant="fp16")[0])  # where there are no others
     for part, (name, other) in weights_loader.WEIGHTS.items():
         tensors = {key: tensor + 1 for key, tensor in load_file(folder / part / name).items()}
         save_file(tensors, folder / part / name.replace(".safetensors", ".fp16.safetensors"))
@@ -364,7 +359,7 @@ def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, ya
     (tmp_path / "v1.5.yaml").write_text("parameterization: v")  # of another file
     if yaml is not None:
         path.with_suffix(".yaml").write_bytes(yaml)
-    assert weights_loader.open_single_file(path, None)[1] == prediction
+    assert weights_loader.open_single_file(path)[1] == prediction
 
 
 def test_the_users_word_goes_before_the_yaml_and_another_type_is_one_sentence(model, tmp_path):
@@ -379,13 +374,17 @@ def test_the_users_word_goes_before_the_yaml_and_another_type_is_one_sentence(mo
 
 
 @pytest.mark.parametrize("place", ["", "tokenizer", "given"])
-def test_a_single_file_takes_the_vocabulary_beside_it_or_the_one_given(model, tmp_path, place):
-    path = write_single(model, tmp_path / "v1.safetensors", {"a": torch.zeros(1)})
+def test_a_single_file_takes_the_vocabulary_beside_it_or_the_one_given(model, tmp_path, monkeypatch, place):
+    path = write_single(model, tmp_path / "v1.ckpt", single_file_tensors(model))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", tmp_path)  # there is nothing in it
     (tmp_path / place).mkdir(exist_ok=True)
     for name in ("vocab.json", "merges.txt"):
         (tmp_path / name).rename(tmp_path / place / name)
-    given = tmp_path / "given" if place == "given" else None
-    assert weights_loader.open_single_file(path, given)[2:] == (tmp_path / place, tmp_path)
+    if place == "given":
+        with pytest.raises(ValueError, match="no vocabulary .* --tokenizer names the folder of one$"):
+            load(path)
+    loaded, _ = load(path, tokenizer=tmp_path / place if place == "given" else None)
+    assert loaded.tokenizer.vocab_size == model.tokenizer.vocab_size
 
 
 # ---- what is refused
@@ -406,9 +405,9 @@ REFUSED = {  # what a file is -> (what is done to a complete one, the sentence's
 def test_an_incomplete_or_other_model_is_refused_in_one_sentence(model, tmp_path, kind):
     change, words = REFUSED[kind]
     path = write_single(model, tmp_path / "model.ckpt", change(single_file_tensors(model)))
-    with pytest.raises(ValueError, match=f"model.ckpt.*{words}") as error:
+    (tmp_path / "merges.txt").unlink()  # what it is comes before what it lacks
+    with pytest.raises(ValueError, match=rf"^.*model.ckpt.*{words}.*\Z"):
         load(path)
-    assert "\n" not in str(error.value)
 
 
 def entries(part, reference):
@@ -485,23 +484,25 @@ def test_a_pickle_that_would_run_code_is_refused_by_name_and_does_not_run(tmp_pa
     ("https://huggingface.co/someone/model/tree/main", "someone/model"), ("hf.co/a/b/", "a/b"),
     ("https://civitai.com/models/1", "the path of the file, once"), ("SD15", "sd15"), ("sd-v1.5", "sd15"),
     ("runwayml/stable-diffusion-v1-5", "sd15"), ("Tiny", "tiny"), ("HERE/sd/model_index.json", "HERE/sd"),
-    ("HERE/sd/unet/config.json", "HERE/sd"), ("HERE", "HERE/sd"), ("HERE/one", "HERE/one/v1.ckpt")])
-def test_what_was_meant_is_guessed(folder, given, guess):
+    ("HERE/sd/unet/config.json", "HERE/sd"), ("HERE/sd/unet", "HERE/sd"), ("HERE", "HERE/sd"),
+    ("HERE/one", "HERE/one/v1.ckpt"), ("HERE/styles", ""), ("", "")])
+def test_what_was_meant_is_guessed(folder, monkeypatch, given, guess):
+    monkeypatch.chdir(folder.parent)
     (folder / "model_index.json").write_text("{}")
-    one = folder.parent / "one"
-    one.mkdir()
-    (one / "v1.ckpt").write_bytes(bytes(9))
-    (one / "style.safetensors").write_bytes(bytes(8))
+    for name in ("one", "styles"):
+        Path(name).mkdir()
+        Path(name, "style.safetensors").write_bytes(bytes(9999))
+    torch.save({"model.diffusion_model.out.2.bias": torch.zeros(1)}, "one/v1.ckpt")
     given, guess = (text.replace("HERE", str(folder.parent)) for text in (given, guess))
-    with pytest.raises(ValueError, match=rf"; did you mean {guess}[^/]*\?$"):
+    with pytest.raises(ValueError, match=rf"; did you mean {guess}[^/]*\?$" if guess else "there is no[^;]*$"):
         load(given)
 
 
 @pytest.mark.parametrize("name", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json",
                                   "tokenizer/vocab.json"])
 @pytest.mark.parametrize("content, words", [
-    (b"version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull` fetches the file itself$"),
-    (b"\n<!DOCTYPE html>", "it is a web page: take the link that downloads the file$")])
+    (b"version https://git-lfs.github.com/spec/v1\noid", "`git lfs pull` fetches the file itself\\)$"),
+    (b"\n<!DOCTYPE html>", "it is a web page \\(take the link that downloads the file\\)$")])
 def test_what_stands_in_the_place_of_a_file_is_told(folder, name, content, words):
     (folder / name).write_bytes(content)
     with pytest.raises(ValueError, match=words):
