@@ -105,7 +105,7 @@ class Concept:
             if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise ValueError(f"no concept of format {FORMAT} is in it")
         except (SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is {what_is(path)}, and cannot be used as a concept: {error}") from error
+            raise ValueError(f"{path} is {what_is(path)}, and not usable as a concept: {error}") from error
         # In alphabetical order the blocks are in order of execution: down, mid, up.
         layers = sorted(name.removeprefix("values.") for name in x if name.startswith("values."))
         try:
@@ -166,8 +166,8 @@ def _check_pairs(concepts: list[Concept]) -> None:
     for a, b in itertools.combinations(concepts, 2):
         ab, ba = (float(x.i_star @ y.d_star / (y.i_star @ y.d_star)) for x, y in ((a, b), (b, a)))
         if ab * ba > SAME:          # the squared cosine in the metric: `split` would have no solution
-            raise ValueError(f"{a.token} and {b.token} cannot be told apart (sim/energy {ab:.2f} and {ba:.2f}): "
-                             "use only one of them")
+            raise ValueError(f"{a.token} and {b.token} cannot be told apart (sim/energy {ab:.2f} and {ba:.2f})"
+                             ": use only one of them")
         if max(ab, ba) > perfusion.DRAWING_BETA["local"]:
             warnings.warn(f"{a.token} and {b.token} are of one kind: the word of one opens the gate of the "
                           f"other (sim/energy {ab:.2f} and {ba:.2f}), so their looks will mix", stacklevel=3)

@@ -53,7 +53,7 @@ def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
 
 @torch.no_grad()
 def covariance(text_encoder, tokenizer, captions: list[str]) -> Tensor:
-    """C (d, d) in float64 over the encodings of all tokens of all captions, padding too: the U-Net sees it."""
+    """C (d, d) in float64 over the encodings of all tokens of all captions, padding included."""
     if not captions:
         raise ValueError("there are no captions to take the covariance over")
     total, count = 0, 0

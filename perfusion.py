@@ -16,8 +16,8 @@ so C is the metric, and its inverse enters the solution, the equation of the pap
 
     W' = W + (o* - W i*) (C^-1 i*)^T / (i*^T C^-1 i*)
 
-W' - W is a column times a row: a matrix of rank one. The product of the row (C^-1 i*)^T with the encoding of an
-unrelated word is about 0. Source of this closed form: ROME (Meng et al. 2022, arXiv 2202.05262), with the
+W' - W is a column times a row: a matrix of rank one. The product of the row (C^-1 i*)^T with the encoding of
+an unrelated word is about 0. Source of this closed form: ROME (Meng et al. 2022, arXiv 2202.05262), with the
 covariance of keys over text. For an encoding e, with sim = e . C^-1 i* and energy = i* . C^-1 i*, it says
 
     W' e = W e_perp + o* sim / energy             e_perp = e - i* sim / energy: e without its part along i*
@@ -102,9 +102,9 @@ def edit(linear: Callable, e_perp: Tensor, gates: Tensor, targets: list[Tensor])
 
 
 def running_mean(i_star: Tensor, e_concept: Tensor, decay: float) -> Tensor:
-    """Section 4: i_star <- decay i_star + (1 - decay) e_concept, the mean encoding (d,) of its word in a batch.
+    """Section 4: i_star <- decay i_star + (1 - decay) e_concept.
 
-    The encoding moves while the embedding is trained. i_star follows slowly, so that the values can learn.
+    e_concept (d,): the mean encoding of the concept's word in a batch. It moves while the embedding is trained. i_star follows slowly, so that the values can learn.
     """
     return decay * i_star + (1 - decay) * e_concept.detach().to(i_star)
 
@@ -170,7 +170,7 @@ def encode(text_encoder, tokenizer, prompts: list[str], concepts: list) -> tuple
 
 
 def insert(embeddings: Tensor, positions: list[dict], concepts: list) -> Tensor:
-    """embeddings (B, T, d) with the concepts' own (k, d) at their occurrences; the argument is not changed."""
+    """embeddings (B, T, d) with the concepts' own (k, d) at their occurrences; no argument is changed."""
     for concept in concepts:
         places = [(b, t, row) for b, found in enumerate(positions) for place in found.get(concept.token, [])
                   for row, t in enumerate(place)]
@@ -182,8 +182,10 @@ def insert(embeddings: Tensor, positions: list[dict], concepts: list) -> Tensor:
 
 @torch.no_grad()
 def super_encoding(text_encoder, tokenizer, super_category: str) -> Tensor:
-    """i_super (d,): the encoding of the super-category's last token, averaged over TEMPLATES. ValueError if it
-    is empty or too long."""
+    """i_super (d,): the encoding of the super-category's last token, averaged over TEMPLATES.
+
+    ValueError if the super-category is empty or too long.
+    """
     prompts = [template.format("<super>") for template in TEMPLATES]
     ids, positions = tokenizer.encode(prompts, {"<super>": super_category})
     if not all(found.get("<super>") for found in positions):

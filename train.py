@@ -218,8 +218,8 @@ class Training:
         self.generator.set_state(state["generator"])
         steps = self.settings.steps
         return f"resumed after step {len(self.losses)} of {steps}" + (
-            f"; the running mean of i_star was set for {state['steps']}, so the result differs from a training "
-            f"of {steps}" if steps != state["steps"] else "")
+            f"; the running mean of i_star was set for {state['steps']}, so the result differs from that of "
+            f"{steps} at once" if steps != state["steps"] else "")
 
 
 def run(training: Training, out: Path | None = None, preview_every: int = 0,
@@ -376,6 +376,6 @@ def summary(training: Training) -> str:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less, and "
+    with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less; "
                             "--resume loses nothing"):
         main()

@@ -61,7 +61,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_home(value):
-    """A path, a text or a list of them with ~ as the home folder, where the shell left it: --out=~/pictures."""
+    """A path, a text or a list of them with ~ as the home folder, if the shell left it: --out=~/pictures."""
     if isinstance(value, list):
         return [at_home(one) for one in value]
     return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value

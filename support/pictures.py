@@ -84,7 +84,7 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
 
 
 def read_images(files: list[Path], side: int, report: Callable = print) -> tuple[Tensor, list[Tensor | None]]:
-    """Images (N, 3, side, side) and opacities, as from `read_image`; a line for everything that was changed."""
+    """Images (N, 3, side, side) and opacities, as from `read_image`; a line for every kind of change."""
     images, opacities, changes = zip(*[read_image(file, side) for file in files])
     for change in sorted(set().union(*changes)):
         report(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")

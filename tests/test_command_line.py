@@ -83,7 +83,8 @@ def test_a_text_may_begin_with_a_dash_and_a_wrong_option_is_still_refused():
         sample.arguments(["-h"])
 
 
-@pytest.mark.parametrize("given", [[], ["--weights", "my sd", "--tokenizer", "t'", "--prediction", "epsilon"]])
+@pytest.mark.parametrize("given", [
+    [], ["--weights", "my sd", "--tokenizer", "t'", "--prediction", "epsilon"]])
 def test_a_printed_command_runs_in_a_shell_as_it_stands(given, tmp_path, monkeypatch):
     args, words = sample.arguments(["a cat", *given]), ["a <teddy>", "--concept", "my $1/teddy.safetensors"]
     for folder, script in ((ROOT, "sample.py"), (tmp_path, str(ROOT / "sample.py"))):

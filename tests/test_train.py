@@ -238,7 +238,7 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_file(run, tmp_path, mon
     assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == 2
 
 
-def test_only_the_number_of_parts_and_of_steps_may_change_on_resuming(run, three, tmp_path, capsys, monkeypatch):
+def test_only_the_numbers_of_parts_and_steps_may_change_on_resuming(run, three, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(three[0], tmp_path / "out")
     with pytest.raises(ValueError, match=f"lr was {train.EMBEDDED.lr}, now is 0.3"):
         run(out, "--resume", "--steps", 3, "--lr", "0.3")
