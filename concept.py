@@ -24,7 +24,7 @@ from support.weight_files import what_is
 
 KEYS = ("locked", "trained", "none")        # what a concept's keys are; "none" is textual inversion: no edit
 FORMAT = 2                                  # of the concept file
-MAX_BYTES = 10_000_000                      # of a concept file: a hundred times what SD v1 needs
+MAX_BYTES = 10_000_000                      # of a concept file: three hundred times what SD v1 needs
 SAME = 0.999                                # squared cosine of two i_star, from which they count as equal
 
 
@@ -105,7 +105,7 @@ class Concept:
             if not isinstance(header, dict) or header.get("format") != FORMAT:
                 raise ValueError(f"no concept of format {FORMAT} is in it")
         except (SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is {what_is(path)}, and cannot be used as a concept: {error}") from error
+            raise ValueError(f"{path} is {what_is(path)}, and not usable as a concept: {error}") from error
         # In alphabetical order the blocks are in order of execution: down, mid, up.
         layers = sorted(name.removeprefix("values.") for name in x if name.startswith("values."))
         try:
@@ -138,7 +138,8 @@ def prepare(concepts: list[Concept], model) -> list[Concept]:
     """Concepts as `Concept.load` returns them, checked against a base model and given their locked keys.
 
     model: anything with unet, text_encoder, tokenizer, fingerprint and name (`weights_loader.Model`).
-    ValueError for a concept of another base model, for two of one name, and for two that are equal.
+    ValueError for a concept of another base model or that does not fit it, for two of one name, and for two
+    that are equal; a warning for two of one kind.
     """
     prepared = []
     for concept in concepts:
@@ -165,8 +166,8 @@ def _check_pairs(concepts: list[Concept]) -> None:
     for a, b in itertools.combinations(concepts, 2):
         ab, ba = (float(x.i_star @ y.d_star / (y.i_star @ y.d_star)) for x, y in ((a, b), (b, a)))
         if ab * ba > SAME:          # the squared cosine in the metric: `split` would have no solution
-            raise ValueError(f"{a.token} and {b.token} cannot be told apart (sim/energy {ab:.2f} and {ba:.2f}): "
-                             "use only one of them")
+            raise ValueError(f"{a.token} and {b.token} cannot be told apart (sim/energy {ab:.2f} and {ba:.2f})"
+                             ": use only one of them")
         if max(ab, ba) > perfusion.DRAWING_BETA["local"]:
             warnings.warn(f"{a.token} and {b.token} are of one kind: the word of one opens the gate of the "
                           f"other (sim/energy {ab:.2f} and {ba:.2f}), so their looks will mix", stacklevel=3)

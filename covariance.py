@@ -29,7 +29,7 @@ from support.files import read_lines, replacing
 CAPTIONS = 10_000       # thirteen times SD v1's 768 dimensions
 FILE = "covariance.safetensors"
 BATCH = 64              # captions encoded at once: for speed only
-MAX_CONDITION = 1e10    # largest over smallest eigenvalue: six digits are left in float64; SD v1: about 3e3
+MAX_CONDITION = 1e10    # largest over smallest eigenvalue of C: six digits are left in float64
 
 # Words and scenes stand first, second and alone in the patterns, so that C prefers no place in a prompt.
 WORDS = json.loads((Path(__file__).parent / "support" / "caption_words.json").read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
 
 @torch.no_grad()
 def covariance(text_encoder, tokenizer, captions: list[str]) -> Tensor:
-    """C (d, d) in float64 over the encodings of all tokens of all captions, padding too: the U-Net sees it."""
+    """C (d, d) in float64 over the encodings of all tokens of all captions, padding included."""
     if not captions:
         raise ValueError("there are no captions to take the covariance over")
     total, count = 0, 0

@@ -47,13 +47,13 @@ SEEDS = {True: 4, False: 2}         # by whether the model is small
 ROWS = 4                            # denoising steps in figures 3 and 4
 PICTURES = {1: 15, 2: 22}           # drawn per seed, for one concept and for two; rounded up
 TRAINING_COST = 9                   # of a training step, in guided drawing steps; measured
-VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> lock in training
+VERSIONS = {"concept": "locked", "trained": "trained", "inversion": "none"}     # option -> keys in training
 RECORDS = ROOT / "tiny" / "records.json"
 
 
 @dataclass
 class Source:
-    """Where a concept comes from: files {lock in training: file}, or pictures and ordinary words."""
+    """Where a concept comes from: files {keys in training: file}, or pictures and ordinary words."""
     files: dict[str, Path]
     pictures: Path | None = None
     words: str | None = None
@@ -81,8 +81,8 @@ def arguments(argv: Sequence[str] | None):
         help="of train.py (default: what suits the model)")
     command_line.add_model(parser)
     add = parser.add_argument_group("finished files, instead of training").add_argument
-    for option, lock in VERSIONS.items():
-        add(f"--{option}", type=Path, metavar="FILE", help=f"the concept, trained with --keys {lock}")
+    for option, keys in VERSIONS.items():
+        add(f"--{option}", type=Path, metavar="FILE", help=f"the concept, trained with --keys {keys}")
     args = parser.parse_args(argv)
     args.words = [word.strip() for word in args.words.split(",") if word.strip()]
     args.page = args.page or args.out / "index.html"
@@ -92,7 +92,7 @@ def arguments(argv: Sequence[str] | None):
         parser.error("give --images with --super, or a finished --concept")
     if args.second and (args.second.suffix == ".safetensors") == bool(args.second_super):
         parser.error("--second is a folder of pictures, with --second-super, or a finished file without it")
-    given = {lock: file for option, lock in VERSIONS.items() if (file := getattr(args, option))}
+    given = {keys: file for option, keys in VERSIONS.items() if (file := getattr(args, option))}
     args.sources = [Source(given, args.images, args.super_category)]
     if args.second and args.second_super:
         args.sources.append(Source({}, args.second, args.second_super))
@@ -104,21 +104,21 @@ def arguments(argv: Sequence[str] | None):
 # ------------------------------------------------------------------------ what is given, and what is trained
 
 def missing_trainings(args, model) -> list[tuple[Source, str, Path]]:
-    """What is to be trained: (source, lock, file). Afterwards every source has the files of all its locks."""
+    """What is to be trained: (source, keys, file). Afterwards every source has the files of all its keys."""
     missing = []
     for source in args.sources:
-        for lock in VERSIONS.values() if source.pictures else ():
-            if lock not in source.files:
-                source.files[lock] = file = trained_file(args, model, source, lock)
-                missing += [] if finished(file, args.training_steps) else [(source, lock, file)]
+        for keys in VERSIONS.values() if source.pictures else ():
+            if keys not in source.files:
+                source.files[keys] = file = trained_file(args, model, source, keys)
+                missing += [] if finished(file, args.training_steps) else [(source, keys, file)]
     return missing
 
 
-def trained_file(args, model, source: Source, lock: str) -> Path:
+def trained_file(args, model, source: Source, keys: str) -> Path:
     """What a training makes: in another folder for other pictures, words, weights or another length."""
     pictures = digest(list_images(source.pictures)[0])
     differs = f"{source.words}|{model.fingerprint}|{args.training_steps}|{pictures}"
-    folder = f"{source.pictures.resolve().stem}-{lock}-{hashlib.sha256(differs.encode()).hexdigest()[:8]}"
+    folder = f"{source.pictures.resolve().stem}-{keys}-{hashlib.sha256(differs.encode()).hexdigest()[:8]}"
     return args.out / "trained" / folder / f"{concept_name(None, source.pictures)}.safetensors"
 
 
@@ -127,10 +127,10 @@ def finished(file: Path, steps: int) -> bool:
     return file.is_file() and Concept.load(file).metadata.get("steps") == steps
 
 
-def train(args, source: Source, lock: str, file: Path) -> None:
+def train(args, source: Source, keys: str, file: Path) -> None:
     """Run train.py; a training that was stopped goes on. Its bar and its errors are shown."""
     command = [sys.executable, ROOT / "train.py", "--images", source.pictures, "--super", source.words,
-               "--keys", lock, "--steps", str(args.training_steps), "--preview", "0", "--resume",
+               "--keys", keys, "--steps", str(args.training_steps), "--preview", "0", "--resume",
                "--out", file.parent, "--weights", args.weights]
     for option in ("tokenizer", "prediction", "device"):
         command += [f"--{option}", getattr(args, option)] if getattr(args, option) else []
@@ -155,12 +155,12 @@ def announce(args, model, trainings: int) -> None:
 
 
 def read_concepts(model, files: dict) -> dict:
-    """{lock: Concept} of one concept, ready for the model; ValueError when its files do not fit together."""
-    concepts = {lock: prepare([Concept.load(path)], model)[0] for lock, path in files.items()}
-    for lock, concept in concepts.items():
-        if concept.keys != lock:
-            raise ValueError(f"{files[lock]} was trained with --keys {concept.keys}: here one trained with "
-                             f"--keys {lock} is needed")
+    """{keys: Concept} of one concept, ready for the model; ValueError when its files do not fit together."""
+    concepts = {keys: prepare([Concept.load(path)], model)[0] for keys, path in files.items()}
+    for keys, concept in concepts.items():
+        if concept.keys != keys:
+            raise ValueError(f"{files[keys]} was trained with --keys {concept.keys}: here one trained with "
+                             f"--keys {keys} is needed")
     if len({concept.words for concept in concepts.values()}) > 1:
         raise ValueError("--concept, --trained and --inversion are not of one super-category")
     return concepts

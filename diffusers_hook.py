@@ -97,6 +97,12 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
     except AttributeError as error:
         raise ValueError(f"the pipeline's U-Net is of another kind than {model.name}'s: {error}") from None
     edits, own = [concept for concept in concepts if concept.edits], Edit(model, concepts, beta, tau)
+    if any(concept.o_keys is None for concept in edits):
+        raise ValueError("a concept's locked keys are missing: call prepare(concepts, model)")
+    there = [hook for layer in layers for linear in (layer.to_k, layer.to_v)
+             for hook in linear._forward_hooks.values()]
+    if any(isinstance(getattr(hook, "__self__", None), Edit) for hook in there):
+        raise ValueError("the U-Net is edited already: give all concepts to one context")
     for i, layer in enumerate(layers if edits else []):
         own.targets[layer.to_k] = torch.stack([concept.o_keys[i] for concept in edits])
         own.targets[layer.to_v] = torch.stack([concept.o_values[i] for concept in edits])

@@ -81,7 +81,7 @@ def ddim_timesteps(steps: int) -> list[int]:
 def dpm_timesteps(steps: int) -> list[int]:
     """Even spacing from 999 to 0, without the 0: 20 steps give 999, 949, 899, ..., 50."""
     _check_steps(steps)
-    stride = (NUM_TIMESTEPS - 1) / steps  # divided first, as numpy's linspace does: so halves are rounded alike
+    stride = (NUM_TIMESTEPS - 1) / steps  # divided first, as numpy's linspace does: halves are rounded alike
     return [round(i * stride) for i in range(steps, 0, -1)]
 
 

@@ -227,7 +227,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", type=between(1, 999), default=30, help="DDIM steps, 1 to 999")
     add("--guidance", type=between(-1000, 1000, float),
         help="weight of the prompt, 1 for no guidance (default: what suits the model)")
-    add("--clip", help=f"folder or hub id (default: the model's own, else {PUBLIC_CLIP})")
+    add("--clip", metavar="DIR", help=f"folder or hub id (default: the model's own, else {PUBLIC_CLIP})")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the results")
     add("--keep-best", type=Path, metavar="DIR",
         help="copy the best file of each concept to DIR/NAME.safetensors")

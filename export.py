@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--concept", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
         help="concept files made by train.py")
-    add("--weights", default="tiny", help="their base: tiny, sd15, a folder, a single file or a hub id")
+    add("--weights", default="tiny", metavar="MODEL", help="their base, as in train.py")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
     add("--out", type=Path, default=Path("exported"), help="folder of the new files")
     args = parser.parse_args(argv)

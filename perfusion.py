@@ -16,9 +16,9 @@ so C is the metric, and its inverse enters the solution, the equation of the pap
 
     W' = W + (o* - W i*) (C^-1 i*)^T / (i*^T C^-1 i*)
 
-W' - W is a column times a row: a matrix of rank one. The row is (C^-1 i*)^T, which is about 0 on the encodings
-of unrelated words. Source of this closed form: ROME (Meng et al. 2022, arXiv 2202.05262), with the covariance
-of keys over text. Applied to an encoding, with sim = e . C^-1 i* and energy = i* . C^-1 i*, it says
+W' - W is a column times a row: a matrix of rank one. The product of the row (C^-1 i*)^T with the encoding of
+an unrelated word is about 0. Source of this closed form: ROME (Meng et al. 2022, arXiv 2202.05262), with the
+covariance of keys over text. For an encoding e, with sim = e . C^-1 i* and energy = i* . C^-1 i*, it says
 
     W' e = W e_perp + o* sim / energy             e_perp = e - i* sim / energy: e without its part along i*
 
@@ -30,7 +30,7 @@ Near 1 for the concept's own word, near 0 for others. beta says how near to i* a
 gate; it is chosen anew for every drawing: a lower beta shows more of the concept.
 
 **The lock.** Where: o* of the keys is the key of the super-category ("teddy bear"). It is never trained.
-What: o* of the values is trained, one vector per layer, and so is the word's embedding. No more.
+What: o* of the values is trained, one vector per layer, and so is the word's embedding. Nothing else is.
 
 **Several concepts**, trained apart: e_perp leaves out all of them at once, and each adds its own o* through
 its own gate. They stay apart as long as the word of one does not open the gate of another.
@@ -102,9 +102,9 @@ def edit(linear: Callable, e_perp: Tensor, gates: Tensor, targets: list[Tensor])
 
 
 def running_mean(i_star: Tensor, e_concept: Tensor, decay: float) -> Tensor:
-    """Section 4: i_star <- decay i_star + (1 - decay) e_concept, the mean encoding (d,) of its word in a batch.
+    """Section 4: i_star <- decay i_star + (1 - decay) e_concept.
 
-    The encoding moves while the embedding is trained. i_star follows slowly, so that the values can learn.
+    e_concept (d,): the mean encoding of the concept's word in a batch. It moves while the embedding is trained. i_star follows slowly, so that the values can learn.
     """
     return decay * i_star + (1 - decay) * e_concept.detach().to(i_star)
 
@@ -123,7 +123,8 @@ def keys_and_values(unet, e: Tensor, e_super: Tensor | None, concepts: list, bet
     e, e_super (B, T, d) from `encode`. lock "local": every concept brings its own target of the keys. lock
     "global": the keys of the whole prompt are those of e_super, needed only then. Returns two lists over
     layers of (B, T, width_l), ready for `unet(z, t, keys, values)`, and the gates (B, T, n) of the n concepts
-    that edit, None without any. The text is the same in all denoising steps, so once is enough.
+    that edit, None without any. The text is the same in all denoising steps, so once is enough. ValueError
+    for another lock, and for a concept without its locked keys.
     """
     if lock not in DRAWING_BETA:
         raise ValueError(f'the lock is "local" or "global", not "{lock}"')
@@ -169,7 +170,7 @@ def encode(text_encoder, tokenizer, prompts: list[str], concepts: list) -> tuple
 
 
 def insert(embeddings: Tensor, positions: list[dict], concepts: list) -> Tensor:
-    """Write the concepts' word embeddings (k, d) into a copy of embeddings (B, T, d) at their occurrences."""
+    """embeddings (B, T, d) with the concepts' own (k, d) at their occurrences; no argument is changed."""
     for concept in concepts:
         places = [(b, t, row) for b, found in enumerate(positions) for place in found.get(concept.token, [])
                   for row, t in enumerate(place)]
@@ -181,7 +182,10 @@ def insert(embeddings: Tensor, positions: list[dict], concepts: list) -> Tensor:
 
 @torch.no_grad()
 def super_encoding(text_encoder, tokenizer, super_category: str) -> Tensor:
-    """i_super (d,): the encoding of the super-category's last token, averaged over TEMPLATES."""
+    """i_super (d,): the encoding of the super-category's last token, averaged over TEMPLATES.
+
+    ValueError if the super-category is empty or too long.
+    """
     prompts = [template.format("<super>") for template in TEMPLATES]
     ids, positions = tokenizer.encode(prompts, {"<super>": super_category})
     if not all(found.get("<super>") for found in positions):
@@ -212,7 +216,7 @@ def condition(model, prompts: list[str], concepts: list, beta: Number | None = N
     """From prompts and prepared concepts to the keys and values of every layer: all that drawing needs.
 
     model: anything with unet, text_encoder and tokenizer. concepts: from `concept.prepare`.
-    lock: "local" or "global". beta: by default the DRAWING_BETA of this lock.
+    lock: "local" or "global". beta: by default the DRAWING_BETA of this lock. ValueError as keys_and_values.
     """
     beta = DRAWING_BETA.get(lock) if beta is None else beta
     e, e_super, positions = encode(model.text_encoder, model.tokenizer, prompts, concepts)

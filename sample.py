@@ -75,7 +75,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     n = len(args.concept)
     for name, given in (("beta", args.beta), ("tau", args.tau)):
         if len(given) not in (1, n):
-            parser.error(f"--{name} takes one number, or one for each of {n} concepts: {len(given)} are given")
+            parser.error(f"--{name} takes one number, or one for each of {n} concepts, not {len(given)}")
         setattr(args, name, given * (n // len(given)))
     return args
 

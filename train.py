@@ -31,7 +31,7 @@ from support import command_line, training_files
 from support.accumulation import Accumulation
 from support.base_model import open_model
 from support.command_line import DTYPES, between, concept_name, ordinary_words, pick_device
-from support.pictures import Data, digest, list_images, prepare_data, smallest_side
+from support.pictures import Data, digest, largest_side, list_images, prepare_data
 from support.processes import Processes
 
 
@@ -190,18 +190,23 @@ class Training:
     def identity(self) -> dict[str, str]:
         """What must be the same when a training is resumed."""
         about = dataclasses.asdict(self.settings) | {
-            "base model": self.model.fingerprint, "pictures and masks": self.data.digest}
+            "base model": self.model.fingerprint, "pictures and masks": self.data.digest,
+            "prediction": self.model.schedule.prediction_type}
         return {key: str(value) for key, value in about.items() if key not in ("steps", "accumulate")}
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs for the same numbers to follow."""
         return {"identity": self.identity(), "steps": self.settings.steps, "i_star": self.i_star,
+                "metric": self.C_inverse.trace().item(),
                 "learned": [x.detach() for x in self.learned], "optimizer": self.optimizer.state_dict(),
                 "scaler": self.sums.scaler.state_dict(), "generator": self.generator.get_state(),
                 "losses": self.losses}
 
     def load_state_dict(self, state: dict) -> str:
         """Continue from there: the same numbers follow as without the interruption. Returns a note."""
+        metric = self.C_inverse.trace().item()
+        if abs(state.get("metric", metric) / metric - 1) > 1e-3:        # another machine rounds otherwise
+            raise ValueError("the covariance has changed since: train anew, or bring the old one back")
         with torch.no_grad():
             for x, saved in zip(self.learned, state["learned"], strict=True):
                 x.copy_(saved)
@@ -213,7 +218,8 @@ class Training:
         self.generator.set_state(state["generator"])
         steps = self.settings.steps
         return f"resumed after step {len(self.losses)} of {steps}" + (
-            f"; i_star moves as for {steps} steps, not {state['steps']}" if steps != state["steps"] else "")
+            f"; the running mean of i_star was set for {state['steps']}, so the result differs from that of "
+            f"{steps} at once" if steps != state["steps"] else "")
 
 
 def run(training: Training, out: Path | None = None, preview_every: int = 0,
@@ -249,7 +255,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--steps", "--max_train_steps", type=between(1, 10 ** 6),
         help="(default: what suits the model)")
     add("--masks", default="auto", metavar="auto|none|DIR",
-        help="on the loss: the model's attention, nothing, or a folder of white on black")
+        help="on the loss: the model's attention, nothing, or a folder of masks, white on black")
     add("--no-flip", action="store_true", help="for things whose left and right differ")
     add("--resume", "--resume_from_checkpoint", nargs="?", const="latest", metavar="FILE",
         help="continue from the output folder's checkpoint, or from FILE")
@@ -310,12 +316,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     embedding = read_embedding(args.init_embedding) if args.init_embedding else None
     processes = Processes(pick_device(args.device))
     report = print if processes.rank == 0 else lambda line: None
+    if processes.rank:
+        warnings.simplefilter("ignore")     # the first process says it
     if skipped:
         report(f"skipped, not images: {', '.join(skipped)}")
     out.mkdir(parents=True, exist_ok=True)      # OSError if it is a file
 
     model = open_model(args, device=processes.device, dtype=torch.float32, report=report)
-    if model.small and smallest_side(files) > PHOTOGRAPH * model.size[0]:
+    if model.small and largest_side(files) > PHOTOGRAPH * model.size[0]:
         warnings.warn(f"pictures so much larger than {model.size[0]} pixels look like photographs, and this "
                       "base model knows only its cartoon world: photographs need --weights sd15")
     model.unet.checkpointing = args.checkpointing
@@ -346,7 +354,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"{error} in step {len(training.losses)}; what was written before is good: try a "
                          "lower --lr, or --precision fp32") from error
     except KeyboardInterrupt:
-        report("stopped; the same command with --resume continues from the last checkpoint")
+        report("stopped; " + ("the same command with --resume continues from the last checkpoint"
+                              if (out / "checkpoint.pt").exists() else "there is no checkpoint yet"))
         raise
     if processes.rank == 0:
         print(f"{path}: {path.stat().st_size / 1000:.0f} KB; draw with it:\n"
@@ -367,6 +376,6 @@ def summary(training: Training) -> str:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less, and "
+    with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less; "
                             "--resume loses nothing"):
         main()

@@ -31,7 +31,7 @@ def open_model(args: argparse.Namespace, concepts: Sequence[Concept] = (), dtype
     model = weights_loader.load(args.weights, device, dtype, args.tokenizer, variant,
                                 prediction(args.prediction, concepts))
     fast_cpu.enable(model)
-    report(f"base model: {CARTOON if args.weights == 'tiny' else model.name}")
+    report(f"base model: {CARTOON if model.folder == weights_loader.TINY else model.name}")
     return model
 
 
@@ -44,7 +44,9 @@ def prediction(given: str | None, concepts: Sequence[Concept]) -> str | None:
     if not given and len(trained) > 1:
         pairs = " and ".join(f"{token} with {kind}" for kind, token in trained.items())
         raise ValueError(f"concepts that were trained differently do not go together: {pairs}")
-    for kind, token in trained.items():
-        if given and kind != given:
-            warnings.warn(f"{token} was trained with {kind}, not with {given}", stacklevel=2)
-    return given or next(iter(trained), None)
+    used = given or next(iter(trained), None)
+    for concept in concepts:
+        kind = concept.metadata.get("prediction") or "what its base model's files say"
+        if used and kind != used:
+            warnings.warn(f"{concept.token} was trained with {kind}, and is drawn with {used}", stacklevel=2)
+    return used

@@ -42,11 +42,15 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help)
 
     def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
-        argv = [at_home(text) for text in (sys.argv[1:] if argv is None else argv)]
+        argv = sys.argv[1:] if argv is None else argv
         for text in argv:
             if re.search("[\udc80-\udcff]", text):          # Python's stand-ins for bytes
                 self.error(f"{text} is not UTF-8, and no concept could be read there: rename it")
-        return super().parse_args(argv)
+        args = super().parse_args(argv)
+        for action in self._actions:
+            if action.type is Path or re.search("DIR|FILE|MODEL|SET", str(action.metavar)):
+                setattr(args, action.dest, at_home(getattr(args, action.dest)))
+        return args
 
     def _parse_optional(self, text: str):
         """None for a value: argparse would take "-blurry" for an option. Ours have two dashes, or are -h."""
@@ -56,10 +60,11 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(f"{message} (--help lists all options)")
 
 
-def at_home(text: str) -> str:
-    """A word of the command with ~ as the home folder, also where the shell leaves it: --out=~/pictures."""
-    option, equals, value = text.partition("=") if text.startswith("--") else ("", "", text)
-    return option + equals + os.path.expanduser(value)
+def at_home(value):
+    """A path, a text or a list of them with ~ as the home folder, if the shell left it: --out=~/pictures."""
+    if isinstance(value, list):
+        return [at_home(one) for one in value]
+    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 
 def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:
@@ -105,14 +110,15 @@ def concept_name(text: str | None, images: Path) -> str:
         text = text.lstrip("_-").rstrip("-")[:41]
     name = text[1:-1] if text.startswith("<") and text.endswith(">") else text
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}", name):
-        raise ValueError(f'"{name}" cannot be a name: give up to 41 letters, digits, - and _ with --token')
+        raise ValueError(f'"{name or images.name}" cannot be a name: give one of up to 41 letters, digits, - '
+                         "and _ with --token")
     return name
 
 
 def add_model(parser: argparse._ActionsContainer) -> None:
     """The flags of a base model, for `base_model.open_model`."""
     add = parser.add_argument
-    add("--weights", default="tiny", help="tiny, sd15, a folder, a single file or a hub id")
+    add("--weights", default="tiny", metavar="MODEL", help="tiny, sd15, a folder, a single file or a hub id")
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
     add("--prediction", choices=("epsilon", "v_prediction"),
         help="what the U-Net predicts (default: what the model's files say)")

@@ -31,7 +31,7 @@ def replacing(path: str | os.PathLike):
         partial.chmod(0o666 & ~umask)       # safetensors leaves files that only their owner can read
         os.replace(partial, path)
     except (OSError, SafetensorError, RuntimeError) as error:   # torch.save's full disk is a RuntimeError
-        reason = getattr(error, "strerror", None) or f"is the disk full? ({error})"
+        reason = getattr(error, "strerror", None) or f"{error} (is the disk full?)"
         raise OSError(f"{path} cannot be written: {reason}") from error
     finally:
         partial.unlink(missing_ok=True)

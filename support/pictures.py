@@ -84,7 +84,7 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
 
 
 def read_images(files: list[Path], side: int, report: Callable = print) -> tuple[Tensor, list[Tensor | None]]:
-    """Images (N, 3, side, side) and opacities, as from `read_image`; a line for everything that was changed."""
+    """Images (N, 3, side, side) and opacities, as from `read_image`; a line for every kind of change."""
     images, opacities, changes = zip(*[read_image(file, side) for file in files])
     for change in sorted(set().union(*changes)):
         report(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")
@@ -107,10 +107,10 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
     return images, [file.name for file in files if file not in images]
 
 
-def smallest_side(files: list[Path]) -> int:
-    """The smallest side in pixels of any of these pictures; what cannot be read counts as 0."""
+def largest_side(files: list[Path]) -> int:
+    """The shorter side of the largest of these pictures, in pixels; 0 if one cannot be read."""
     try:
-        return min(min(Image.open(file).size) for file in files)
+        return max(min(Image.open(file).size) for file in files)
     except OSError:         # `open_image` says what is wrong
         return 0
 

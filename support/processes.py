@@ -17,7 +17,8 @@ class Processes:
         """ValueError if the environment holds only a part of torchrun's variables, left by something else."""
         values = [os.environ.get(name, alone) for name, alone in VARIABLES.items()]
         self.count, self.rank, place = (int(value) if value.isdecimal() else -1 for value in values)
-        if not (0 <= self.rank < self.count and 0 <= place < self.count):
+        alone = self.count == 1 or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+        if not (0 <= self.rank < self.count and 0 <= place < self.count and alone):
             raise ValueError(f"{', '.join(VARIABLES)} are {', '.join(values)} in the environment, not as "
                              "torchrun sets them: start with it, or unset them")
         self.device = f"cuda:{place}" if device == "cuda" else device

@@ -24,7 +24,7 @@ from diffusion import seeded_noise
 from perfusion import DRAWING_BETA, DRAWING_TAU
 
 MAP_SIDE, QUERY_SIDE = 24, 16       # cells: the longer side of maps and queries that are kept, at most
-LOCKS = {  # name -> lock in training (None: no concept), lock in drawing, what it is
+LOCKS = {  # name -> keys in training (None: no concept), lock in drawing, what it is
     "locked keys": ("locked", "local", "Learned values, and the key of the ordinary word."),
     "trained keys": ("trained", "local", "Learned values, and a key that was learned with them."),
     "ordinary words": (None, "local", "The base model. Nothing is edited."),
@@ -111,7 +111,7 @@ def check_room(model, template: str, names: Sequence[str]) -> None:
 class Study:
     """A prompt with one or two concepts and everything that is drawn of it, each picture once.
 
-    template: a prompt with {} for each concept. concepts: per concept {lock in training: Concept}, ready for
+    template: a prompt with {} for each concept. concepts: per concept {keys in training: Concept}, ready for
     the model. seeds: of the pictures. on_picture(n) is called when n more pictures are drawn.
     ValueError when the prompt has no room for a concept.
     """

@@ -11,6 +11,7 @@ from diffusion import decode, draw_latents
 from support.files import replacing
 from support.pictures import Data
 from support.plots import draw_preview
+from support.weight_files import what_is
 
 PREVIEW_TIMESTEP = 400      # of the attention in a preview: outlines are decided there
 
@@ -31,10 +32,12 @@ def read_checkpoint(path: Path, identity: dict[str, str]) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
     except Exception as error:      # torch raises many kinds for a file that it did not write
-        raise ValueError(f"{path} is not a checkpoint of train.py: {type(error).__name__}") from error
+        raise ValueError(f"{path} is {what_is(path)}, not a sound checkpoint: {type(error).__name__}") from error
+    if "lock" in found:             # the name of `keys` in older checkpoints
+        found["keys"] = found.pop("lock")
     for key, value in identity.items():
-        if found.get(key) != value:
-            raise ValueError(f"{path} cannot be resumed: {key} was {found.get(key)}, now is {value}")
+        if found.get(key, value) != value:
+            raise ValueError(f"{path} cannot be resumed: {key} was {found[key]}, now is {value}")
     return state
 
 

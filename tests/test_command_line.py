@@ -68,9 +68,9 @@ def test_only_quotes_around_a_whole_prompt_go(text, prompt):
 
 def test_every_option_knows_the_home_folder_as_the_shell_does_at_the_start_of_a_word(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    args = sample.arguments(["a ~/cat", "--weights=~/sd", "--concept", "~/a", "--out=~", "--negative=~ish"])
+    args = sample.arguments(["a ~/cat", "--weights=~/sd", "--concept", "~/a", "--out=~", "--negative=~"])
     assert (args.prompt, args.weights, args.concept, str(args.out), args.negative) == (
-        "a ~/cat", "/home/me/sd", ["/home/me/a"], "/home/me", "~ish")
+        "a ~/cat", "/home/me/sd", ["/home/me/a"], "/home/me", "~")
 
 
 def test_a_text_may_begin_with_a_dash_and_a_wrong_option_is_still_refused():
@@ -83,7 +83,8 @@ def test_a_text_may_begin_with_a_dash_and_a_wrong_option_is_still_refused():
         sample.arguments(["-h"])
 
 
-@pytest.mark.parametrize("given", [[], ["--weights", "my sd", "--tokenizer", "t'", "--prediction", "epsilon"]])
+@pytest.mark.parametrize("given", [
+    [], ["--weights", "my sd", "--tokenizer", "t'", "--prediction", "epsilon"]])
 def test_a_printed_command_runs_in_a_shell_as_it_stands(given, tmp_path, monkeypatch):
     args, words = sample.arguments(["a cat", *given]), ["a <teddy>", "--concept", "my $1/teddy.safetensors"]
     for folder, script in ((ROOT, "sample.py"), (tmp_path, str(ROOT / "sample.py"))):
@@ -101,9 +102,10 @@ def test_a_folders_name_becomes_a_concepts(folder, name):
 def test_what_the_concepts_were_trained_with_is_used_unless_another_is_given():
     old, eps, v = (Concept("<a>", "cat", torch.zeros(1, 2), metadata={"prediction": known})
                    for known in (None, "epsilon", "v_prediction"))
-    assert prediction(None, [old]) is None and prediction("epsilon", [old, eps]) == "epsilon"
-    assert prediction(None, [old, v, v]) == "v_prediction"
-    with pytest.warns(UserWarning, match="<a> was trained with v_prediction, not with epsilon"):
+    assert prediction(None, [old]) is None and prediction("epsilon", [eps]) == "epsilon"
+    with pytest.warns(UserWarning, match="what its base model's files say, and is drawn with v_prediction"):
+        assert prediction(None, [old, v, v]) == "v_prediction"
+    with pytest.warns(UserWarning, match="<a> was trained with v_prediction, and is drawn with epsilon"):
         assert prediction("epsilon", [v]) == "epsilon"
     with pytest.raises(ValueError, match="do not go together"):
         prediction(None, [eps, v])

@@ -1,5 +1,6 @@
 """The gated edit in a pipeline of diffusers draws what sample.py draws, and leaves the pipeline as it was."""
 
+import dataclasses
 import warnings
 
 import pytest
@@ -82,6 +83,16 @@ def test_the_hooked_pipeline_draws_the_picture_of_sample_py(pipe, model, concept
     beta = beta or perfusion.DRAWING_BETA[lock]
     assert (pictures - ours(model, PROMPT, chosen, beta, lock, n=2)).abs().max() < EXACT
     assert (pictures - ours(model, PROMPT, [], [])).abs().max() > 100 * EXACT
+
+
+def test_a_second_context_and_concepts_without_keys_are_refused(pipe, model, concepts):
+    with personal(pipe, model, concepts[:1]) as encode:
+        theirs(pipe, **encode("a <teddy>"))
+        with pytest.raises(ValueError, match="edited already"), personal(pipe, model, concepts[1:2]):
+            pass
+    with pytest.raises(ValueError, match="call prepare"), \
+            personal(pipe, model, [dataclasses.replace(concepts[0], o_keys=None)]):
+        pass
 
 
 def skip_a_layer(pipe):

@@ -32,19 +32,21 @@ def pixels(out, name="0000.png"):
 
 
 def test_numbered_pictures_and_a_grid_of_the_size_asked_for(drawn):
-    assert {path.name for path in drawn.iterdir()} == {"0000.png", "0001.png", "0002.png", "grid_0000-0002.png"}
+    names = {path.name for path in drawn.iterdir()}
+    assert names == {"0000.png", "0001.png", "0002.png", "grid_0000-0002.png"}
     assert Image.open(drawn / "0000.png").size == (24, 16)            # Pillow says width first
     assert Image.open(drawn / "grid_0000-0002.png").size == (52, 36)     # with gaps of 4
 
 
 def test_text_fields_and_the_second_line_hold_what_draws_the_picture_again(weights, concept_files, tmp_path):
     concept = concept_files["cat"]
-    stdout, _ = draw(weights, tmp_path, "a <cat>", "--concept", concept, "--seed", 3, "--negative", "-dark, 熊")
+    more = "--concept", concept, "--seed", 3, "--negative", "-dark, 熊"
+    stdout, _ = draw(weights, tmp_path, "a <cat>", *more)
     expected = {"prompt": "a <cat>", "negative": "-dark, 熊", "steps": 2, "sampler": "ddim", "guidance": 4.0,
                 "size": "16x24", "weights": str(weights), "prediction": "epsilon", "precision": "fp32",
                 "concepts": str(concept), "beta": "0.7", "tau": "0.15", "lock": "local"}
     fields = Image.open(tmp_path / "0000.png").text
-    assert fields.pop("parameters").split("\n") == [       # as the web UI writes it; ComfyUI reads "prompt" as JSON
+    assert fields.pop("parameters").split("\n") == [       # as the web UI writes it
         "a <cat>", "Negative prompt: -dark, 熊",
         "Steps: 2, Sampler: DDIM, CFG scale: 4.0, Seed: 3, Size: 24x16, Model: weights"]
     assert json.loads(fields.pop("perfusion")) == expected | {"seed": 3} and not fields
@@ -58,7 +60,8 @@ def test_a_concept_is_drawn_as_it_was_trained_and_that_is_said(weights, concept_
     concept.save(file)
     _, said = draw(weights, tmp_path / "a", "a <teddy>", "--concept", file)
     assert said.count("is used with v_prediction, its files say epsilon") == 1
-    draw(weights, tmp_path / "b", "a <teddy>", "--concept", concept_files["teddy"], "--prediction=v_prediction")
+    more = "--concept", concept_files["teddy"], "--prediction=v_prediction"
+    draw(weights, tmp_path / "b", "a <teddy>", *more)
     assert torch.equal(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
 
 

@@ -238,12 +238,17 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_file(run, tmp_path, mon
     assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == 2
 
 
-def test_only_the_number_of_parts_and_of_steps_may_change_on_resuming(run, three, tmp_path, capsys):
+def test_only_the_numbers_of_parts_and_steps_may_change_on_resuming(run, three, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(three[0], tmp_path / "out")
     with pytest.raises(ValueError, match=f"lr was {train.EMBEDDED.lr}, now is 0.3"):
         run(out, "--resume", "--steps", 3, "--lr", "0.3")
     run(out, "--resume", "--steps", 4, "--accumulate", 2)
-    assert "resumed after step 3 of 4; i_star moves as for 4 steps, not 3" in capsys.readouterr().out
+    assert "resumed after step 3 of 4; the running mean of i_star was set for 3" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="prediction was epsilon, now is v_prediction"):
+        run(out, "--resume", "--steps", 5, "--prediction", "v_prediction")
+    monkeypatch.setattr(covariance, "inverse", lambda C: 2 * torch.eye(len(C), dtype=torch.float64))
+    with pytest.raises(ValueError, match="the covariance has changed"):
+        run(out, "--resume", "--steps", 5)
 
 
 # ------------------------------------------------------------------------------------------ what is learned

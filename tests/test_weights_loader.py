@@ -15,8 +15,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights_loader
-from models import (BIN, FEW, PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
-                    small_model)
+from models import (
+    BIN,
+    FEW,
+    PUBLISHED,
+    SMALL,
+    Call,
+    bins,
+    half,
+    rewritten,
+    shards,
+    single_file_tensors,
+    small_model,
+)
 from support import weight_files, weight_names
 
 PARTS = tuple(weights_loader.NETWORKS)
