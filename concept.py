@@ -166,8 +166,8 @@ def _check_pairs(concepts: list[Concept]) -> None:
     for a, b in itertools.combinations(concepts, 2):
         ab, ba = (float(x.i_star @ y.d_star / (y.i_star @ y.d_star)) for x, y in ((a, b), (b, a)))
         if ab * ba > SAME:          # the squared cosine in the metric: `split` would have no solution
-            raise ValueError(f"{a.token} and {b.token} cannot be told apart (sim/energy {ab:.2f} and {ba:.2f})"
-                             ": use only one of them")
+            raise ValueError(f"{a.token} and {b.token} cannot be told apart, sim/energy {ab:.2f} and {ba:.2f}: "
+                             "use only one of them")
         if max(ab, ba) > perfusion.DRAWING_BETA["local"]:
             warnings.warn(f"{a.token} and {b.token} are of one kind: the word of one opens the gate of the "
                           f"other (sim/energy {ab:.2f} and {ba:.2f}), so their looks will mix", stacklevel=3)

@@ -104,7 +104,8 @@ def edit(linear: Callable, e_perp: Tensor, gates: Tensor, targets: list[Tensor])
 def running_mean(i_star: Tensor, e_concept: Tensor, decay: float) -> Tensor:
     """Section 4: i_star <- decay i_star + (1 - decay) e_concept.
 
-    e_concept (d,): the mean encoding of the concept's word in a batch. It moves while the embedding is trained. i_star follows slowly, so that the values can learn.
+    e_concept (d,): the mean encoding of the concept's word in a batch. It moves while the embedding is trained;
+    i_star follows slowly, so that the values can learn.
     """
     return decay * i_star + (1 - decay) * e_concept.detach().to(i_star)
 

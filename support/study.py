@@ -132,8 +132,8 @@ class Study:
 
     def condition(self, name: str, beta: float | None = None, tau: float = DRAWING_TAU,
                   slide: float = 0) -> perfusion.Conditioning:
-        """Keys and values of ["", prompt] and the gates, under one of LOCKS. slide: how far the keys are moved
-        to the trained ones, 0 to 1."""
+        """Keys and values of ["", prompt] and the gates, under one of LOCKS. slide: how far the keys are
+        moved to the trained ones, 0 to 1."""
         version, lock, _ = LOCKS[name]
         concepts = [versions[version] for versions in self.concepts] if version else []
         for j, versions in enumerate(self.concepts if slide else ()):

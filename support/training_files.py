@@ -32,7 +32,7 @@ def read_checkpoint(path: Path, identity: dict[str, str]) -> dict:
         state = torch.load(path, map_location="cpu", weights_only=True)
         found = state["identity"]
     except Exception as error:      # torch raises many kinds for a file that it did not write
-        raise ValueError(f"{path} is {what_is(path)}, not a sound checkpoint: {type(error).__name__}") from error
+        raise ValueError(f"{path} is {what_is(path)}, no checkpoint: {type(error).__name__}") from error
     if "lock" in found:             # the name of `keys` in older checkpoints
         found["keys"] = found.pop("lock")
     for key, value in identity.items():
