@@ -57,7 +57,8 @@ class Parser(argparse.ArgumentParser):
         return super()._parse_optional(text) if text == "-h" or text.startswith("--") else None
 
     def error(self, message: str):
-        raise ValueError(f"{message} (--help lists all options)")
+        hint = " (--negative=--ugly, if it begins so)" * message.endswith("expected one argument")
+        raise ValueError(f"{message}{hint} (--help lists all options)")
 
 
 def at_home(value):

@@ -131,7 +131,7 @@ def open_image(path: Path) -> tuple[Image.Image, set[str]]:
             rgba, profile = _to_srgb(image, file.info.get("icc_profile"))
             changes = {f"colours converted from the profile {profile}"} if profile else set()
             if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-                changes.add("turned as their EXIF says, and so must their masks be")
+                changes.add("turned as their EXIF says (masks of your own must be turned too)")
             return rgba, changes
     except (OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error

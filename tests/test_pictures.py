@@ -44,7 +44,7 @@ def test_a_photo_is_turned_as_its_exif_says_and_its_mask_must_be_like_it(tmp_pat
     Image.fromarray(np.rot90(image).copy()).save(tmp_path / "x.jpg", exif=exif, quality=100)
     rgb, alpha, changes = read_image(tmp_path / "x.jpg", 8)
     assert alpha is None and rgb[:, :3].max() < -0.8 and rgb[:, 5:].min() > 0.8 and changes == {
-        "cropped to the central square", "turned as their EXIF says, and so must their masks be"}
+        "cropped to the central square", "turned as their EXIF says (masks of your own must be turned too)"}
     (tmp_path / "masks").mkdir()
     for size, fits in (((120, 40), True), ((61, 20), True), ((40, 120), False), ((40, 40), False)):
         Image.new("L", size, 255).save(tmp_path / "masks" / "x.png")
