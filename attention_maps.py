@@ -74,17 +74,16 @@ def share_inside(where: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def noised_map(model, latents: Tensor, timestep: int, keys: list[Tensor], values: list[Tensor],
-               words: list[int], seed: int = 0, map_keys: list[Tensor] | None = None) -> Tensor:
+               words: list[int], seed: int = 0) -> Tensor:
     """Where a word acts on pictures that are noised to a timestep: maps (B, h, w), as `word_map`.
 
     latents (B, c, h, w); keys, values per layer (B or 1, T, width); words: the word's token indices.
-    map_keys: the keys whose attention is shown, if not the ones that the U-Net sees.
     """
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
     times = torch.full((len(latents),), timestep, device=latents.device)
     with record_queries(model.unet) as queries:
         model.unet(model.schedule.add_noise(latents, noise, times).to(keys[0].dtype), times, keys, values)
-    maps = attention(queries, map_keys or keys, model.unet.config.attention_heads)
+    maps = attention(queries, keys, model.unet.config.attention_heads)
     return word_map(maps, words, tuple(latents.shape[-2:]))
 
 

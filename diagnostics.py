@@ -191,9 +191,9 @@ def start(argv: Sequence[str] | None = None) -> Run:
     announce(args, model, len(missing))
     if missing:
         del model                   # two at once would take twice the memory
-        for n, (source, lock, file) in enumerate(missing, 1):
-            print(f"training {n} of {len(missing)}: {source.words}, --keys {lock}", flush=True)
-            train(args, source, lock, file)
+        for n, (source, keys, file) in enumerate(missing, 1):
+            print(f"training {n} of {len(missing)}: {source.words}, --keys {keys}", flush=True)
+            train(args, source, keys, file)
         model = open_model(args, given)
     concepts = [read_concepts(model, source.files) for source in args.sources]
     bar = tqdm(unit="picture", desc="drawing", delay=1)

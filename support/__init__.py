@@ -1,1 +1,1 @@
-"""One step back: what makes the scripts robust, fast and pretty. The method is not here."""
+"""What makes the scripts robust, fast and pretty. The method is not here."""

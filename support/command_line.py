@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         return super()._parse_optional(text) if text == "-h" or text.startswith("--") else None
 
     def error(self, message: str):
-        hint = " (--negative=--ugly, if it begins so)" * message.endswith("expected one argument")
+        hint = "; before a value that begins with -- put =" * message.endswith("expected one argument")
         raise ValueError(f"{message}{hint} (--help lists all options)")
 
 

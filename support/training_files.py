@@ -60,7 +60,7 @@ def write_preview(out: Path, model, concept: Concept, prompts: tuple[str, ...], 
             latents.append(draw_latents(model.unet, model.schedule, K, V, [seed], data.latents.shape[-2:],
                                         steps, model.guidance))
             maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
-                                   [v[1:] for v in V], found[concept.token][0])[0].float().cpu())
+                                   [v[1:] for v in V], found[concept.token][0])[0].cpu())
     model.vae.to(model.device)
     images = decode(model.vae, torch.cat(latents))
     model.vae.cpu()
