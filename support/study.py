@@ -88,9 +88,10 @@ def shrink(maps: Tensor) -> Tensor:
 
 def thinned(queries: Tensor, size: tuple[int, int]) -> Tensor:
     """Queries (h w, width) of one picture -> (h', w', width), float32 on the CPU: every k-th row and column,
-    so that at most QUERY_SIDE are left. A mean would not be a query that any place has asked."""
+    so that at most QUERY_SIDE are left. A mean would not be a query that any place has asked. A copy: a view
+    would keep all the queries."""
     every = -(-max(size) // QUERY_SIDE)
-    return queries.unflatten(0, tuple(size))[every // 2::every, every // 2::every].float().cpu()
+    return queries.unflatten(0, tuple(size))[every // 2::every, every // 2::every].float().cpu().clone()
 
 
 def fill(template: str, names: Sequence[str]) -> str:
