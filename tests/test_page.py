@@ -44,7 +44,7 @@ def study():
     model = weights_loader.load("tiny")
     concepts = [{keys: concept(model, name, words, keys) for keys in ("locked", "trained")}
                 for name, words in (("<teddy>", "teddy bear"), ("<cat>", "cat"))]
-    return Study(model, "a photo of a {} next to a {}", concepts, steps=2, guidance=2.0, seeds=[3, 5])
+    return Study(model, "a photo of a {} next to a {}", concepts, steps=2, seeds=[3, 5])
 
 
 RECORDS = {"fingerprint": "f", "command": "measure", "rows": {     # of two pairs and three seeds
@@ -84,7 +84,7 @@ def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word():
 
 def test_watching_does_not_change_the_picture(study):
     given, model = study.condition("locked keys"), study.model
-    unwatched = diffusion.draw(model, given.keys, given.values, [3], model.size, study.steps, study.guidance)
+    unwatched = diffusion.draw(model, given.keys, given.values, [3], model.size, study.steps, model.guidance)
     drawn = study.drawn("locked keys", 3)
     assert torch.equal(drawn.picture, unwatched[0]) and len(drawn.seen) == study.steps
     assert torch.equal(drawn.seen[:1], diffusion.seeded_noise(3, drawn.seen.shape[1:]))
@@ -343,7 +343,7 @@ def test_the_layout_fits_and_all_text_can_be_read(page, theme):
 
 
 def test_a_page_of_one_concept_without_trained_keys_or_records_has_the_other_parts(browser, study, tmp_path):
-    alone = Study(study.model, "a {} on the grass", [{"locked": study.concepts[0]["locked"]}], 2, 2.0, [0])
+    alone = Study(study.model, "a {} on the grass", [{"locked": study.concepts[0]["locked"]}], 2, [0])
     path = tmp_path / "index.html"
     path.write_text(pages.page(alone, [[]], MADE, None), encoding="utf-8")
     browser.open(path)
