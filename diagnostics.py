@@ -29,7 +29,6 @@ from concept import KEYS, Concept, prepare
 from perfusion import DRAWING_BETA, DRAWING_TAU
 from support import command_line
 from support.base_model import open_model
-from support.command_line import between, concept_name, unquoted
 from support.files import replacing
 from support.page import BETAS, page
 from support.pictures import digest, list_images, read_image
@@ -54,7 +53,7 @@ class Source:
             raise ValueError(f"two of these files were trained with the same --keys: {names}")
         if not pictures and "locked" not in self.files:
             raise ValueError(f"{names}: a file with locked keys is needed too, or --images to train one")
-        self.token = f"<{concept_name(None, pictures)}>" if pictures else ""
+        self.token = f"<{command_line.concept_name(None, pictures)}>" if pictures else ""
         if "locked" in self.files:
             self.token = Concept.load(self.files["locked"]).token
 
@@ -68,14 +67,14 @@ def arguments(argv: list[str] | None):
     add("--second-super", metavar="WORDS", help="what the second one is, in ordinary words")
     add("--out", type=Path, default=Path("figures"), metavar="DIR", help="output folder")
     add("--page", type=Path, metavar="FILE", help="the page (default: index.html in --out)")
-    add("--prompt", type=unquoted, default="a photo of a {} wearing a hat on the beach",
+    add("--prompt", type=command_line.unquoted, default="a photo of a {} wearing a hat on the beach",
         help="{} stands for the concept")
     add("--words", default="hat,beach", metavar="W,W", help="other words in figure 2")
-    add("--pair", type=unquoted, default="a photo of a {} next to a {} on the grass", metavar="PROMPT",
-        help="prompt of two concepts")
-    add("--seed", type=between(0, 2 ** 62), default=0, help="seed of the first picture")
-    add("--steps", type=between(1, 999), default=20, help="denoising steps, 1 to 999")
-    add("--training-steps", type=between(1, 10 ** 6), metavar="N",
+    add("--pair", type=command_line.unquoted, default="a photo of a {} next to a {} on the grass",
+        metavar="PROMPT", help="prompt of two concepts")
+    add("--seed", type=command_line.between(0, 2 ** 62), default=0, help="seed of the first picture")
+    add("--steps", type=command_line.between(1, 999), default=20, help="denoising steps, 1 to 999")
+    add("--training-steps", type=command_line.between(1, 10 ** 6), metavar="N",
         help="of train.py (default: what suits the model)")
     add("--concept", "--trained", "--inversion", type=Path, nargs="+", action="extend", default=[],
         metavar="FILE", help="finished files of the concept, of different --keys, instead of training")

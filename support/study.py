@@ -213,9 +213,8 @@ class Study:
         every concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and,
         where there are such, trained: lists over layers of (n, width)."""
         e, *_ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
-        I, D = (torch.stack([getattr(concept, name) for concept in self.locked])
-                for name in ("i_star", "d_star"))
-        e_perp, ratio = perfusion.split(e, I, D)
+        e_perp, ratio = perfusion.split(e, torch.stack([concept.i_star for concept in self.locked]),
+                                        torch.stack([concept.d_star for concept in self.locked]))
         sides = []
         for side in ("locked", "trained")[:1 + ("trained keys" in self.locks)]:
             layers = zip(*(versions[side].o_keys for versions in self.concepts), strict=True)

@@ -25,14 +25,13 @@ TEDDY = ROOT / "examples" / "teddy"
 
 
 @pytest.fixture(scope="module")
-def result(weights, tmp_path_factory):
+def result(weights, concept_files, tmp_path_factory):
     """A whole run that trained one concept of four: what it worked with; its folder; what it said."""
     out, folder = tmp_path_factory.mktemp("figures"), tmp_path_factory.mktemp("files")
-    teddy, bear, cat = (write_concept(weights, folder / f"{name}.safetensors", words, keys)
-                        for name, words, keys in (("teddy", "teddy bear", "locked"),
-                                                  ("bear", "teddy bear", "trained"), ("cat", "cat", "locked")))
+    trained = write_concept(weights, folder / "bear.safetensors", "teddy bear", "trained")
+    cat = write_concept(weights, folder / "cat.safetensors", "cat")
     command = ["--weights", weights, "--steps", 2, "--out", out, "--images", TEDDY, "--super", "teddy bear",
-               "--training-steps", 1, "--concept", teddy, "--trained", bear, "--second", cat]
+               "--training-steps", 1, "--concept", concept_files["teddy"], "--trained", trained, "--second", cat]
 
     def train(command, stdout):
         """Here in this process: importing torch anew takes seconds."""
@@ -50,7 +49,7 @@ def result(weights, tmp_path_factory):
 
 def test_all_figures_are_written_and_the_page(result):
     _, out, said = result
-    assert {path.name for path in out.iterdir()} == {"trained", "index.html", *(f"{name}.png" for name in FIGURES)}
+    assert {path.stem for path in out.iterdir()} == {"trained", "index"} | FIGURES
     for name in FIGURES:
         image = Image.open(out / f"{name}.png").convert("L")
         assert image.width > 250 and len(image.getcolors(maxcolors=2 ** 24)) > 20, name
@@ -67,8 +66,8 @@ def test_the_gates_are_those_of_the_method_at_the_words_they_are_labelled_with(r
     ratio = e[0] @ concept.d_star / (concept.i_star @ concept.d_star)
     expected = torch.sigmoid((ratio - 0.7) / 0.15)[:len(words)]
     assert [bar.get_height() for bar in axes.patches] == pytest.approx(expected.tolist(), abs=1e-4)
-    heads = [axes.get_title() for axes in diagnostics.figure_beta(one).axes[:len(BETAS)]]
-    assert heads == [f"beta {beta:g}\ngate {torch.sigmoid((ratio[place] - beta) / 0.15):.0%}" for beta in BETAS]
+    for beta, axes in zip(BETAS, diagnostics.figure_beta(one).axes):
+        assert axes.get_title() == f"beta {beta:g}\ngate {torch.sigmoid((ratio[place] - beta) / 0.15):.0%}"
 
 
 def test_every_lock_has_a_row_and_a_word_its_share_on_its_own_object(result):
@@ -113,12 +112,12 @@ def test_what_is_missing_is_trained_once_and_again_for_other_pictures_words_weig
     def missing():
         monkeypatch.setattr(source, "files", {})        # as if none were given
         return tuple(keys for _, keys in diagnostics.missing_trainings(args, one.model))
-    for owner, name, value, expected in (
-            (args, "steps", 3, KEYS[:2]), (source, "pictures", folder, KEYS[:2]), (source, "words", "bear", KEYS),
-            (args, "training_steps", 7, KEYS), (one.model, "fingerprint", "x", KEYS)):
+    for owner, name, value in ((source, "words", "bear"), (args, "training_steps", 7),
+                               (one.model, "fingerprint", "x")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
-            assert missing() == expected, name
+            assert missing() == KEYS, name
+    monkeypatch.setattr(args, "steps", 3)
     monkeypatch.setattr(source, "pictures", folder)
     assert missing() == KEYS[:2] and len(set(source.files.values())) == 3
     file = source.files["none"]
@@ -132,11 +131,11 @@ def test_what_is_missing_is_trained_once_and_again_for_other_pictures_words_weig
 
 @pytest.mark.slow
 def test_at_sd_v1s_size_the_page_is_small_and_the_memory_bounded(tokenizer_folder, tmp_path):
-    weights, flags = tmp_path / "weights", []
+    weights, files = tmp_path / "weights", []
     apart(write_weights, weights, tokenizer_folder)
-    for lock in KEYS:
-        flags += ["--concept", apart(write_concept, weights, tmp_path / f"{lock}.safetensors", "teddy bear", lock)]
-    peak = apart(script, "diagnostics.py", "--weights", weights, "--device", "cpu", *flags,
+    for keys in KEYS:
+        files.append(apart(write_concept, weights, tmp_path / f"{keys}.safetensors", "teddy bear", keys))
+    peak = apart(script, "diagnostics.py", "--weights", weights, "--device", "cpu", "--concept", *files,
                  "--steps", 1, "--out", tmp_path / "out")
     assert peak < LIMIT_GB
     assert (tmp_path / "out" / "index.html").stat().st_size < 8_000_000
