@@ -88,32 +88,21 @@ def noised_map(model, latents: Tensor, timestep: int, keys: list[Tensor], values
 
 
 @torch.no_grad()
-def word_masks(model, latents: Tensor, word: str, seed: int = 0) -> Tensor:
-    """The base model as its own segmenter: latents (N, c, h, w) -> `object_map` of a word (N, 1, h, w).
+def word_masks(model, latents: Tensor, word: str) -> Tensor:
+    """The base model as its own segmenter: where it sees a thing in pictures, above 0.5 on the thing.
 
-    ValueError when the text encoder has no room for the word.
+    The attention of the word, averaged over MASK_TIMESTEPS and MASK_DRAWS of noise, and stretched to 0...1,
+    as attention elsewhere is small but not 0. latents (N, c, h, w) -> (N, 1, h, w). ValueError when the text
+    encoder has no room for the word.
     """
     ids, (found,) = model.tokenizer.encode(["a photo of a <word>"], {"<word>": word})
     if not found["<word>"]:
         raise ValueError(f'"{word}" has too many tokens for the text encoder')
     e = model.text_encoder(model.text_encoder.embed(ids))
-    keys, values = model.unet.keys(e), model.unet.values(e)
-    return object_map(model, latents, keys, values, found["<word>"][0], seed)[:, None]
-
-
-@torch.no_grad()
-def object_map(model, latents: Tensor, keys: list[Tensor], values: list[Tensor], words: list[int],
-               seed: int = 0) -> Tensor:
-    """Where the base model sees a thing in finished pictures: (N, h, w), above 0.5 on the thing.
-
-    The attention of the word, averaged over MASK_TIMESTEPS and MASK_DRAWS of noise, and stretched to 0...1,
-    as attention elsewhere is small but not 0. latents (N, c, h, w); keys, values per layer (1, T, width) of a
-    prompt in ordinary words; words: the token indices of the thing's.
-    """
-    maps = []
-    for z in latents.split(1):
-        draws = [noised_map(model, z.expand(MASK_DRAWS, -1, -1, -1), t, keys, values, words, seed + t)
+    keys, values, masks = model.unet.keys(e), model.unet.values(e), []
+    for z in latents:
+        draws = [noised_map(model, z.expand(MASK_DRAWS, -1, -1, -1), t, keys, values, found["<word>"][0], t)
                  for t in MASK_TIMESTEPS]
         mean = torch.cat(draws).mean(0)
-        maps.append((mean - mean.min()) / (mean.max() - mean.min()))
-    return torch.stack(maps)
+        masks.append((mean - mean.min()) / (mean.max() - mean.min()))
+    return torch.stack(masks)[:, None]

@@ -23,14 +23,10 @@ from PIL import Image
 from torch import Tensor
 
 import diffusion
-from diffusion import ddim_timesteps
 from perfusion import DRAWING_BETA, DRAWING_TAU
 from support.plots import palette
 from support.study import LOCKS, Study, shrink
 
-PICTURE_SIDE, STEP_SIDE = 256, 128          # pixels: the longer side of what the page holds, at most
-STEPS_SHOWN, MAP_BYTES = 8, 2_500_000       # in the explorer, at most: rather fewer steps than more bytes
-LIVE_BYTES = 3_000_000                      # of A, u and v, at most: rather fewer seeds than more bytes
 SLIDES = (0, 0.25, 0.5, 0.75, 1)            # lambda of the pictures: from locked to trained keys
 BETAS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
 
@@ -54,7 +50,7 @@ def page(study: Study, training: list[list[Tensor]], made: str, records: dict | 
     return template.replace("{{data}}", json.dumps(data).replace("<", "\\u003c"))
 
 
-def live(study: Study, limit: int = LIVE_BYTES) -> dict:
+def live(study: Study, limit: int = 3_000_000) -> dict:
     """What the browser needs to compute the attention of the locked drawings of as many seeds as `limit`
     bytes allow: per seed and layer A (places, heads, tokens + 1), u and v (places, heads, n), as whole
     numbers of 16 bits in units of `unit`.
@@ -66,18 +62,17 @@ def live(study: Study, limit: int = LIVE_BYTES) -> dict:
     first = last.tokens[0]
     ratios, plain, sides = study.key_parts()
     every = [study.drawn("locked keys", seed) for seed in study.seeds]
-    packed = []
+    parts = []
     for drawn in every:
-        parts = []
         for q, k, *targets in zip(drawn.queries, plain, *sides):
             q = q.flatten(0, 1).unflatten(1, (heads, -1)) * (q.shape[-1] // heads) ** -0.5
-            a = against(q, k)
+            a, *uv = (torch.einsum("phd,khd->phk", q, x.unflatten(1, (heads, -1))) for x in (k, *targets))
             if last.label == "padding":
                 a = torch.cat([a[..., :first], a[..., first:].logsumexp(-1, keepdim=True)], -1)
-            parts += [a.flatten(), *(against(q, o).flatten() for o in targets)]
-        packed.append(torch.cat(parts))
-    shown = min(len(packed), max(1, limit // (2 * len(packed[0]))))
-    numbers, size = torch.cat(packed[:shown]), every[0].queries[0].shape[:2]
+            parts += [x.flatten() for x in (a, *uv)]
+    packed = torch.cat(parts).view(len(every), -1)
+    shown = min(len(every), max(1, limit // (2 * packed.shape[1])))
+    numbers, size = packed[:shown], every[0].queries[0].shape[:2]
     unit = numbers.abs().max().item() / 32767
     masks = [F.interpolate(drawn.masks[None], size, mode="area")[0] for drawn in every[:shown]]
     return {"ratios": ratios.tolist(), "heads": heads, "unit": unit, "sides": len(sides),
@@ -85,18 +80,13 @@ def live(study: Study, limit: int = LIVE_BYTES) -> dict:
             "numbers": compressed((numbers / unit).round().short().numpy().tobytes())}
 
 
-def against(q: Tensor, keys: Tensor) -> Tensor:
-    """Scaled queries (places, heads, d) . keys (k, heads * d) -> (places, heads, k)."""
-    return torch.einsum("phd,khd->phk", q, keys.unflatten(1, (q.shape[1], -1)))
-
-
-def explorer(study: Study, limit: int = MAP_BYTES) -> dict:
+def explorer(study: Study, limit: int = 2_500_000) -> dict:
     """The first seed under every lock: maps of all words in as many steps as `limit` bytes allow, in all
     layers, in steps of 1 / 255 of the largest value that a word has under any lock; what the U-Net saw."""
     views = {name: study.drawn(name, study.seeds[0]) for name in study.locks}
     first, of = next(iter(views.values())), study.steps
     step_bytes = len(views) * sum(level[0].numel() for level in first.maps)
-    shown = min(of, STEPS_SHOWN, max(1, limit // step_bytes))
+    shown = min(of, 8, max(1, limit // step_bytes))
     steps = torch.linspace(0, of - 1, shown).round().int().tolist() if shown > 1 else [of // 2]
     levels = [torch.stack(level)[:, steps] for level in zip(*(view.maps for view in views.values()))]
     scales = [level.amax((0, 1, 3, 4)).clamp_min(1e-9) for level in levels]      # per word, for all locks
@@ -104,11 +94,11 @@ def explorer(study: Study, limit: int = MAP_BYTES) -> dict:
     vae, device = study.model.vae, study.model.device
     return {
         "layers": ["mean of all", *study.model.unet.layer_names()], "of": of,
-        "steps": [{"number": k + 1, "t": ddim_timesteps(of)[k]} for k in steps],
+        "steps": [{"number": k + 1, "t": diffusion.ddim_timesteps(of)[k]} for k in steps],
         "sizes": [level.shape[-2:] for level in levels], "scales": [scale.tolist() for scale in scales],
         "maps": compressed(b"".join(level.numpy().tobytes() for level in maps)),
         "views": [{"name": name, "note": LOCKS[name][2],
-                   "seen": uris(diffusion.decode(vae, view.seen[steps].to(device)), STEP_SIDE, 60),
+                   "seen": uris(diffusion.decode(vae, view.seen[steps].to(device)), 128, 60),
                    "objects": objects(shrink(view.masks.float()))} for name, view in views.items()]}
 
 
@@ -121,8 +111,8 @@ def compressed(numbers: bytes) -> str:
     return base64.b64encode(gzip.compress(numbers, mtime=0)).decode()
 
 
-def uris(pictures, side: int = PICTURE_SIDE, quality: int = 80) -> list[str]:
-    """Pictures (3, H, W) in [0, 1] as addresses of WebP images."""
+def uris(pictures, side: int = 256, quality: int = 80) -> list[str]:
+    """Pictures (3, H, W) in [0, 1] as addresses of WebP images, at most `side` pixels high and wide."""
     addresses = []
     for picture in pictures:
         image, file = Image.fromarray(diffusion.to_bytes(picture)), io.BytesIO()

@@ -1,7 +1,6 @@
 """Plots: tensors in, a figure out."""
 
 import io
-import itertools
 import os
 import sys
 
@@ -92,21 +91,19 @@ def palette() -> list[int]:
 
 
 def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: str, tops: list | None = None,
-                objects: list | None = None) -> Figure:
+                objects: dict | None = None) -> Figure:
     """A grid of pictures (3, H, W) and maps (h, w), with labels.
 
-    tops: per column of maps the value where its colours end. objects: [row][column] None, or the mask (h, w)
-    that is outlined on a map and the text below it.
+    tops: per column of maps the value where its colours end. objects: {(row, column): (mask, text)}, a mask
+    (h, w) that is outlined on a map and the text below it.
     """
-    R, C = len(cells), len(cells[0])
-    figure = Figure(figsize=(1.4 * C + 0.5, 1.65 * R + 0.7), layout="constrained")
-    axes = figure.subplots(R, C, squeeze=False)
-    for r, c in itertools.product(range(R), range(C)):
-        axis = axes[r, c]
+    figure = Figure(figsize=(1.4 * len(columns) + 0.5, 1.65 * len(rows) + 0.7), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for (r, c), axis in np.ndenumerate(axes):
         panel(axis, cells[r][c], "" if r else columns[c], tops[c] if tops else 1)
         axis.set_ylabel("" if c else label(rows[r]), fontsize=8)
-        if objects and objects[r][c]:
-            mask, text = objects[r][c]
+        if objects and (r, c) in objects:
+            mask, text = objects[r, c]
             across, down = ((np.arange(n) + 0.5) / n for n in reversed(mask.shape))
             axis.contour(across, down, mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
             axis.set_xlabel(text, fontsize=8)
@@ -114,15 +111,15 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
     return figure
 
 
-def gates_figure(prompts: list[tuple[list, list[str], Tensor]], title: str) -> Figure:
-    """How far gates are open: per prompt its tokens [(place, text)], the concepts' names, gates (T, n)."""
+def gates_figure(prompts: list[tuple[list[str], list[str], Tensor]], title: str) -> Figure:
+    """How far gates are open: per prompt the texts of its tokens, the concepts' names, gates (tokens, n)."""
     figure = Figure(figsize=(8, 2.3 * len(prompts) + 0.4), layout="constrained")
-    for axis, (places, names, gates) in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], prompts):
-        at, width = np.array([t for t, _ in places]), 0.8 / len(names)
+    for axis, (pieces, names, gates) in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], prompts):
+        at, width = np.arange(len(pieces)), 0.8 / len(names)
         for j, name in enumerate(names):
-            axis.bar(at + width * (j + 0.5) - 0.4, gates[at, j].numpy(), width, label=label(name),
+            axis.bar(at + width * (j + 0.5) - 0.4, gates[:, j].numpy(), width, label=label(name),
                      color=matplotlib.colormaps["viridis"](0.25 + 0.5 * j))
-        axis.set_xticks(at, [label(text) for _, text in places], rotation=35, fontsize=9)
+        axis.set_xticks(at, [label(piece) for piece in pieces], rotation=35, fontsize=9)
         axis.set(ylim=(0, 1), ylabel="gate")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.suptitle(title, fontsize=10)

@@ -1,15 +1,14 @@
 """A prompt with one or two concepts, drawn under several locks while its attention is kept.
 
     study = Study(model, "a photo of a {} next to a {}", [{"locked": teddy}, {"locked": cat}], steps=20,
-                  guidance=4.0, seeds=range(4))
+                  seeds=range(4))
     drawn = study.drawn("locked keys", seed=0)          # picture, maps, masks, queries; drawn once, then kept
     pictures = study.moved(slide=0.5)                   # (seeds, 3, H, W): keys halfway between two locks
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,6 @@ import perfusion
 from attention_maps import MASK_TIMESTEPS, attention, noised_map, record_queries
 from clip_text import WORD_END
 from concept import prepare
-from diffusion import seeded_noise
 from perfusion import DRAWING_BETA, DRAWING_TAU
 
 MAP_SIDE, QUERY_SIDE = 24, 16       # cells: the longer side of maps and queries that are kept, at most
@@ -49,13 +47,12 @@ class Drawn:
 
     maps: (steps, words, height, width), first the mean over layers, then one per layer: at a place the shares
     of all words sum to 1. seen: what the U-Net saw (steps, c, h, w). masks: (n, h, w) of 0 and 1, where the n
-    concepts are. gates: (T, n), None where nothing is edited. queries: of the middle step, `thinned`.
+    concepts are. queries: of the middle step, `thinned`.
     """
     picture: Tensor
     maps: list[Tensor]
     seen: Tensor
     masks: Tensor
-    gates: Tensor | None
     queries: list[Tensor]
 
 
@@ -101,9 +98,8 @@ def fill(template: str, names: Sequence[str]) -> str:
     return template
 
 
-def check_room(model, template: str, names: Sequence[str]) -> None:
-    """ValueError when a prompt is so long that a concept is cut off."""
-    prompt = fill(template, names)
+def check_room(model, prompt: str, names: Sequence[str]) -> None:
+    """ValueError when a prompt in ordinary words is so long that a concept is cut off."""
     for name in names:
         if len(model.tokenizer.find(prompt, name)) < names.count(name):
             raise ValueError(f'the prompt "{prompt}" is too long: it has no room for "{name}"')
@@ -117,16 +113,16 @@ class Study:
     ValueError when the prompt has no room for a concept.
     """
 
-    def __init__(self, model, template: str, concepts: list[dict], steps: int, guidance: float,
-                 seeds: Sequence[int], on_picture: Callable = lambda n: None):
-        self.model, self.concepts, self.steps, self.guidance = model, concepts, steps, guidance
+    def __init__(self, model, template: str, concepts: list[dict], steps: int, seeds: Sequence[int],
+                 on_picture: Callable = lambda n: None):
+        self.model, self.concepts, self.steps = model, concepts, steps
         self.seeds, self.on_picture = seeds, on_picture
         self.locks = [name for name, (version, _, _) in LOCKS.items()
                       if all(version in (None, *versions) for versions in concepts)]
         self.locked = prepare([versions["locked"] for versions in concepts], model)
         self.tokens, self.names = [c.token for c in self.locked], [c.words for c in self.locked]
-        check_room(model, template, self.names)
         self.prompt, self.ordinary = fill(template, self.tokens), fill(template, self.names)
+        check_room(model, self.ordinary, self.names)
         self.words = prompt_words(model.tokenizer, self.prompt, self.locked)
         self.named = [next(word for word in self.words if word.concept == j) for j in range(len(concepts))]
         self.drawn, self.moved = functools.cache(self._drawn), functools.cache(self._moved)
@@ -139,7 +135,7 @@ class Study:
         concepts = [versions[version] for versions in self.concepts] if version else []
         for j, versions in enumerate(self.concepts if slide else ()):
             ends = zip(concepts[j].o_keys, versions["trained"].o_keys)
-            concepts[j] = dataclasses.replace(concepts[j], o_keys=[torch.lerp(a, b, slide) for a, b in ends])
+            concepts[j] = replace(concepts[j], o_keys=[torch.lerp(a, b, slide) for a, b in ends])
         prompt = self.prompt if concepts else self.ordinary
         return perfusion.condition(self.model, ["", prompt], concepts, beta, tau, lock)
 
@@ -151,10 +147,10 @@ class Study:
         """`moved`: pictures (seeds, 3, H, W) of the locked concepts with keys that slid, or another beta."""
         if (slide, beta) == (0, DRAWING_BETA["local"]):
             return self.pictures("locked keys")
-        given, pictures = self.condition("locked keys", beta, slide=slide), []
+        model, given, pictures = self.model, self.condition("locked keys", beta, slide=slide), []
         for seed in self.seeds:         # one at a time, to spare memory
-            pictures.append(diffusion.draw(self.model, given.keys, given.values, [seed], self.model.size,
-                                           self.steps, self.guidance))
+            pictures.append(diffusion.draw(model, given.keys, given.values, [seed], model.size, self.steps,
+                                           model.guidance))
             self.on_picture(1)
         return torch.cat(pictures)
 
@@ -164,7 +160,7 @@ class Study:
         model, given = self.model, self.condition(name)
         keys = [k[1:] for k in (self.condition(keys_of) if keys_of else given).keys]
         size = tuple(side // model.vae.factor for side in model.size)
-        maps, seen, middle = [], [seeded_noise(seed, (model.unet.config.in_channels, *size))], []
+        maps, seen, middle = [], [diffusion.seeded_noise(seed, (model.unet.config.in_channels, *size))], []
 
         def keep(z: Tensor) -> None:
             own = [q[1:] for q in queries]
@@ -177,11 +173,10 @@ class Study:
 
         with record_queries(model.unet) as queries:
             latents = diffusion.draw_latents(model.unet, model.schedule, given.keys, given.values, [seed],
-                                             size, self.steps, self.guidance, on_step=keep)
+                                             size, self.steps, model.guidance, on_step=keep)
         self.on_picture(1)
-        gates = None if given.gates is None else given.gates[1].cpu()
         return Drawn(diffusion.decode(model.vae, latents)[0], [torch.stack(level) for level in zip(*maps)],
-                     torch.cat(seen[:-1]), self.masks(latents), gates, middle)
+                     torch.cat(seen[:-1]), self.masks(latents), middle)
 
     def layer_maps(self, queries: list[Tensor], keys: list[Tensor], size: tuple[int, int]) -> list[Tensor]:
         """Of one picture of `size`, per layer the words' shares of the attention (words, h, w)."""
@@ -219,9 +214,8 @@ class Study:
         every concept; W_K e_perp, per layer (T, width); and the concepts' targets of the keys, locked and,
         where there are such, trained: lists over layers of (n, width)."""
         e, *_ = perfusion.encode(self.model.text_encoder, self.model.tokenizer, [self.prompt], self.locked)
-        I, D = (torch.stack([getattr(concept, name) for concept in self.locked])
-                for name in ("i_star", "d_star"))
-        e_perp, ratio = perfusion.split(e, I, D)
+        e_perp, ratio = perfusion.split(e, torch.stack([concept.i_star for concept in self.locked]),
+                                        torch.stack([concept.d_star for concept in self.locked]))
         sides = []
         for side in ("locked", "trained")[:1 + ("trained keys" in self.locks)]:
             layers = zip(*(versions[side].o_keys for versions in self.concepts), strict=True)

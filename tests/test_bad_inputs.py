@@ -106,7 +106,8 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
         "--beta": ["low", "0.1,0.2,0.3"], "--concept": CONCEPT, "--negative": ["'a <dog>'"],
         "--out": ["PICTURE", "BELOW"]},
     "diagnostics": {"--prompt": ["''", "'{} {}'"], "--pair": ["'{}'"], "--super": ["cat"],
-                    "--concept": ["EMPTY"], "--second": ["EMPTY", "SHORT"], "--out": ["PICTURE"]},
+                    "--concept": ["EMPTY", "TEDDY"], "--out": ["PICTURE"],
+                    "--second": ["EMPTY", "SHORT", "INVERTED", "TEDDY", "nowhere/teddy --second-super bear"]},
     "evaluate": {
         "--seeds --steps": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
         "--tau": ["0"], "--concept": ["EMPTY"], "--images": ["NOTHING", "'EMPTY EMPTY'"],
@@ -122,8 +123,7 @@ LATER = {  # what can only be seen in the weights, or beside them
         "--resume": ["PICTURE", "TEDDY", "EVIL"]},
     "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"], "--weights": ["nowhere"]},
     "diagnostics": {
-        "--concept": ["OTHER_BASE", "INVERTED"], "--trained": ["TEDDY"], "--inversion": ["TEDDY"],
-        "--second": ["TEDDY"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
+        "--inversion": ["OTHER_KIND"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
         "--weights": ["nowhere"], "--images": ["nowhere --super cat"],
         "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
     "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip --weights": ["nowhere", "EMPTY"]},
@@ -145,7 +145,8 @@ def places(weights, tmp_path_factory):
     picture = folder / "images" / "picture.png"
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")                  # 200 megapixels, 25 kB
     teddy = write_concept(weights, folder / "teddy.safetensors")
-    write_concept(weights, folder / "inverted.safetensors", lock="none")
+    for name, words in (("inverted", "teddy bear"), ("other_kind", "cat")):
+        write_concept(weights, folder / f"{name}.safetensors", words, "none")
     for name, change in {"other_base": {"metadata": {"base": "another"}},
                          "misshaped": {"embedding": torch.zeros(2, 5)}}.items():
         concept = Concept.load(teddy)
