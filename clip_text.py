@@ -5,7 +5,6 @@ encoder takes embeddings, not ids, so that a caller can write learned vectors in
 the tokenizer names. Parameters are named as in the published files, without the prefix `text_model.`.
 """
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from support.files import replacing, write_json
-from support.weight_files import read_json, read_text
+from support.files import read_json, read_text, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
@@ -135,15 +133,19 @@ class Tokenizer:
     """CLIP's byte-pair encoding: lower case, `max_length` ids per prompt, start and end included."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int = 77):
-        """tokenizer: a tokenizers.Tokenizer; its own truncation and padding are switched off."""
+        """tokenizer: a tokenizers.Tokenizer; its own truncation and padding are switched off.
+
+        vocabulary: token -> id. ValueError if it is not CLIP's.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if tokenizer.token_to_id(START) is None or tokenizer.token_to_id(END) is None:
+        self._tokenizer, self.max_length, self._said = tokenizer, max_length, set()
+        self.vocabulary = tokenizer.get_vocab()
+        if not {START, END} <= self.vocabulary.keys():
             raise ValueError(f"not CLIP's vocabulary: {START} or {END} is missing")
+        self.start, self.end = self.vocabulary[START], self.vocabulary[END]
         tokenizer.add_special_tokens([START, END])  # a literal <|endoftext|> in a prompt stays one token
         tokenizer.model.unk_token = END  # see _pieces
-        self._tokenizer, self.max_length, self._said = tokenizer, max_length, set()
-        self.start, self.end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
@@ -168,21 +170,8 @@ class Tokenizer:
         """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""
         config = {"model_max_length": self.max_length, "bos_token": START, "eos_token": END, "unk_token": END,
                   "pad_token": END, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-        bpe, folder = json.loads(self._tokenizer.to_str())["model"], Path(folder)
-        with replacing(folder / "merges.txt") as path:
-            path.write_text("\n".join(["#version: 0.2", *map(" ".join, bpe["merges"]), ""]), encoding="utf-8")
-        write_json(folder / "vocab.json", bpe["vocab"])
-        write_json(folder / "tokenizer_config.json", config)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids."""
-        return self._tokenizer.get_vocab_size()
-
-    @property
-    def vocabulary(self) -> dict[str, int]:
-        """Token -> id."""
-        return self._tokenizer.get_vocab()
+        self._tokenizer.model.save(str(folder))
+        write_json(Path(folder) / "tokenizer_config.json", config)
 
     def encode(self, prompts: list[str], words: dict[str, str] | None = None) -> tuple[Tensor, list[dict]]:
         """Prompts (a list of B strings) -> ids (B, max_length) int64, and positions.
@@ -254,12 +243,9 @@ class Tokenizer:
 
 def _pattern(words: list[str] | dict[str, str], flags: int = 0) -> re.Pattern:
     """Regular expression for any of the words, the longest first, never as a part of a longer word."""
-    alternatives = []
-    for word in sorted(words, key=len, reverse=True):
-        before = r"(?<!\w)" if re.match(r"\w", word) else ""
-        after = r"(?!\w)" if re.search(r"\w$", word) else ""
-        alternatives.append(before + re.escape(word) + after)
-    return re.compile("|".join(alternatives), flags)
+    end = r"(?:(?<!\w)|(?!\w))"  # not between two letters
+    longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.compile(f"{end}(?:{longest_first}){end}", flags)
 
 
 def _substitute(prompt: str, words: dict[str, str]) -> tuple[str, list]:

@@ -159,10 +159,10 @@ def write_config(part: str, config) -> dict:
 
 
 def read_prediction(public: dict) -> str:
-    """A published scheduler_config.json -> the prediction type; ValueError where the noise is not SD v1's.
+    """A published scheduler_config.json -> the prediction type; ValueError where it tells another noise.
 
     Only what is said of the noise counts: the rest is of a sampler, and ours do not ask for it.
     """
     check({key: public.get(key) for key in OTHER_NOISE}, {})
     check({key: public[key] for key in CONSTANTS["scheduler"] if key in public}, CONSTANTS["scheduler"])
-    return public.get("prediction_type") or "epsilon"
+    return diffusion.Schedule.sd_v1(public.get("prediction_type") or "epsilon").prediction_type

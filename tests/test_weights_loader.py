@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 import weights_loader
 from models import (BIN, FEW, PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
                     small_model)
-from support import weight_files, weight_names
+from support import weight_names
+from support.files import what_is
 
 PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
@@ -497,6 +498,6 @@ def test_what_was_meant_is_guessed(folder, monkeypatch, given, guess):
     (b"\n<!DOCTYPE html>", "a web page \\(take the link that downloads the file\\)$")])
 def test_what_stands_in_the_place_of_a_file_is_told(folder, name, content, words):
     (folder / name).write_bytes(content)
-    assert re.search(words, weight_files.what_is(folder / name))
+    assert re.search(words, what_is(folder / name))
     with pytest.raises(ValueError, match=words):
         load(folder)
