@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from support.files import read_json, read_text, write_json
+from support.files import read_json, read_lines, read_text, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
@@ -109,10 +109,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, d) -> encodings e (B, T, d), after the last layer norm; T <= max_length."""
-        T = embeddings.shape[1]
-        if T > self.config.max_length:
-            raise ValueError(f"the text encoder takes at most {self.config.max_length} tokens, not {T}")
-        x = embeddings + self.embeddings["position_embedding"].weight[:T]
+        x = embeddings + self.embeddings["position_embedding"].weight[:embeddings.shape[1]]
         for layer in self.encoder["layers"]:
             x = layer(x)
         return self.final_layer_norm(x)
@@ -153,15 +150,13 @@ class Tokenizer:
 
         ValueError when the folder has neither, or when a file cannot be read.
         """
-        folder = Path(folder)
-        vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+        merges, whole = Path(folder, "merges.txt"), Path(folder, "tokenizer.json")
         try:
-            if whole.is_file() and not (vocab.is_file() and merges.is_file()):
+            if whole.is_file() and not merges.is_file():
                 return cls(tokenizers.Tokenizer.from_str(read_text(whole)), max_length)
-            pairs = [tuple(line.split()) for line in read_text(merges).splitlines()
-                     if line.strip() and not line.startswith("#version")]
-            bpe = models.BPE(read_json(vocab, dict), pairs, unk_token=END, end_of_word_suffix=WORD_END,
-                             continuing_subword_prefix="")
+            pairs = [tuple(line.split()) for line in read_lines(merges) if not line.startswith("#version")]
+            bpe = models.BPE(read_json(Path(folder, "vocab.json"), dict), pairs, unk_token=END,
+                             end_of_word_suffix=WORD_END, continuing_subword_prefix="")
             return cls(in_pieces(bpe), max_length)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from None
@@ -189,9 +184,8 @@ class Tokenizer:
             if unknown:
                 self._say(f"unknown to the vocabulary and left out: {' '.join(unknown)}")
             if len(row) > room:
-                cut = text[offsets[room][0]:]
-                cut = cut if len(cut) <= SHOWN else cut[:SHOWN] + "..."
-                self._say(f"the prompt has {len(row) - room} tokens too many, cut off: {cut!r}")
+                rest = text[offsets[room][0]:][:SHOWN]
+                self._say(f"the prompt has {len(row) - room} tokens too many, cut off: {rest!r}")
             occurrences = {placeholder: [] for placeholder in words}
             for placeholder, span in spans:
                 if indices := self._inside(offsets, span):
@@ -252,8 +246,6 @@ def _substitute(prompt: str, words: dict[str, str]) -> tuple[str, list]:
     """Replace the placeholders; returns the text and a list of (placeholder, (start, stop) of its words)."""
     if not words:
         return prompt, []
-    if not all(name.strip() and words[name].strip() for name in words):
-        raise ValueError("a placeholder and the words that stand in its place cannot be empty")
     text, spans, done = "", [], 0
     for match in _pattern(words).finditer(prompt):
         text += prompt[done:match.start()] + " "

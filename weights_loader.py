@@ -11,7 +11,6 @@ a warning of one line.
 
 import contextlib
 import hashlib
-import math
 import re
 import warnings
 from collections import Counter
@@ -111,16 +110,15 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     which is said. prediction: what the U-Net was trained to predict, "epsilon" or "v_prediction", instead of
     what the files say.
     """
-    path, networks, names = Path(weights), {}, {}
+    path = Path(weights)
     try:
         opened = open_single_file(path) if path.is_file() else open_folder(weights, variant, tokenizer)
-        parts, predicted, folder = opened
-        for part, (config, tensors) in parts.items():
-            networks[part], names[part] = connect(part, config, tensors)
     except ValueError as error:
         guess = meant(str(weights))
         raise ValueError(f"{error}; did you mean {guess}?" if guess else error) from error
-    u, v, t = (networks[part].config for part in NETWORKS)
+    parts, predicted, folder = opened
+    networks = {part: network for part, (network, _, _) in parts.items()}
+    u, v, t = (network.config for network in networks.values())
     if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
         raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
     vocabulary = tokenizer or find_vocabulary(folder, "sd15")
@@ -129,10 +127,9 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
         raise ValueError(f"{vocabulary}: {words} words, the text encoder knows {t.vocab_size}")
     model = Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(prediction or predicted),
                   fingerprint="", name=path.stem if path.is_file() else str(weights), folder=folder)
-    for remark in remarks(model, parts, names, variant, predicted):
+    for remark in remarks(model, parts, variant, predicted):
         warnings.warn(f"{model.name}: {remark}", stacklevel=2)
-    digests = [digest for part, (_, tensors) in parts.items()
-               for digest in fill(networks[part], names[part], tensors, device, dtype)]
+    digests = [digest for part in parts.values() for digest in fill(*part, device, dtype)]
     model.fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
     return model
 
@@ -140,13 +137,13 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
 def open_folder(weights: str | Path, variant: str | None, tokenizer: str | Path | None) -> tuple:
     """A folder in the diffusers layout, or such a repository of the hub, before any data are read.
 
-    Returns {part: (config, tensors as from mapped)}, prediction type, folder.
+    Returns {part: as from connect}, prediction type, folder.
     """
     files = locate(weights, needs(variant) | ({} if tokenizer else VOCABULARY))
     parts = {}
     for part in NETWORKS:
         config = read_json(*files[f"{part}/config"], lambda public: weight_names.read_config(part, public))
-        parts[part] = config, mapped(files[part])
+        parts[part] = connect(part, config, mapped(files[part]))
     scheduler, = files["scheduler"]
     return parts, read_json(scheduler, weight_names.read_prediction), scheduler.parents[1]
 
@@ -158,7 +155,8 @@ def open_single_file(path: Path) -> tuple:
         text = read_text(yaml, "replace")
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
-    return {part: (config, tensors) for part, config in weight_names.SD_V1.items()}, predicted, path.parent
+    parts = {part: connect(part, config, tensors) for part, config in weight_names.SD_V1.items()}
+    return parts, predicted, path.parent
 
 
 def find_vocabulary(*models: str | Path) -> Path:
@@ -270,8 +268,8 @@ def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
     return tensors
 
 
-def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str, str]]:
-    """The network of a part, without data, and {parameter: key}; ValueError unless every tensor fits."""
+def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str, str], dict]:
+    """The network of a part, without data, {parameter: key}, tensors; ValueError unless every tensor fits."""
     # random numbers on the meta device would import the compiler, for a second
     with torch.device("meta"), mock.patch("torch.nn.init.normal_"):
         network = NETWORKS[part](config)
@@ -289,13 +287,13 @@ def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str
             raise ValueError(f"{path}: {key} has the shape {list(stored)}, not {list(shape)}")
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"{path}: {key} holds {dtype}, not floating-point numbers of 16 or more bits")
-    return network, names
+    return network, names, tensors
 
 
-def remarks(model: Model, parts: dict, names: dict, variant: str | None, predicted: str) -> Iterator[str]:
+def remarks(model: Model, parts: dict, variant: str | None, predicted: str) -> Iterator[str]:
     """What one may not expect of a model, in a line each."""
-    held = {(path, key) for _, tensors in parts.values() for key, (path, _) in tensors.items()}
-    used = {(parts[part][1][key][0], key) for part in parts for key in names[part].values()}
+    held = {(path, key) for _, _, tensors in parts.values() for key, (path, _) in tensors.items()}
+    used = {(tensors[key][0], key) for _, names, tensors in parts.values() for key in names.values()}
     kind = *model.size, model.schedule.prediction_type
     if kind[2] != predicted:
         yield f"its U-Net is used with {kind[2]}, its files say {predicted}"
@@ -318,24 +316,21 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
 
     A mapped file is opened anew after every CHUNK: what was read of it is counted as memory until then.
     """
-    parameters = dict(network.named_parameters())
-    state, digests, opened, room = {}, [], None, 0
+    # as the activations lie, else the processor rearranges the weights of a convolution at every call
+    network.to(dtype=dtype, memory_format=torch.channels_last).to_empty(device=device)
+    network.eval().requires_grad_(False)
+    parameters, digests, opened, room = dict(network.named_parameters()), [], None, 0
     for name, key in sorted(names.items(), key=lambda item: tensors[item[1]][0]):  # file by file
         path = tensors[key][0]
         if path != opened or room <= 0:
-            data, opened, room = read_tensors(path), path, math.inf if kind(path) == "pickle" else CHUNK
+            data, opened, room = read_tensors(path), path, float("inf") if kind(path) == "pickle" else CHUNK
         tensor = data[key].reshape(parameters[name].shape)
         room -= tensor.nbytes
         if not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{path}: {key} holds a NaN or an infinite number")
         if FINGERPRINT.fullmatch(name):  # rounded to float16, the fp32 and the fp16 file of a model are equal
             digests.append(name + hashlib.sha256(tensor.half().contiguous().numpy()).hexdigest())
-        # as the activations lie, else the processor rearranges the weights of a convolution at every call
-        order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        state[name] = torch.empty_like(parameters[name], device=device, dtype=dtype, memory_format=order)
-        state[name].copy_(tensor)
-    network.load_state_dict(state, assign=True)
-    network.eval().requires_grad_(False)
+        parameters[name].copy_(tensor)
     return digests
 
 

@@ -120,7 +120,7 @@ def test_published_files_fit_as_the_published_maps_say(monkeypatch, name, part):
                for key, shape in PUBLISHED[name].items()}
     config = weight_names.read_config(part, PUBLISHED["configs_v1-5"][part])
     assert config == weight_names.SD_V1[part]
-    network, names = weights_loader.connect(part, config, tensors)
+    network, names, _ = weights_loader.connect(part, config, tensors)
     table = PUBLISHED["map_ldm_to_diffusers"][part] | PUBLISHED["vae_old_to_new_names"]
     assert names.keys() == network.state_dict().keys()
     for ours, key in names.items():
