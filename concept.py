@@ -111,7 +111,7 @@ class Concept:
         return concept
 
     def _is_sound(self) -> bool:
-        """True if types and numbers are those of a concept; may raise if not. Shapes are seen in `prepare`."""
+        """True if types and numbers are those of a concept; may raise if not. `prepare` sees the shapes."""
         vectors = [self.i_star, self.d_star] if self.edits else []
         tensors = [self.embedding, *vectors, *self.o_values, *(self.o_keys or [])]
         return (bool(self.token.strip("<>") and self.super_category.strip())

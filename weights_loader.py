@@ -243,7 +243,7 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
                 if folder != wanted:
                     warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
                 return files
-        raise ValueError(f"{repo} is no folder here, and not to be had from the hub ({type(error).__name__}); "
+        raise ValueError(f"{repo} is no folder here, not to be had from the hub ({type(error).__name__}); "
                          f"in its cache, {missing}") from error
 
 

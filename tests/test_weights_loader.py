@@ -144,7 +144,7 @@ def single(change=dict, name="v1.safetensors", **beside):
 
 
 def attention(*names):
-    """A change: these names for q, k, v and proj_out of the VAE's attention, and linear maps, no 1x1 kernels."""
+    """A change: these names for q, k, v and proj_out of the VAE's attention, as linear maps."""
     def change(tensors):
         for old, new in zip(("q", "k", "v", "proj_out"), names):
             tensors = {key.replace(f".attn_1.{old}.", f".attn_1.{new}."):
