@@ -5,7 +5,6 @@ encoder takes embeddings, not ids, so that a caller can write learned vectors in
 the tokenizer names. Parameters are named as in the published files, without the prefix `text_model.`.
 """
 
-import json
 import re
 import warnings
 from dataclasses import dataclass
@@ -17,8 +16,7 @@ import torch.nn.functional as F
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 
-from support.files import replacing, write_json
-from support.weight_files import read_json, read_text
+from support.files import read_json, read_lines, read_text, write_json
 
 START, END = "<|startoftext|>", "<|endoftext|>"  # SD v1 pads with END too
 WORD_END = "</w>"  # suffix of the vocabulary entries that end a word
@@ -111,10 +109,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, d) -> encodings e (B, T, d), after the last layer norm; T <= max_length."""
-        T = embeddings.shape[1]
-        if T > self.config.max_length:
-            raise ValueError(f"the text encoder takes at most {self.config.max_length} tokens, not {T}")
-        x = embeddings + self.embeddings["position_embedding"].weight[:T]
+        x = embeddings + self.embeddings["position_embedding"].weight[:embeddings.shape[1]]
         for layer in self.encoder["layers"]:
             x = layer(x)
         return self.final_layer_norm(x)
@@ -135,15 +130,19 @@ class Tokenizer:
     """CLIP's byte-pair encoding: lower case, `max_length` ids per prompt, start and end included."""
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, max_length: int = 77):
-        """tokenizer: a tokenizers.Tokenizer; its own truncation and padding are switched off."""
+        """tokenizer: a tokenizers.Tokenizer; its own truncation and padding are switched off.
+
+        vocabulary: token -> id. ValueError if it is not CLIP's.
+        """
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        if tokenizer.token_to_id(START) is None or tokenizer.token_to_id(END) is None:
+        self._tokenizer, self.max_length, self._said = tokenizer, max_length, set()
+        self.vocabulary = tokenizer.get_vocab()
+        if not {START, END} <= self.vocabulary.keys():
             raise ValueError(f"not CLIP's vocabulary: {START} or {END} is missing")
+        self.start, self.end = self.vocabulary[START], self.vocabulary[END]
         tokenizer.add_special_tokens([START, END])  # a literal <|endoftext|> in a prompt stays one token
         tokenizer.model.unk_token = END  # see _pieces
-        self._tokenizer, self.max_length, self._said = tokenizer, max_length, set()
-        self.start, self.end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
 
     @classmethod
     def load(cls, folder: str | Path, max_length: int = 77) -> "Tokenizer":
@@ -151,15 +150,13 @@ class Tokenizer:
 
         ValueError when the folder has neither, or when a file cannot be read.
         """
-        folder = Path(folder)
-        vocab, merges, whole = folder / "vocab.json", folder / "merges.txt", folder / "tokenizer.json"
+        merges, whole = Path(folder, "merges.txt"), Path(folder, "tokenizer.json")
         try:
-            if whole.is_file() and not (vocab.is_file() and merges.is_file()):
+            if whole.is_file() and not merges.is_file():
                 return cls(tokenizers.Tokenizer.from_str(read_text(whole)), max_length)
-            pairs = [tuple(line.split()) for line in read_text(merges).splitlines()
-                     if line.strip() and not line.startswith("#version")]
-            bpe = models.BPE(read_json(vocab, dict), pairs, unk_token=END, end_of_word_suffix=WORD_END,
-                             continuing_subword_prefix="")
+            pairs = [tuple(line.split()) for line in read_lines(merges) if not line.startswith("#version")]
+            bpe = models.BPE(read_json(Path(folder, "vocab.json"), dict), pairs, unk_token=END,
+                             end_of_word_suffix=WORD_END, continuing_subword_prefix="")
             return cls(in_pieces(bpe), max_length)
         except Exception as error:  # the package raises bare Exception
             raise ValueError(f"the tokenizer in {folder} cannot be read: {error}") from None
@@ -168,21 +165,8 @@ class Tokenizer:
         """Write vocab.json, merges.txt and tokenizer_config.json into an existing folder."""
         config = {"model_max_length": self.max_length, "bos_token": START, "eos_token": END, "unk_token": END,
                   "pad_token": END, "do_lower_case": True, "tokenizer_class": "CLIPTokenizer"}
-        bpe, folder = json.loads(self._tokenizer.to_str())["model"], Path(folder)
-        with replacing(folder / "merges.txt") as path:
-            path.write_text("\n".join(["#version: 0.2", *map(" ".join, bpe["merges"]), ""]), encoding="utf-8")
-        write_json(folder / "vocab.json", bpe["vocab"])
-        write_json(folder / "tokenizer_config.json", config)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of ids."""
-        return self._tokenizer.get_vocab_size()
-
-    @property
-    def vocabulary(self) -> dict[str, int]:
-        """Token -> id."""
-        return self._tokenizer.get_vocab()
+        self._tokenizer.model.save(str(folder))
+        write_json(Path(folder) / "tokenizer_config.json", config)
 
     def encode(self, prompts: list[str], words: dict[str, str] | None = None) -> tuple[Tensor, list[dict]]:
         """Prompts (a list of B strings) -> ids (B, max_length) int64, and positions.
@@ -200,9 +184,8 @@ class Tokenizer:
             if unknown:
                 self._say(f"unknown to the vocabulary and left out: {' '.join(unknown)}")
             if len(row) > room:
-                cut = text[offsets[room][0]:]
-                cut = cut if len(cut) <= SHOWN else cut[:SHOWN] + "..."
-                self._say(f"the prompt has {len(row) - room} tokens too many, cut off: {cut!r}")
+                rest = text[offsets[room][0]:][:SHOWN]
+                self._say(f"the prompt has {len(row) - room} tokens too many, cut off: {rest!r}")
             occurrences = {placeholder: [] for placeholder in words}
             for placeholder, span in spans:
                 if indices := self._inside(offsets, span):
@@ -254,20 +237,15 @@ class Tokenizer:
 
 def _pattern(words: list[str] | dict[str, str], flags: int = 0) -> re.Pattern:
     """Regular expression for any of the words, the longest first, never as a part of a longer word."""
-    alternatives = []
-    for word in sorted(words, key=len, reverse=True):
-        before = r"(?<!\w)" if re.match(r"\w", word) else ""
-        after = r"(?!\w)" if re.search(r"\w$", word) else ""
-        alternatives.append(before + re.escape(word) + after)
-    return re.compile("|".join(alternatives), flags)
+    end = r"(?:(?<!\w)|(?!\w))"  # not between two letters
+    longest_first = "|".join(re.escape(word) for word in sorted(words, key=len, reverse=True))
+    return re.compile(f"{end}(?:{longest_first}){end}", flags)
 
 
 def _substitute(prompt: str, words: dict[str, str]) -> tuple[str, list]:
     """Replace the placeholders; returns the text and a list of (placeholder, (start, stop) of its words)."""
     if not words:
         return prompt, []
-    if not all(name.strip() and words[name].strip() for name in words):
-        raise ValueError("a placeholder and the words that stand in its place cannot be empty")
     text, spans, done = "", [], 0
     for match in _pattern(words).finditer(prompt):
         text += prompt[done:match.start()] + " "

@@ -14,17 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import perfusion
-from support.files import replacing
-from support.weight_files import what_is
+from support.files import replacing, what_is
 
 KEYS = ("locked", "trained", "none")        # what a concept's keys are; "none" is textual inversion: no edit
 FORMAT = 2                                  # of the concept file
-MAX_BYTES = 10_000_000                      # of a concept file: three hundred times what SD v1 needs
 SAME = 0.999                                # squared cosine of two i_star, from which they count as equal
 
 
@@ -93,45 +91,34 @@ class Concept:
     @classmethod
     def load(cls, path: str | Path) -> Concept:
         """Read a concept file into float32; its locked keys are still to `prepare`. ValueError, OSError."""
-        path = Path(path)
-        if not path.is_file():
-            raise ValueError(f"{path}: there is no such concept file")
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise ValueError(f"it has {path.stat().st_size / 1e6:.0f} MB")
             with safe_open(path, "pt") as file:
                 header = json.loads((file.metadata() or {}).get("concept", "{}"))
+                if header.get("format") != FORMAT:      # said before all tensors of a large file are read
+                    raise ValueError(f"no concept of format {FORMAT} is in it")
                 x = {name: file.get_tensor(name).float() for name in file.keys()}
-            if not isinstance(header, dict) or header.get("format") != FORMAT:
-                raise ValueError(f"no concept of format {FORMAT} is in it")
-        except (SafetensorError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is {what_is(path)}, and not usable as a concept: {error}") from error
-        # In alphabetical order the blocks are in order of execution: down, mid, up.
-        layers = sorted(name.removeprefix("values.") for name in x if name.startswith("values."))
-        try:
+            # In alphabetical order the blocks are in order of execution: down, mid, up.
+            layers = sorted(name.removeprefix("values.") for name in x if name.startswith("values."))
             concept = cls(header["token"], header["super_category"], x["embedding"], x.get("i_star"),
                           x.get("d_star"), [x[f"values.{name}"] for name in layers],
                           [x[f"keys.{name}"] for name in layers] if header["lock"] == "trained" else None,
                           float(header["beta"]), float(header["tau"]), header["lock"],
                           dict(header["metadata"]), layers)
-            sound = concept._is_sound()
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError):
-            sound = False
-        if not sound:
-            raise ValueError(f"{path} is damaged: its names, numbers or shapes are not those of a concept")
+            if not concept._is_sound():
+                raise ValueError("its names, numbers or shapes are not those of a concept")
+        except Exception as error:      # a damaged file can fail in any way
+            raise ValueError(f"{path} is {what_is(path)}, and not usable as a concept: {error}") from error
         return concept
 
-    def _is_sound(self):
-        """True if types, shapes and numbers are those of a concept; may raise if they are not."""
-        targets = self.o_values + (self.o_keys or [])
+    def _is_sound(self) -> bool:
+        """True if types and numbers are those of a concept; may raise if not. `prepare` sees the shapes."""
         vectors = [self.i_star, self.d_star] if self.edits else []
-        return (self.token.strip("<>") and self.super_category.strip()
-                and self.keys in KEYS and 0 < self.tau < float("inf")
-                and self.embedding.ndim == 2 and len(self.embedding) > 0
+        tensors = [self.embedding, *vectors, *self.o_values, *(self.o_keys or [])]
+        return (bool(self.token.strip("<>") and self.super_category.strip())
+                and self.keys in KEYS and 0 < self.tau < float("inf") and self.embedding.ndim == 2
                 and all(x.shape == self.embedding.shape[1:] for x in vectors)
-                and bool(targets) == bool(vectors) and all(o.ndim == 1 for o in targets)
-                and all(x.isfinite().all() for x in [self.embedding, *vectors, *targets])
-                and (not vectors or self.i_star @ self.d_star > 0))
+                and all(x.isfinite().all() for x in tensors)
+                and (not vectors or bool(self.i_star @ self.d_star > 0)))
 
 
 def prepare(concepts: list[Concept], model) -> list[Concept]:

@@ -41,7 +41,7 @@ def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
     Half of the nouns come from the tokenizer's vocabulary, so that C sees more words than the list holds.
     """
     rng = random.Random(seed)
-    vocabulary = [word for word in tokenizer.tokens(range(tokenizer.vocab_size))
+    vocabulary = [word for word in tokenizer.tokens(range(len(tokenizer.vocabulary)))
                   if word.isascii() and word.isalpha() and len(word) > 2]
 
     def word(kind):

@@ -24,8 +24,7 @@ from torch import Tensor
 import weights_loader
 from concept import Concept, prepare
 from support import command_line
-from support.files import replacing
-from support.weight_files import read, what_is
+from support.files import read_tensors, replacing, what_is
 
 
 @torch.no_grad()
@@ -62,7 +61,7 @@ def read_embedding(path: Path) -> Tensor:
     if not path.is_file():
         raise ValueError(f"--init-embedding {path}: there is no such file")
     try:
-        content = read(path)        # the original code saved a ParameterDict, the web UI a dict
+        content = read_tensors(path)        # the original code saved a ParameterDict, the web UI a dict
         content = content.get("string_to_param", content)
         embedding, = getattr(content, "_parameters", content).values()
         return torch.atleast_2d(embedding.detach().float())

@@ -11,13 +11,13 @@ a warning of one line.
 
 import contextlib
 import hashlib
-import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -27,8 +27,7 @@ import diffusion
 import unet
 import vae
 from support import weight_names
-from support.files import replacing, write_json
-from support.weight_files import kind, read_json, read_tensors, read_text, what_is
+from support.files import kind, read_json, read_tensors, read_text, replacing, what_is, write_json
 
 NETWORKS = {"unet": unet.UNet, "vae": vae.VAE, "text_encoder": clip_text.TextEncoder}
 TINY = Path(__file__).parent / "tiny" / "weights"
@@ -111,28 +110,26 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
     which is said. prediction: what the U-Net was trained to predict, "epsilon" or "v_prediction", instead of
     what the files say.
     """
-    path, networks, names = Path(weights), {}, {}
+    path = Path(weights)
     try:
         opened = open_single_file(path) if path.is_file() else open_folder(weights, variant, tokenizer)
-        parts, predicted, vocabulary, folder = opened
-        for part, (config, tensors) in parts.items():
-            networks[part], names[part] = connect(part, config, tensors)
     except ValueError as error:
         guess = meant(str(weights))
         raise ValueError(f"{error}; did you mean {guess}?" if guess else error) from error
-    u, v, t = (networks[part].config for part in NETWORKS)
+    parts, predicted, folder = opened
+    networks = {part: network for part, (network, _, _) in parts.items()}
+    u, v, t = (network.config for network in networks.values())
     if (u.in_channels, u.cross_attention_dim) != (v.latent_channels, t.width):
         raise ValueError(f"{weights}: its U-Net, VAE and text encoder do not belong together")
-    vocabulary = vocabulary or tokenizer or find_vocabulary(folder, "sd15")
+    vocabulary = tokenizer or find_vocabulary(folder, "sd15")
     tokenizer = clip_text.Tokenizer.load(vocabulary, t.max_length)
-    if tokenizer.vocab_size > t.vocab_size:
-        raise ValueError(f"{vocabulary}: {tokenizer.vocab_size} words, the text encoder knows {t.vocab_size}")
+    if (words := len(tokenizer.vocabulary)) > t.vocab_size:
+        raise ValueError(f"{vocabulary}: {words} words, the text encoder knows {t.vocab_size}")
     model = Model(**networks, tokenizer=tokenizer, schedule=diffusion.Schedule.sd_v1(prediction or predicted),
                   fingerprint="", name=path.stem if path.is_file() else str(weights), folder=folder)
-    for remark in remarks(model, parts, names, variant, predicted):
+    for remark in remarks(model, parts, variant, predicted):
         warnings.warn(f"{model.name}: {remark}", stacklevel=2)
-    digests = [digest for part, (_, tensors) in parts.items()
-               for digest in fill(networks[part], names[part], tensors, device, dtype)]
+    digests = [digest for part in parts.values() for digest in fill(*part, device, dtype)]
     model.fingerprint = hashlib.sha256("".join(sorted(digests)).encode()).hexdigest()[:16]
     return model
 
@@ -140,30 +137,26 @@ def load(weights: str | Path = "tiny", device: str = "cpu", dtype: torch.dtype =
 def open_folder(weights: str | Path, variant: str | None, tokenizer: str | Path | None) -> tuple:
     """A folder in the diffusers layout, or such a repository of the hub, before any data are read.
 
-    Returns {part: (config, tensors as from mapped)}, prediction type, folder of the vocabulary, folder.
+    Returns {part: as from connect}, prediction type, folder.
     """
     files = locate(weights, needs(variant) | ({} if tokenizer else VOCABULARY))
     parts = {}
     for part in NETWORKS:
         config = read_json(*files[f"{part}/config"], lambda public: weight_names.read_config(part, public))
-        parts[part] = config, mapped(files[part])
+        parts[part] = connect(part, config, mapped(files[part]))
     scheduler, = files["scheduler"]
-    predicted = read_json(scheduler, weight_names.read_prediction)
-    return parts, predicted, tokenizer or files["vocabulary"][0].parent, scheduler.parents[1]
+    return parts, read_json(scheduler, weight_names.read_prediction), scheduler.parents[1]
 
 
 def open_single_file(path: Path) -> tuple:
-    """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder.
-
-    Its vocabulary is not looked for yet: what is no base model is to be refused for that.
-    """
+    """A file in CompVis' layout with all networks, perhaps with its .yaml beside it -> as open_folder."""
     tensors, yaml, predicted = mapped([path]), path.with_suffix(".yaml"), "epsilon"
     if yaml.is_file():
         text = read_text(yaml, "replace")
         if found := re.search(r"^\s*parameterization:\s*[\"']?(\w+)", text, re.MULTILINE):
             predicted = {"eps": "epsilon", "v": "v_prediction"}.get(found[1], f"{found[1]} of {yaml}")
-    parts = {part: (config, tensors) for part, config in weight_names.SD_V1.items()}
-    return parts, predicted, None, path.parent
+    parts = {part: connect(part, config, tensors) for part, config in weight_names.SD_V1.items()}
+    return parts, predicted, path.parent
 
 
 def find_vocabulary(*models: str | Path) -> Path:
@@ -235,13 +228,12 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
     try:
         return in_folder(wanted, as_asked)
     except ValueError as error:
-        missing = str(error).removeprefix(f"{wanted}/").partition(":")[0]
+        missing = error
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=10)
         files = choose(repo, {file.rfilename for file in info.siblings}, need)
-        for name in sum(files.values(), []):
-            path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
-        return in_folder(path.parents[name.count("/")], need)
+        return {what: [Path(huggingface_hub.hf_hub_download(repo, name, revision=revision)) for name in names]
+                for what, names in files.items()}
     except ValueError:
         raise
     except Exception as error:  # the errors of several libraries
@@ -251,8 +243,8 @@ def locate(weights: str | Path, need: dict) -> dict[str, list[Path]]:
                 if folder != wanted:
                     warnings.warn(f"{repo}: out of reach, taken from the local cache, commit {folder.name}")
                 return files
-        raise ValueError(f"{repo}: not a folder here, and {missing} is neither in the local cache nor to be "
-                         f"had from the hub ({type(error).__name__})") from error
+        raise ValueError(f"{repo} is no folder here, not to be had from the hub ({type(error).__name__}); "
+                         f"in its cache, {missing}") from error
 
 
 def meant(weights: str) -> str | Path | None:
@@ -261,11 +253,11 @@ def meant(weights: str) -> str | Path | None:
         found = re.fullmatch(pattern, weights, re.IGNORECASE)
         if found and weights != guess:
             return found.expand(guess)
-    path = Path(weights)
-    near = [] if not weights or (path / "unet").is_dir() else [*path.glob("*"), *path.absolute().parents[:2]]
-    folders = [place for place in near if (place / "unet/config.json").is_file()]
-    files = [place for place in near if place.suffix.lower() in SINGLE and "whole base" in what_is(place)]
-    return max(folders or files, key=lambda place: place.stat().st_size, default=None)
+    inside, above = sorted(Path(weights).glob("*")), Path(weights).absolute().parents[:2]
+    folders = [path for path in (*inside, *above) if (path / "unet/config.json").is_file()]
+    files = [path for path in inside if path.suffix.lower() in SINGLE and path.is_file()
+             and "whole base" in what_is(path)]
+    return next(iter(folders + files), None)
 
 
 def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
@@ -276,18 +268,10 @@ def mapped(paths: list[Path]) -> dict[str, tuple[Path, torch.Tensor]]:
     return tensors
 
 
-class Uninitialised(torch.overrides.TorchFunctionMode):
-    """Leaves out all of torch.nn.init: random numbers on the meta device import the compiler, for seconds."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", "") == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
-def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str, str]]:
-    """The network of a part, without data, and {parameter: key}; ValueError unless every tensor fits."""
-    with torch.device("meta"), Uninitialised():
+def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str, str], dict]:
+    """The network of a part, without data, {parameter: key}, tensors; ValueError unless every tensor fits."""
+    # random numbers on the meta device would import the compiler, for a second
+    with torch.device("meta"), mock.patch("torch.nn.init.normal_"):
         network = NETWORKS[part](config)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     candidates = [{name: naming(name) for name in shapes} for naming in weight_names.NAMINGS[part]]
@@ -303,27 +287,26 @@ def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str
             raise ValueError(f"{path}: {key} has the shape {list(stored)}, not {list(shape)}")
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"{path}: {key} holds {dtype}, not floating-point numbers of 16 or more bits")
-    return network, names
+    return network, names, tensors
 
 
-def remarks(model: Model, parts: dict, names: dict, variant: str | None, predicted: str) -> Iterator[str]:
+def remarks(model: Model, parts: dict, variant: str | None, predicted: str) -> Iterator[str]:
     """What one may not expect of a model, in a line each."""
-    held = {(path, key) for _, tensors in parts.values() for key, (path, _) in tensors.items()}
-    used = {(parts[part][1][key][0], key) for part in parts for key in names[part].values()}
-    prediction = model.schedule.prediction_type
-    if prediction != predicted:
-        yield f"its U-Net is used with {prediction}, its files say {predicted}"
+    held = {(path, key) for _, _, tensors in parts.values() for key, (path, _) in tensors.items()}
+    used = {(tensors[key][0], key) for _, names, tensors in parts.values() for key in names.values()}
+    kind = *model.size, model.schedule.prediction_type
+    if kind[2] != predicted:
+        yield f"its U-Net is used with {kind[2]}, its files say {predicted}"
     if any(key.startswith("model_ema.") for _, key in used):
         yield "its U-Net is the moving average (model_ema), the only one in the file"
     if not variant and any(".fp16." in path.name for path, _ in used):
         yield "its files are in half precision (fp16), there are no others"
-    kind = *model.size, prediction
     if model.folder != TINY and kind != (512, 512, "epsilon"):
         yield "not as in Stable Diffusion v1: trained for {} x {} pixels, with {}".format(*kind)
-    rest = Counter(key.split(".")[0] for _, key in sorted(held - used)).most_common()
+    rest = Counter(key.split(".")[0] for _, key in sorted(held - used))
     if rest:
-        groups = [f"{start}* ({number})" for start, number in rest[:8]] + ["..."] * (len(rest) > 8)
-        yield f"also in the file, not used: {', '.join(groups)}"
+        groups = ", ".join(f"{start}* ({number})" for start, number in rest.most_common(8))
+        yield f"{rest.total()} other tensors are in the file, not used: {groups}"
 
 
 @torch.no_grad()
@@ -333,24 +316,21 @@ def fill(network: torch.nn.Module, names: dict[str, str], tensors: dict, device:
 
     A mapped file is opened anew after every CHUNK: what was read of it is counted as memory until then.
     """
-    parameters = dict(network.named_parameters())
-    state, digests, opened, room = {}, [], None, 0
+    # as the activations lie, else the processor rearranges the weights of a convolution at every call
+    network.to(dtype=dtype, memory_format=torch.channels_last).to_empty(device=device)
+    network.eval().requires_grad_(False)
+    parameters, digests, opened, room = dict(network.named_parameters()), [], None, 0
     for name, key in sorted(names.items(), key=lambda item: tensors[item[1]][0]):  # file by file
         path = tensors[key][0]
         if path != opened or room <= 0:
-            data, opened, room = read_tensors(path), path, math.inf if kind(path) == "pickle" else CHUNK
+            data, opened, room = read_tensors(path), path, float("inf") if kind(path) == "pickle" else CHUNK
         tensor = data[key].reshape(parameters[name].shape)
         room -= tensor.nbytes
         if not torch.stack(tensor.aminmax()).isfinite().all():
             raise ValueError(f"{path}: {key} holds a NaN or an infinite number")
         if FINGERPRINT.fullmatch(name):  # rounded to float16, the fp32 and the fp16 file of a model are equal
             digests.append(name + hashlib.sha256(tensor.half().contiguous().numpy()).hexdigest())
-        # as the activations lie, else the processor rearranges the weights of a convolution at every call
-        order = torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
-        state[name] = torch.empty_like(parameters[name], device=device, dtype=dtype, memory_format=order)
-        state[name].copy_(tensor)
-    network.load_state_dict(state, assign=True)
-    network.eval().requires_grad_(False)
+        parameters[name].copy_(tensor)
     return digests
 
 

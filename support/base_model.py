@@ -4,7 +4,6 @@
 """
 
 import argparse
-import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -36,17 +35,13 @@ def open_model(args: argparse.Namespace, concepts: Sequence[Concept] = (), dtype
 
 
 def prediction(given: str | None, concepts: Sequence[Concept]) -> str | None:
-    """What the U-Net shall predict: as given, or as in the concepts' training; None if they do not say.
+    """What the U-Net shall predict: as given, and as in the concepts' training; None if neither says it.
 
-    A warning when a concept was trained otherwise than given, ValueError when two were trained differently.
+    ValueError where these differ.
     """
-    trained = {str(c.metadata["prediction"]): c.token for c in concepts if c.metadata.get("prediction")}
-    if not given and len(trained) > 1:
-        pairs = " and ".join(f"{token} with {kind}" for kind, token in trained.items())
-        raise ValueError(f"concepts that were trained differently do not go together: {pairs}")
-    used = given or next(iter(trained), None)
-    for concept in concepts:
-        kind = concept.metadata.get("prediction") or "what its base model's files say"
-        if used and kind != used:
-            warnings.warn(f"{concept.token} was trained with {kind}, and is drawn with {used}", stacklevel=2)
-    return used
+    known = {str(kind): concept.token for concept in concepts if (kind := concept.metadata.get("prediction"))}
+    known |= {given: "--prediction"} if given else {}
+    if len(known) > 1:
+        pairs = " and ".join(f"{kind} ({name})" for kind, name in known.items())
+        raise ValueError(f"in training and drawing the U-Net predicts the same for all, not {pairs}")
+    return next(iter(known), None)

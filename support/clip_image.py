@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from clip_text import Layer, TextConfig, TextEncoder
 from support import weight_names
-from support.files import replacing, write_json
-from support.weight_files import read_json, read_tensors
+from support.files import read_json, read_tensors, replacing, write_json
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)

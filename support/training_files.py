@@ -8,10 +8,9 @@ import perfusion
 from attention_maps import noised_map
 from concept import Concept
 from diffusion import decode, draw_latents
-from support.files import replacing
+from support.files import replacing, what_is
 from support.pictures import Data
 from support.plots import draw_preview
-from support.weight_files import what_is
 
 PREVIEW_TIMESTEP = 400      # of the attention in a preview: outlines are decided there
 

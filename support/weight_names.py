@@ -135,10 +135,8 @@ def read_config(part: str, public: dict):
     config = dataclasses.replace(SD_V1[part], **fields)
     channels = fields.get("block_out_channels") or (fields["width"],)
     divisors = [fields[name] for name in ("norm_num_groups", "attention_heads", "heads") if name in fields]
-    levels = len(fields.get("cross_attention", channels))
-    if len(channels) != levels or any(c % n for c in channels for n in divisors):
-        raise ValueError(f"the channels {channels} do not go with its {levels} levels, or are not multiples "
-                         f"of its groups and heads, {divisors}")
+    if any(c % n for c in channels for n in divisors):
+        raise ValueError(f"the channels {channels} are not multiples of the groups and heads, {divisors}")
     check(public, write_config(part, config))
     return config
 
@@ -159,10 +157,10 @@ def write_config(part: str, config) -> dict:
 
 
 def read_prediction(public: dict) -> str:
-    """A published scheduler_config.json -> the prediction type; ValueError where the noise is not SD v1's.
+    """A published scheduler_config.json -> the prediction type; ValueError where it tells another noise.
 
     Only what is said of the noise counts: the rest is of a sampler, and ours do not ask for it.
     """
     check({key: public.get(key) for key in OTHER_NOISE}, {})
     check({key: public[key] for key in CONSTANTS["scheduler"] if key in public}, CONSTANTS["scheduler"])
-    return public.get("prediction_type") or "epsilon"
+    return diffusion.Schedule.sd_v1(public.get("prediction_type") or "epsilon").prediction_type

@@ -140,23 +140,21 @@ def half(tensors, path):
     save_file({key: tensor.half() for key, tensor in tensors.items()}, path.with_suffix(".fp16.safetensors"))
 
 
-def shards(tensors, path, suffix=".safetensors"):
+def shards(tensors, path):
     """Three parts and their index beside a path, as diffusers and transformers split large networks."""
-    path = path if suffix == ".safetensors" else path.with_name(BIN[path.name])
-    places = {key: f"{path.stem}-0000{i % 3 + 1}-of-00003{suffix}" for i, key in enumerate(tensors)}
+    places = {key: f"{path.stem}-0000{i % 3 + 1}-of-00003.safetensors" for i, key in enumerate(tensors)}
     for name in set(places.values()):
-        part = {key: tensors[key] for key, place in places.items() if place == name}
-        (save_file if suffix == ".safetensors" else torch.save)(part, path.with_name(name))
+        save_file({key: tensors[key] for key in tensors if places[key] == name}, path.with_name(name))
     path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
 
 
-def rewritten(folder, write, *more):
-    """The folder with every file of weights replaced by what write(tensors, path, *more) makes of it."""
+def rewritten(folder, write):
+    """The folder with every file of weights replaced by what write(tensors, path) makes of it."""
     for part, (name, _) in weights_loader.WEIGHTS.items():
         path = folder / part / name
         tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
         path.unlink()
-        write(tensors, path, *more)
+        write(tensors, path)
     return folder
 
 

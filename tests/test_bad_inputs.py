@@ -48,6 +48,7 @@ def assert_refused(weights, word):
 
 @pytest.mark.parametrize("name, content", [*itertools.product(FILES, [
     None, b"", b"[1, 2]", b'{"block_out_channels"', b"\xff\xfe\x00", b"[" * 100_000]),
+    ("scheduler/scheduler_config.json", b'{"prediction_type": "sample"}'),
     *itertools.product([UNET], [1, 8, 5000, -1]), *itertools.product([INDEX], [
         b"{}", b'{"weight_map": {}}', b'{"weight_map": {"a": 5}}',
         b'{"weight_map": {"a": "00002-of-00003.safetensors"}}'])])

@@ -99,16 +99,14 @@ def test_a_folders_name_becomes_a_concepts(folder, name):
     assert command_line.concept_name(None, Path(folder)) == name
 
 
-def test_what_the_concepts_were_trained_with_is_used_unless_another_is_given():
+def test_what_the_concepts_were_trained_with_is_used_and_another_is_refused():
     old, eps, v = (Concept("<a>", "cat", torch.zeros(1, 2), metadata={"prediction": known})
                    for known in (None, "epsilon", "v_prediction"))
     assert prediction(None, [old]) is None and prediction("epsilon", [eps]) == "epsilon"
-    with pytest.warns(UserWarning, match="what its base model's files say, and is drawn with v_prediction"):
-        assert prediction(None, [old, v, v]) == "v_prediction"
-    with pytest.warns(UserWarning, match="<a> was trained with v_prediction, and is drawn with epsilon"):
-        assert prediction("epsilon", [v]) == "epsilon"
-    with pytest.raises(ValueError, match="do not go together"):
-        prediction(None, [eps, v])
+    assert prediction(None, [old, v, v]) == prediction("v_prediction", [old]) == "v_prediction"
+    for given, concepts in (("epsilon", [old, v]), (None, [eps, v])):
+        with pytest.raises(ValueError, match="v_prediction [(]<a>[)]"):
+            prediction(given, concepts)
 
 
 @pytest.mark.parametrize("name, value", [

@@ -11,7 +11,7 @@ import weights_loader
 from concept import Concept, prepare
 from export import read_embedding
 from models import noise, run_script, write_concept
-from support.weight_files import what_is
+from support.files import what_is
 from test_diffusers_hook import pipeline, theirs
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*not as in Stable Diffusion v1")
@@ -54,7 +54,7 @@ def test_a_file_given_in_the_wrong_place_is_named_for_what_it_is(weights, concep
             "a concept file": [teddy], "a LoRA": ["teddy_lora.safetensors", "peft.safetensors"],
             "an embedding file": ["teddy_word.safetensors", "learned_embeds.bin"],
             "a checkpoint of train.py": ["checkpoint.pt"], "a whole base model": ["sd.ckpt"],
-            "the covariance": [weights / "covariance.safetensors"], "a file of another kind": ["x.png", "gone"],
+            "the covariance": [weights / "covariance.safetensors"], "a file of another kind": ["x.png"],
             "a network": [weights / "unet/diffusion_pytorch_model.safetensors"]}.items():
         assert all(what_is(tmp_path / file).startswith(words) for file in files)
     with pytest.raises(ValueError, match="not a textual inversion of one word, but a concept file"):

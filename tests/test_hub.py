@@ -8,8 +8,6 @@ import hashlib
 import http.server
 import json
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -18,7 +16,7 @@ import pytest
 import torch
 
 import weights_loader
-from models import FEW, ROOT, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
+from models import FEW, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
 from support import weight_names
 
 REPO, REVISION = weights_loader.SD15
@@ -179,21 +177,13 @@ def test_without_network_what_the_cache_lacks_is_named_quickly(hub, cached, tmp_
     next(tmp_path.glob("cache/*/snapshots/*/vae/config.json")).unlink()
     hub.off()
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=f"{REPO}: not a folder here, and vae/config.json is neither"):
+    with pytest.raises(ValueError, match=f"{REPO} is no folder.*vae/config.json: there is no such"):
         load("sd15")
     assert time.perf_counter() - start < 5  # the client's five retries would take 23
 
 
-def test_a_program_without_network_and_cache_ends_with_one_sentence(tmp_path, monkeypatch):
-    """In a process of its own: here huggingface_hub is imported already. conftest.py keeps it offline."""
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    done = subprocess.run([sys.executable, "sample.py", "a cat", "--weights", "owner/name"], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: owner/") and done.stderr.count("\n") == 1
-
-
 def test_what_the_hub_does_not_have_is_named(hub):
-    with pytest.raises(ValueError, match=r"to be had from the hub \(RepositoryNotFoundError\)$"):
+    with pytest.raises(ValueError, match=r"to be had from the hub \(RepositoryNotFoundError\); in its cache"):
         load("no/such-model")
     with pytest.raises(ValueError, match=f"{REPO}/unet/.*bf16.safetensors: there is no such file$"):
         load("sd15", "bf16")

@@ -31,8 +31,7 @@ import weights_loader
 import world
 from support import command_line, fast_cpu
 from support.command_line import between
-from support.files import replacing
-from support.weight_files import read_tensors
+from support.files import read_tensors, replacing
 
 FILE = Path(__file__).resolve().parent / "weights" / "judge.safetensors"
 HEADS = {"kind": world.KINDS, "color": tuple(world.COLORS), "pattern": (None, *world.PATTERNS),

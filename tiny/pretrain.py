@@ -296,7 +296,7 @@ def train_text2image(run: Path, plan: Plan, device: str, vae: VAE, tokenizer: To
     """The U-Net and the text encoder together, with Stable Diffusion's noise schedule and loss, and
     `attention_loss`."""
     torch.manual_seed(1)
-    config = replace(TEXT_CONFIG, vocab_size=tokenizer.vocab_size)
+    config = replace(TEXT_CONFIG, vocab_size=len(tokenizer.vocabulary))
     training = Training("text2image", [UNet(UNET_CONFIG), TextEncoder(config)], run, device)
     unet, text_encoder = training.networks
     schedule, empty = Schedule.sd_v1("v_prediction"), tokenizer.encode([""])[0].to(device)
