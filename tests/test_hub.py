@@ -8,6 +8,8 @@ import hashlib
 import http.server
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 import torch
 
 import weights_loader
-from models import FEW, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
+from models import FEW, ROOT, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
 from support import weight_names
 
 REPO, REVISION = weights_loader.SD15
@@ -180,6 +182,14 @@ def test_without_network_what_the_cache_lacks_is_named_quickly(hub, cached, tmp_
     with pytest.raises(ValueError, match=f"{REPO} is no folder.*vae/config.json: there is no such"):
         load("sd15")
     assert time.perf_counter() - start < 5  # the client's five retries would take 23
+
+
+def test_a_program_without_network_and_cache_ends_with_one_sentence(tmp_path, monkeypatch):
+    """In a process of its own: here huggingface_hub is imported already. conftest.py keeps it offline."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    done = subprocess.run([sys.executable, "sample.py", "a cat", "--weights", "owner/name"], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: owner/") and done.stderr.count("\n") == 1
 
 
 def test_what_the_hub_does_not_have_is_named(hub):

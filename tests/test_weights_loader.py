@@ -225,6 +225,7 @@ FORMS = {  # how a model is kept -> a function that keeps it so, parts of the li
     "a single file": (single(), [BUFFERS]),
     "captions in the header": (single(write=save_with_captions), [BUFFERS]),
     "a blob of the hub": (single(name="v1", write=save), [BUFFERS]),
+    "a suffix in capitals": (single(name="V1.SAFETENSORS", write=save), [BUFFERS]),
     "safetensors called .ckpt": (single(name="v1.ckpt", write=save), [BUFFERS]),
     "a pickle called .safetensors": (single(write=torch.save), [BUFFERS]),
     "a .ckpt before torch 1.6": (single(name="v1.ckpt", write=save_old), [BUFFERS]),
