@@ -24,7 +24,7 @@ KINDS = {  # a pattern among the names in a file -> what the file is; the first 
     r"model\.diffusion_model\.|cond_stage_model\.": "a whole base model, for --weights",
     r"down_blocks\.|text_model\.": "a network of a base model, whose folder is for --weights",
     r'"C":\s*{"dtype"': "the covariance of a base model",
-    r"emb_params|string_to_param|<[\w-]+>": "an embedding file, for --init-embedding of train.py"}
+    r"emb_params|string_to_param|<[\w-]+>": "an embedding file, for other tools"}
 LONGEST = 4_000_000         # bytes of names, from which `what_is` tells a file
 
 
