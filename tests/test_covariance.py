@@ -44,19 +44,21 @@ def test_built_in_captions_are_reproducible_and_varied():
 
 def test_it_is_computed_once_for_a_model_kept_beside_its_weights_and_again_where_the_file_is_damaged(
         model, capsys):
-    def cached():
-        return covariance.cached(model), capsys.readouterr().out.count("\n")
-    (C, lines), path = cached(), model.folder / covariance.FILE
-    assert lines == 2 and path.is_file()
-    (again, lines), _ = cached(), path.write_bytes(b"damaged")
-    assert torch.equal(again, C) and lines == 0
-    (again, lines), model.fingerprint = cached(), "another"
-    assert torch.equal(again, C) and lines == 2 and cached()[1] == 2
+    def computed():
+        results.append(covariance.cached(model))
+        return "computing" in capsys.readouterr().out
+    results, path = [], model.folder / covariance.FILE
+    assert computed() and path.is_file() and not computed()
+    path.write_bytes(b"damaged")
+    assert computed() and not computed()
+    assert all(torch.equal(C, results[0]) for C in results) and len(results) == 4
+    model.fingerprint = "another"
+    assert computed()
 
 
-def test_weights_without_a_folder_use_the_users_cache_and_without_one_a_training_goes_on(
+def test_where_the_weights_are_only_to_be_read_it_is_in_the_users_cache_and_without_one_a_training_goes_on(
         model, tmp_path, monkeypatch):
-    model.folder = None
+    (model.folder / covariance.FILE).mkdir()        # nothing can be written there
     C = covariance.cached(model)
     file, = (tmp_path / "cache" / "perfusion").iterdir()
     assert model.fingerprint in file.name and torch.equal(covariance.cached(model), C)

@@ -1,9 +1,7 @@
 """Training: the pictures it reads, the step, interruptions, and what it says to bad input."""
 
-import contextlib
 import copy
 import dataclasses
-import io
 import multiprocessing
 import shutil
 import sys
@@ -58,11 +56,10 @@ def run(weights, pictures):
 
 @pytest.fixture(scope="module")
 def three(run, tmp_path_factory):
-    """The folder of a training of three steps, and what it said."""
-    out, said = tmp_path_factory.mktemp("three") / "out", io.StringIO()
-    with contextlib.redirect_stdout(said):
-        run(out, "--steps", 3)
-    return out, said.getvalue()
+    """The folder of a training of three steps."""
+    out = tmp_path_factory.mktemp("three")
+    run(out, "--steps", 3)
+    return out
 
 
 # --------------------------------------------------------------------------------------------------- the step
@@ -136,13 +133,14 @@ def test_mixed_precision_stays_close_to_float32(setting, precision):
 
 # ----------------------------------------------------------------------------------- the script and its files
 
-def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictures, three):
-    out, said = three
+def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictures, run, tmp_path, capsys):
+    run(tmp_path, "--steps", 3)
+    said = capsys.readouterr().out
     for part in ("skipped, not images: notes.txt", "keys='locked'", "16 x 16 pixels", "with epsilon",
                  'attention to "teddy bear"', "central square"):
         assert part in said
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.pt", "teddy.safetensors"]
-    concept, = prepare([Concept.load(out / "teddy.safetensors")], load(weights))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "teddy.safetensors"]
+    concept, = prepare([Concept.load(tmp_path / "teddy.safetensors")], load(weights))
     about = {"steps": 3, "images": 3, "folder": pictures.as_posix()}
     assert concept.token == "<teddy>" and concept.metadata | about == concept.metadata
 
@@ -172,19 +170,19 @@ def test_previews_are_numbered_and_leave_the_training_as_it_was(run, three, tmp_
     for n in (2, 3):
         assert Image.open(tmp_path / f"preview_000{n}.png").height > 500
         assert Concept.load(tmp_path / "steps" / f"teddy_000{n}.safetensors").metadata["steps"] == n
-    assert same_file(tmp_path, three[0])
+    assert same_file(tmp_path, three)
 
 
 def test_a_concept_of_other_pictures_is_replaced_only_on_request(run, pictures, three, tmp_path):
-    others, out = shutil.copytree(pictures, tmp_path / "others"), shutil.copytree(three[0], tmp_path / "out")
+    others, out = shutil.copytree(pictures, tmp_path / "others"), shutil.copytree(three, tmp_path / "out")
     noise(20, 20, seed=9).save(others / "0.jpg")
     again = "--steps", 1, "--token", "teddy", "--images"
     with pytest.raises(ValueError, match="is of other pictures"):
         run(out, *again, others)
-    assert same_file(out, three[0])
+    assert same_file(out, three)
     run(out, *again, others, "--overwrite")
     run(out, *again, others)
-    assert not same_file(out, three[0])
+    assert not same_file(out, three)
 
 
 def same_file(a, b):
@@ -212,7 +210,7 @@ def test_two_processes_train_as_one_with_the_same_global_batch(run, three, tmp_p
     launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", start_method="fork", monitor_interval=0.01)
     elastic_launch(launch, run)(tmp_path, "--steps", 3)         # what torchrun calls
-    one, two = (torch.load(out / "checkpoint.pt") for out in (three[0], tmp_path))
+    one, two = (torch.load(out / "checkpoint.pt") for out in (three, tmp_path))
     for a, b in zip([*one["learned"], one["i_star"]], [*two["learned"], two["i_star"]], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)      # float32, and sums in another order
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
@@ -231,13 +229,13 @@ def test_a_loss_that_is_not_a_number_keeps_the_last_good_file(run, tmp_path, mon
 
 
 def test_only_the_number_of_parts_and_more_steps_may_change_on_resuming(run, three, tmp_path, capsys):
-    out = shutil.copytree(three[0], tmp_path / "out")
+    out = shutil.copytree(three, tmp_path / "out")
     for sentence, *change in ((f"lr was {train.EMBEDDED.lr}, now is 0.3", "--lr", "0.3"),
                               ("prediction was epsilon, now is v_", "--prediction", "v_prediction"),
                               ("of a later step than 2", "--steps", 2)):
         with pytest.raises(ValueError, match=sentence):
             run(out, "--resume", "--steps", 5, *change)
-    assert same_file(out, three[0])
+    assert same_file(out, three)
     run(out, "--resume", "--steps", 4, "--accumulate", 2)
     assert "starting after step 3 of 4" in capsys.readouterr().out
 
