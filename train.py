@@ -173,7 +173,7 @@ class Training:
         with torch.no_grad():
             for x, saved in zip(self.learned, state["learned"], strict=True):
                 x.copy_(saved)
-        self.losses, self.C_inverse = state["losses"], state["C_inverse"]
+        self.losses, self.C_inverse = state["losses"], state.get("C_inverse", self.C_inverse)
         if state["i_star"] is not None:
             self.move_i_star(state["i_star"])
         self.optimizer.load_state_dict(state["optimizer"])

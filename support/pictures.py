@@ -18,7 +18,6 @@ IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
 Image.MAX_IMAGE_PIXELS = 50_000_000     # Pillow warns of more, and refuses twice as many: 0.4 GB to read
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-PHOTOGRAPH = 3              # times the small model's side: pictures of its own world are not so large
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
 
@@ -48,7 +47,8 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str, side
     side: pixels, a multiple of the model's step.
     """
     images, opacities = read_images(files, side)
-    if model.small and max(min(Image.open(file).size) for file in files) > PHOTOGRAPH * model.size[0]:
+    # Pictures of the small model's own world are not three times as large as it draws.
+    if model.small and max(min(Image.open(file).size) for file in files) > 3 * model.size[0]:
         warnings.warn(f"pictures so much larger than {model.size[0]} pixels look like photographs, and this "
                       "base model knows only its cartoon world: photographs need --weights sd15")
     pairs = torch.stack([images, images.flip(-1)], dim=1).to(model.device)

@@ -13,8 +13,6 @@ from support.pictures import Data
 from support.plots import draw_preview
 from support.weight_files import what_is
 
-PREVIEW_TIMESTEP = 400      # of the attention in a preview: outlines are decided there
-
 
 def write(out: Path, concept: Concept, state: dict) -> None:
     """Write NAME.safetensors and checkpoint.pt, each whole; none of them if a number is not finite."""
@@ -47,16 +45,16 @@ def write_preview(out: Path, model, concept: Concept, prompts: tuple[str, ...], 
     (out / "steps").mkdir(exist_ok=True)
     concept.save(out / "steps" / f"{concept.token.strip('<>')}_{n:04d}.safetensors")
     prompts = [prompt.format(concept.token) for prompt in prompts]
-    latents, maps = [], []
     keys, values, positions, _ = perfusion.condition(model, ["", *prompts], [concept])
-    for i, found in enumerate(positions[1:], 1):
-        K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
-        with precision:
-            z = draw_latents(model.unet, model.schedule, K, V, [seed], data.latents.shape[-2:], steps,
-                             model.guidance)
-            where = noised_map(model, z, PREVIEW_TIMESTEP, [k[1:] for k in K], [v[1:] for v in V],
-                               found[concept.token][0])
-        latents.append(z), maps.append(where[0].cpu())
+    latents, maps = [], []
+    with precision:
+        for i, found in enumerate(positions[1:], 1):
+            K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
+            latents.append(draw_latents(model.unet, model.schedule, K, V, [seed], data.latents.shape[-2:],
+                                        steps, model.guidance))
+            # Timestep 400: outlines are decided there.
+            maps.append(noised_map(model, latents[-1], 400, [k[1:] for k in K], [v[1:] for v in V],
+                                   found[concept.token][0])[0].cpu())
     model.vae.to(model.device)
     images = decode(model.vae, torch.cat(latents))
     model.vae.cpu()

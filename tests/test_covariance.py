@@ -51,7 +51,7 @@ def test_it_is_computed_once_for_a_model_kept_beside_its_weights_and_again_where
     assert computed() and path.is_file() and not computed()
     path.write_bytes(b"damaged")
     assert computed() and not computed()
-    assert all(torch.equal(C, results[0]) for C in results) and len(results) == 4
+    assert all(torch.equal(C, results[0]) for C in results)
     model.fingerprint = "another"
     assert computed()
 

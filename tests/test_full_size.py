@@ -34,7 +34,7 @@ def apart(function, *arguments):
 
 def script(name, *arguments):
     """Run a script, see `apart`; prints and returns its peak resident memory in GB."""
-    import resource         # Windows has none
+    import resource  # Windows has none
 
     subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], check=True)
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
