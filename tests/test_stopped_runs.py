@@ -55,7 +55,7 @@ def check(out, report, pictures):
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_run_that_is_killed_or_has_no_room_leaves_whole_files(script, weights, concept_files, tmp_path):
-    """Run once to the end, to know how long it takes and what it writes; then stop it in both ways."""
+    """Run once to the end, to know how long it takes and what it writes; then kill it twice, and give each kind of file no room."""
     out, start, pictures, rng = tmp_path / script, time.time(), {}, random.Random(0)
     places = {"CONCEPT": concept_files["teddy"], "IMAGES": tmp_path / "picture.png", "OUT": out,
               "NEW": out / "whole", "WEIGHTS": weights}
@@ -64,14 +64,13 @@ def test_a_run_that_is_killed_or_has_no_room_leaves_whole_files(script, weights,
     process.join()
     seconds = time.time() - start
     assert process.exitcode == 0
-    sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
-    for k, stop in enumerate(["kill", "full"] * 2):
+    sizes = {path.suffix: path.stat().st_size for path in out.rglob("*.*")}
+    for k, largest in enumerate([resource.RLIM_INFINITY] * 2 + [size - 1 for size in sizes.values()]):
         places["NEW"] = out / str(k)
-        largest = rng.choice(sizes) - 1 if stop == "full" else resource.RLIM_INFINITY
         process, report = run(script, places, largest)
-        if stop == "kill":
+        if largest == resource.RLIM_INFINITY:
             time.sleep(rng.uniform(0, seconds))
             process.kill()
         process.join()
-        assert stop == "kill" or process.exitcode == 2
+        assert largest == resource.RLIM_INFINITY or process.exitcode == 2
         check(out, report.read(), pictures)
