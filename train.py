@@ -169,7 +169,7 @@ class Training:
         Not so if another number of steps is asked for: until now the mean i_star moved at the pace of the old.
         """
         if len(state["losses"]) > self.settings.steps:
-            raise ValueError(f"the checkpoint is of a later step than {self.settings.steps}: nothing is to do")
+            raise ValueError(f"the checkpoint is of a later step than {self.settings.steps}: nothing is left")
         with torch.no_grad():
             for x, saved in zip(self.learned, state["learned"], strict=True):
                 x.copy_(saved)
