@@ -166,7 +166,7 @@ class Training:
     def load_state_dict(self, state: dict) -> None:
         """Continue from there: the same numbers follow as without the interruption.
 
-        Not so if another number of steps is asked for: until now the mean i_star moved at the pace of the old.
+        Not so if more steps are asked for than before: until now the mean i_star moved at the old pace.
         """
         if len(state["losses"]) > self.settings.steps:
             raise ValueError(f"the checkpoint is of a later step than {self.settings.steps}: nothing is left")
@@ -284,8 +284,8 @@ def main(argv: list[str] | None = None) -> None:
     data = prepare_data(model, files, settings.super_category, args.masks, side)
     training = Training(model, data, settings, C_inverse)
     training.concept.metadata |= about
-    print(f"{len(files)} images of {side} x {side} pixels, {sum(x.numel() for x in training.learned):,} numbers "
-          f"to learn, with {model.schedule.prediction_type} on {model.device}: {settings}")
+    print(f"{len(files)} images of {side} x {side} pixels, {sum(x.numel() for x in training.learned):,} "
+          f"numbers to learn, with {model.schedule.prediction_type} on {model.device}: {settings}")
     if resuming:
         training.load_state_dict(training_files.read_checkpoint(checkpoint, training.identity()))
     print(f"starting after step {len(training.losses)} of {settings.steps}")

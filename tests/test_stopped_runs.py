@@ -55,8 +55,7 @@ def check(out, report, pictures):
 
 @pytest.mark.parametrize("script", COMMANDS)
 def test_a_run_that_is_killed_or_has_no_room_leaves_whole_files(script, weights, concept_files, tmp_path):
-    """Run once to know how long it takes and what it writes; kill it twice; let each kind of file find no room.
-    """
+    """Run once, for the time and the sizes; then kill it twice, and let each kind of file find no room."""
     out, start, pictures, rng = tmp_path / script, time.time(), {}, random.Random(0)
     places = {"CONCEPT": concept_files["teddy"], "IMAGES": tmp_path / "picture.png", "OUT": out,
               "NEW": out / "whole", "WEIGHTS": weights}
