@@ -7,12 +7,12 @@ weights (or in the user's cache folder, where the weights' folder cannot be writ
     python covariance.py --weights sd15 --captions captions.txt            # one caption per line
 """
 
+import contextlib
 import json
 import os
 import random
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -54,8 +54,6 @@ def built_in_captions(n: int, tokenizer, seed: int = 0) -> list[str]:
 @torch.no_grad()
 def covariance(text_encoder, tokenizer, captions: list[str]) -> Tensor:
     """C (d, d) in float64 over the encodings of all tokens of all captions, padding included."""
-    if not captions:
-        raise ValueError("there are no captions to take the covariance over")
     total, count = 0, 0
     for first in tqdm(range(0, len(captions), BATCH), desc="covariance", unit="batch", disable=None):
         with warnings.catch_warnings():         # a long caption loses its end: no matter here
@@ -79,43 +77,34 @@ def inverse(C: Tensor) -> Tensor:
 
 # -------------------------------------------------------------------------------------------------- the cache
 
-def cached(model, report=print) -> Tensor:
+def cached(model) -> Tensor:
     """C (d, d) float64 of a base model: read from its cache, or computed over the built-in captions and kept.
 
-    The same numbers in the first and in every later run. report: called with each line for the user.
+    The same numbers in the first and in every later run.
     """
     for path in _places(model):
-        C = _read(path, model.fingerprint)
-        if C is not None:
-            return C
-    captions = built_in_captions(CAPTIONS, model.tokenizer)
-    report(f"computing the covariance of text encodings over {len(captions):,} captions, once per base model")
-    C = covariance(model.text_encoder, model.tokenizer, captions)
+        with contextlib.suppress(OSError, SafetensorError), safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("base") == model.fingerprint:
+                return file.get_tensor("C").double()
+    print(f"computing the covariance of text encodings over {CAPTIONS:,} captions, once per base model")
+    C = covariance(model.text_encoder, model.tokenizer, built_in_captions(CAPTIONS, model.tokenizer))
     try:
-        where = f"kept in {store(C, model, f'built-in {len(captions)}')}"
+        store(C, model)
     except OSError as error:        # a cache is a convenience
         warnings.warn(f"{error}; the next run will compute it again", stacklevel=2)
-        where = "kept nowhere"
-    report(f"condition number {torch.linalg.cond(C):.1e}, {where}")
     return C.float().double()       # as the file holds it
 
 
-def store(C: Tensor, model, captions: str = "unknown") -> Path:
-    """Keep C for `cached`, as float32 (the sampling error is far larger); returns the file's path. OSError.
-
-    captions: over which C was taken; for the file's header.
-    """
-    header = {"base": model.fingerprint, "captions": captions}
-    reasons = []
-    for path in _places(model):
-        try:
+def store(C: Tensor, model) -> None:
+    """Keep C for `cached`, as float32 (the sampling error is far larger), and say where. OSError."""
+    for path in _places(model):     # the weights may lie in a folder that cannot be written
+        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as partial:
-                save_file({"C": C.float().contiguous()}, partial, header)
-            return path
-        except OSError as error:            # the weights may lie in a folder that cannot be written
-            reasons.append(str(error))
-    raise OSError(f"the covariance cannot be kept: {'; '.join(reasons) or 'there is no home folder'}")
+                save_file({"C": C.float().contiguous()}, partial, {"base": model.fingerprint})
+            print(f"{path}: the covariance, condition number {torch.linalg.cond(C):.1e}")
+            return
+    raise OSError(f"the covariance cannot be kept at {' or '.join(map(str, _places(model))) or 'home'}")
 
 
 def _places(model) -> list[Path]:
@@ -126,19 +115,9 @@ def _places(model) -> list[Path]:
     return [*own, *users]
 
 
-def _read(path: Path, fingerprint: str) -> Tensor | None:
-    """C from a file, None if the file is absent, damaged or of another base model."""
-    try:
-        with safe_open(path, "pt") as file:
-            same = (file.metadata() or {}).get("base") == fingerprint
-            return file.get_tensor("C").double() if same else None
-    except (OSError, SafetensorError):
-        return None
-
-
 # ------------------------------------------------------------------------------------------------- the script
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     command_line.add_model(parser)
@@ -149,12 +128,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if captions == []:
         raise ValueError(f"{args.captions} holds no captions: it needs one per line")
     model = open_model(args, dtype=torch.float32)
-    name = args.captions.name if captions else f"built-in {args.n}"
     captions = captions or built_in_captions(args.n, model.tokenizer)
     C = covariance(model.text_encoder, model.tokenizer, captions)
-    inverse(C)
-    path = store(C, model, name)
-    print(f"{len(captions):,} captions, condition number {torch.linalg.cond(C):.1e}: {path}")
+    inverse(C)      # refused before it is kept
+    store(C, model)
 
 
 if __name__ == "__main__":

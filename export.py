@@ -14,7 +14,6 @@ Several concepts become two files each. Give them in one run if they will be use
 together are the edit with all the concepts.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from torch import Tensor
 import weights_loader
 from concept import Concept, prepare
 from support import command_line
-from support.files import read_tensors, replacing, what_is
+from support.files import replacing
 
 
 @torch.no_grad()
@@ -53,24 +52,7 @@ def lora(unet, concepts: list[Concept]) -> list[dict[str, Tensor]]:
     return loras
 
 
-def read_embedding(path: Path) -> Tensor:
-    """The word embedding (k, d) in a textual-inversion file; no code in it is run. ValueError.
-
-    Known are {"<token>": (k, d) or (d,)} of diffusers, {"emb_params": ...}, {"string_to_param": {"*": ...}}.
-    """
-    if not path.is_file():
-        raise ValueError(f"--init-embedding {path}: there is no such file")
-    try:
-        content = read_tensors(path)        # the original code saved a ParameterDict, the web UI a dict
-        content = content.get("string_to_param", content)
-        embedding, = getattr(content, "_parameters", content).values()
-        return torch.atleast_2d(embedding.detach().float())
-    except Exception as error:      # whatever is wrong with a foreign file
-        raise ValueError(f"--init-embedding {path} is not a textual inversion of one word, but "
-                         f"{what_is(path)}") from error
-
-
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--concept", type=Path, nargs="+", action="extend", required=True, metavar="FILE",
@@ -79,12 +61,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--tokenizer", metavar="DIR", help="folder with vocab.json and merges.txt (default: the model's own)")
     add("--out", type=Path, default=Path("exported"), help="folder of the new files")
     args = parser.parse_args(argv)
-    stems = [path.stem for path in args.concept]
-    if len(set(stems)) < len(stems):
-        raise ValueError("two of the concept files have the same name: export them into different folders")
     concepts = [Concept.load(path) for path in args.concept]
-    words = [args.out / f"{stem}_word.safetensors" for stem in stems]
-    loras = [args.out / f"{stem}_lora.safetensors" for stem, concept in zip(stems, concepts) if concept.edits]
+    names = [concept.token.strip("<>") for concept in concepts]
+    words = [args.out / f"{name}_word.safetensors" for name in names]
+    loras = [args.out / f"{name}_lora.safetensors" for name, concept in zip(names, concepts) if concept.edits]
     for file in words + loras:
         if file.exists():
             raise ValueError(f"{file} exists already: delete it, or choose another --out")

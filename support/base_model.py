@@ -4,7 +4,7 @@
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -17,20 +17,18 @@ CARTOON = "tiny, a cartoon model in this repository; photographs need --weights 
 
 
 def open_model(args: argparse.Namespace, concepts: Sequence[Concept] = (), dtype: torch.dtype | None = None,
-               device: str | None = None, variant: str | None = None,
-               report: Callable = print) -> weights_loader.Model:
+               device: str | None = None, variant: str | None = None) -> weights_loader.Model:
     """The Model of --weights, --tokenizer and --prediction, made fast where it is on a CPU, and named.
 
     concepts: what will be drawn; their training says what the U-Net predicts. device: by default --device.
     dtype: by default float32 on a CPU, float16 elsewhere. variant: as in `weights_loader.load`. ValueError.
-    report: called with the line that names the model.
     """
     device = device or pick_device(args.device)
     dtype = dtype or (torch.float32 if device == "cpu" else torch.float16)
     model = weights_loader.load(args.weights, device, dtype, args.tokenizer, variant,
                                 prediction(args.prediction, concepts))
     fast_cpu.enable(model)
-    report(f"base model: {CARTOON if model.folder == weights_loader.TINY else model.name}")
+    print(f"base model: {CARTOON if model.folder == weights_loader.TINY else model.name}")
     return model
 
 

@@ -2,8 +2,8 @@
 
 import hashlib
 import io
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +16,8 @@ from attention_maps import word_masks
 
 IMAGE_TYPES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 APPLE_TYPES = (".heic", ".heif")
-MAX_PIXELS = 100_000_000    # of a picture: 0.4 GB while it is read
-Image.MAX_IMAGE_PIXELS = None       # Pillow's own limit, a warning
+Image.MAX_IMAGE_PIXELS = 50_000_000     # Pillow warns of more, and refuses twice as many: 0.4 GB to read
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 CUT_OUT = 0.05              # share of transparent pixels; the round corners of a screenshot have less
 
 
@@ -26,17 +26,11 @@ class Data:
     """The training pictures of one concept.
 
     images (N, 3, S, S) in [-1, 1]; latents (N, 2, c, h, w), as they are and flipped; masks (N, 2, 1, h, w),
-    the largest value of each 1. origin: what the concept's file will say about them.
+    the largest value of each 1.
     """
     images: Tensor
     latents: Tensor
     masks: Tensor
-    origin: dict = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """Tells these pictures and masks from others, as they are trained on."""
-        return digest([x.cpu().numpy().tobytes() for x in (self.images, self.masks)])
 
 
 def digest(contents: list[Path | bytes]) -> str:
@@ -46,16 +40,17 @@ def digest(contents: list[Path | bytes]) -> str:
 
 
 @torch.no_grad()
-def prepare_data(model, files: list[Path], super_category: str, masks: str = "auto", side: int = 0,
-                 report: Callable = print) -> Data:
+def prepare_data(model, files: list[Path], super_category: str, masks: str, side: int) -> Data:
     """Read, encode and mask the training pictures; afterwards the VAE is off the device.
 
     masks: "auto" (the opacity of a cut-out, else `word_masks`), "none", or a folder with a mask per picture.
-    side: pixels, a multiple of the model's step; 0 for the side that the model was trained at.
-    report: called with every line that the user should see.
+    side: pixels, a multiple of the model's step.
     """
-    side = side or model.size[0]
-    images, alphas = read_images(files, side, report)
+    images, opacities = read_images(files, side)
+    # Pictures of the small model's own world are not three times as large as it draws.
+    if model.small and max(min(Image.open(file).size) for file in files) > 3 * model.size[0]:
+        warnings.warn(f"pictures so much larger than {model.size[0]} pixels look like photographs, and this "
+                      "base model knows only its cartoon world: photographs need --weights sd15")
     pairs = torch.stack([images, images.flip(-1)], dim=1).to(model.device)
     latents = torch.stack([torch.cat([model.vae.encode(x[None]) for x in pair]) for pair in pairs])
     model.vae.cpu()
@@ -63,18 +58,16 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
     if masks == "none":
         said, soft = "none, the whole picture counts", latents.new_ones(len(images), 1, *size)
     elif masks == "auto":
-        soft = word_masks(model, latents[:, 0], super_category)
-        said = f'the model\'s attention to "{super_category}"'
-        cut_outs = [i for i, alpha in enumerate(alphas) if alpha is not None]
-        for i in cut_outs:
-            soft[i] = F.interpolate(alphas[i][None], size, mode="area")[0]
-        said += f"; the opacity of {', '.join(files[i].name for i in cut_outs)}" if cut_outs else ""
+        said, soft = f'attention to "{super_category}"', word_masks(model, latents[:, 0], super_category)
+        for i, opacity in enumerate(opacities):
+            if opacity is not None:
+                said += f"; the opacity of {files[i].name}"
+                soft[i] = F.interpolate(opacity[None], size, mode="area")[0]
     else:
-        found, opaque = zip(*[read_mask(Path(masks), file, side) for file in files])
-        soft = F.interpolate(torch.stack(found).to(model.device), size, mode="area")
-        said = f"{masks}, white is the thing"
-        said += f" (in {sum(opaque)} of {len(files)}: what is opaque)" if any(opaque) else ""
-    report(f"masks: {said}")
+        said = f"{masks}, white is the thing, or of a cut-out what is opaque"
+        found = torch.stack([read_mask(Path(masks), file, side) for file in files])
+        soft = F.interpolate(found.to(model.device), size, mode="area")
+    print(f"masks: {said}")
     largest = soft.amax((1, 2, 3), keepdim=True)
     for file, value in zip(files, largest):
         if value <= 0:
@@ -83,18 +76,16 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str = "au
     return Data(images, latents, torch.stack([soft, soft.flip(-1)], dim=1))
 
 
-def read_images(files: list[Path], side: int, report: Callable = print) -> tuple[Tensor, list[Tensor | None]]:
-    """Images (N, 3, side, side) and opacities, as from `read_image`; a line for every kind of change."""
+def read_images(files: list[Path], side: int) -> tuple[Tensor, list[Tensor | None]]:
+    """Images (N, 3, side, side) and opacities, as from `read_image`; prints each kind of change."""
     images, opacities, changes = zip(*[read_image(file, side) for file in files])
     for change in sorted(set().union(*changes)):
-        report(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")
+        print(f"{change}: {', '.join(file.name for file, found in zip(files, changes) if change in found)}")
     return torch.stack(images), list(opacities)
 
 
 def list_images(path: Path) -> tuple[list[Path], list[str]]:
     """The image files of a folder (or one image file), sorted by name, and the names that were skipped."""
-    if not path.exists():
-        raise ValueError(f"--images {path}: there is no such folder")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     images = [file for file in files if file.suffix.lower() in (*IMAGE_TYPES, *APPLE_TYPES)
               and file.is_file() and not file.name.startswith(".")]
@@ -103,28 +94,17 @@ def list_images(path: Path) -> tuple[list[Path], list[str]]:
             raise ValueError(f"{file} is an HEIC photo, which cannot be read here: put a JPEG in its place "
                              "(on a Mac: Preview, File, Export)")
     if not images:
-        raise ValueError(f"--images {path} holds no image: it needs at least one of {', '.join(IMAGE_TYPES)}")
+        raise ValueError(f"no image is at --images {path}: it needs at least one of {', '.join(IMAGE_TYPES)}")
     return images, [file.name for file in files if file not in images]
-
-
-def largest_side(files: list[Path]) -> int:
-    """The shorter side of the largest of these pictures, in pixels; 0 if one cannot be read."""
-    try:
-        return max(min(Image.open(file).size) for file in files)
-    except OSError:         # `open_image` says what is wrong
-        return 0
 
 
 def open_image(path: Path) -> tuple[Image.Image, set[str]]:
     """An image file as RGBA in sRGB, turned as its EXIF says; and in words what was changed.
 
-    ValueError if the file is damaged or larger than MAX_PIXELS.
+    ValueError if the file is damaged or too large.
     """
     try:
         with Image.open(path) as file:
-            if file.width * file.height > MAX_PIXELS:
-                raise ValueError(f"it has {file.width * file.height / 1e6:.0f} megapixels, at most "
-                                 f"{MAX_PIXELS / 1e6:.0f} are possible")
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):      # 16 bits: Pillow would clip them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -133,7 +113,7 @@ def open_image(path: Path) -> tuple[Image.Image, set[str]]:
             if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 changes.add("turned as their EXIF says (masks of your own must be turned too)")
             return rgba, changes
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
@@ -171,10 +151,10 @@ def read_image(path: Path, side: int) -> tuple[Tensor, Tensor | None, set[str]]:
     return (rgb * alpha + 1 - alpha) * 2 - 1, opacity, changes
 
 
-def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
+def read_mask(folder: Path, image: Path, side: int) -> Tensor:
     """The mask (1, side, side) in [0, 1] of an image, the file of the same name: white is the thing.
 
-    If the mask is itself a cut-out, what is opaque is the thing; the second result says whether it was.
+    If the mask is itself a cut-out, what is opaque is the thing.
     ValueError if there is none, or one of other proportions: it would show another place.
     """
     found = [file for file in sorted(folder.glob("*")) if file.stem == image.stem
@@ -186,4 +166,4 @@ def read_mask(folder: Path, image: Path, side: int) -> tuple[Tensor, bool]:
         raise ValueError(f"the mask {found[0]} of {w} x {h} pixels does not fit {image.name}, which has "
                          f"{across} x {down} when it is turned as its EXIF says")
     rgb, alpha, _ = read_image(found[0], side)
-    return (rgb.mean(0, keepdim=True) / 2 + 0.5, False) if alpha is None else (alpha, True)
+    return rgb.mean(0, keepdim=True) / 2 + 0.5 if alpha is None else alpha

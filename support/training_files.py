@@ -1,4 +1,4 @@
-"""What a training leaves in its folder: the concept, loss.csv, a checkpoint, and previews."""
+"""What a training leaves in its folder: the concept, a checkpoint, and previews."""
 
 from pathlib import Path
 
@@ -12,15 +12,10 @@ from support.files import replacing, what_is
 from support.pictures import Data
 from support.plots import draw_preview
 
-PREVIEW_TIMESTEP = 400      # of the attention in a preview: outlines are decided there
 
-
-def write(out: Path, concept: Concept, losses: list[float], state: dict) -> None:
-    """Write NAME.safetensors, loss.csv and checkpoint.pt, each whole; none if a number is not finite."""
+def write(out: Path, concept: Concept, state: dict) -> None:
+    """Write NAME.safetensors and checkpoint.pt, each whole; none of them if a number is not finite."""
     concept.save(out / f"{concept.token.strip('<>')}.safetensors")
-    rows = "".join(f"{step},{loss:.6g}\n" for step, loss in enumerate(losses, 1))
-    with replacing(out / "loss.csv") as path:
-        path.write_text("step,loss\n" + rows, encoding="utf-8")
     with replacing(out / "checkpoint.pt") as path:
         torch.save(state, path)
 
@@ -32,8 +27,6 @@ def read_checkpoint(path: Path, identity: dict[str, str]) -> dict:
         found = state["identity"]
     except Exception as error:      # torch raises many kinds for a file that it did not write
         raise ValueError(f"{path} is {what_is(path)}, no checkpoint: {type(error).__name__}") from error
-    if "lock" in found:             # the name of `keys` in older checkpoints
-        found["keys"] = found.pop("lock")
     for key, value in identity.items():
         if found.get(key, value) != value:
             raise ValueError(f"{path} cannot be resumed: {key} was {found[key]}, now is {value}")
@@ -58,8 +51,9 @@ def write_preview(out: Path, model, concept: Concept, prompts: tuple[str, ...], 
             K, V = ([x[[0, i]] for x in layers] for layers in (keys, values))
             latents.append(draw_latents(model.unet, model.schedule, K, V, [seed], data.latents.shape[-2:],
                                         steps, model.guidance))
-            maps.append(noised_map(model, latents[-1], PREVIEW_TIMESTEP, [k[1:] for k in K],
-                                   [v[1:] for v in V], found[concept.token][0])[0].cpu())
+            # Timestep 400: outlines are decided there.
+            maps.append(noised_map(model, latents[-1], 400, [k[1:] for k in K], [v[1:] for v in V],
+                                   found[concept.token][0])[0].cpu())
     model.vae.to(model.device)
     images = decode(model.vae, torch.cat(latents))
     model.vae.cpu()

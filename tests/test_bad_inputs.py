@@ -98,9 +98,9 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
     "train": {
         "--steps --batch --accumulate --resolution --lr --lr-embedding": ["0", "two"], "--beta": ["nan"],
         "--seed --preview --checkpoint": ["-1", "1.5"], "--super": ["' '", "'a {}'"],
-        "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--images": [*IMAGES, "___"], "--masks": ["TEDDY"],
-        "--resume": ["nowhere", "EMPTY"], "--init-embedding": ["nowhere", "UNET", "EVIL"],
-        "--out": ["PICTURE", "BELOW", "IMAGES"], "--weights --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
+        "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--images": [*IMAGES, "___"],
+        "--resume": ["nowhere", "EMPTY"], "--out": ["PICTURE", "BELOW", "IMAGES"],
+        "--weights --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
     "sample": {
         "--steps --n": ["1000000"], "--seed": ["99999999999999999999"],
         "--size": ["big", "16x16x16", "-16", "100000"], "--guidance --tau": ["nan"],
@@ -120,8 +120,8 @@ LATER = {  # what can only be seen in the weights, or beside them
         "--weights": ["''", "nowhere", "missing.safetensors", "EMPTY", "PICTURE", "TEDDY", "HEADER", "EVIL",
                       "BOMB", "BOUNDLESS"],
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
-        "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"], "--masks": ["EMPTY", "BLACK"],
-        "--resume": ["PICTURE", "TEDDY", "EVIL"]},
+        "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"],
+        "--masks": ["EMPTY", "BLACK", "TEDDY"], "--resume": ["PICTURE", "TEDDY", "EVIL"]},
     "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"], "--weights": ["nowhere"]},
     "diagnostics": {
         "--inversion": ["OTHER_KIND"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],

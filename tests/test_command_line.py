@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 import sample
 from concept import Concept
 from models import ROOT
-from support import command_line
+from support import accumulation, command_line
 from support.base_model import prediction
 from support.files import read_lines, replacing
-from support.processes import Processes
 
 
 @pytest.mark.parametrize("error, code, sentence", [
@@ -112,10 +111,10 @@ def test_what_the_concepts_were_trained_with_is_used_and_another_is_refused():
 @pytest.mark.parametrize("name, value", [
     ("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "two"), ("RANK", "-1")])
 def test_a_part_of_torchruns_variables_is_one_sentence(monkeypatch, name, value):
-    assert Processes().share(4).tolist() == [0, 1, 2, 3]
+    assert accumulation.join_processes("cpu") == "cpu"
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="not as torchrun sets"):
-        Processes()
+        accumulation.join_processes("cpu")
 
 
 # ------------------------------------------------------------------------------------------------------ files

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
-    "support.files support.command_line support.intervals support.processes",
+    "support.files support.command_line support.intervals",
     "unet vae clip_text diffusion perfusion",
     "concept attention_maps support.weight_names support.plots",
     "weights_loader support.clip_image support.pictures diffusers_hook",
@@ -21,7 +21,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text(
          for folder in ("", "support", "tiny") for path in (ROOT / folder).glob("*.py")}
 LEVEL = dict.fromkeys(FILES, len(ROWS)) | {name: level for level, row in enumerate(ROWS) for name in row}
 PACKAGES = {  # what these may import besides torch, the standard library and the project
-    "": "perfusion attention_maps unet vae diffusion support.command_line support.processes",
+    "": "perfusion attention_maps unet vae diffusion support.command_line support.accumulation",
     "safetensors": "concept support.clip_image support.files",
     "tokenizers": "clip_text", "numpy": "support.fast_cpu"}
 

@@ -378,7 +378,7 @@ def export(model: weights_loader.Model, out: Path, captions: int):
     model = weights_loader.load(str(out))
     texts = covariance.built_in_captions(captions, model.tokenizer)
     C = covariance.covariance(model.text_encoder, model.tokenizer, texts)
-    print(f"covariance of {captions} captions: {covariance.store(C, model, f'built-in {captions}')}")
+    covariance.store(C, model)
 
 
 def run(plan: Plan, folder: Path, out: Path, device: str):
