@@ -8,14 +8,12 @@ Picture k starts from noise seeded with seed + k and is drawn alone: it does not
 """
 
 import argparse
-import contextlib
 import io
 import itertools
 import json
 import math
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +21,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+import diffusion
 import perfusion
 from concept import Concept, prepare
-from diffusion import decode, draw_latents, grid, to_bytes
 from support import command_line
 from support.base_model import open_model
 from support.command_line import DTYPES, between, numbers, pick_device, unquoted
@@ -43,7 +41,7 @@ def size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("prompt", type=unquoted, help="what to draw; <name> stands for a loaded concept")
@@ -67,7 +65,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n", type=between(1, 10_000), default=1, help="number of pictures")
     add("--out", type=Path, default=Path("out"), help="folder of the numbered PNGs and their grid")
     add("--precision", choices=DTYPES, help="of the networks (default: fp32 on a CPU, fp16 elsewhere)")
-    add("--low-vram", action="store_true", help="keep only the network in use on the device")
     args = parser.parse_args(argv)
     args.beta, args.tau = args.beta or [BETA[args.lock]], args.tau or [TAU]
     if min(args.tau) <= 0:
@@ -94,31 +91,33 @@ def png(image: Tensor, settings: dict[str, object]) -> bytes:
         f"{s['prompt']}\n{negative}Steps: {s['steps']}, Sampler: {WEB_UI[s['sampler']]}, "
         f"CFG scale: {s['guidance']}, Seed: {s['seed']}, Size: {width}x{height}, Model: {model}"))
     fields.add_itxt("perfusion", json.dumps(settings))
-    Image.fromarray(to_bytes(image)).save(file, format="PNG", pnginfo=fields)
+    Image.fromarray(diffusion.to_bytes(image)).save(file, format="PNG", pnginfo=fields)
     return file.getvalue()
 
 
 def add_picture(folder: Path, content: bytes) -> Path:
     """Write a PNG under the next free number of a folder, 0000.png and on; return its path. OSError.
 
-    Of several programs at once only one holds the claim on a number, so that no picture takes another's
-    place. A claim that a killed program left behind costs its number and nothing else.
+    Of several programs at once only one can make the empty file that holds the place, so that no picture
+    takes another's.
     """
     taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
     for number in itertools.count(max(taken, default=-1) + 1):
-        path, claim = folder / f"{number:04d}.png", folder / f".{number:04d}.claim"
-        with contextlib.suppress(FileExistsError):
-            claim.touch(exist_ok=False)
-            try:
-                if not path.exists():
-                    with replacing(path) as partial:
-                        partial.write_bytes(content)
-                    return path
-            finally:
-                claim.unlink()
+        path = folder / f"{number:04d}.png"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        try:
+            with replacing(path) as partial:
+                partial.write_bytes(content)
+        except BaseException:
+            path.unlink()
+            raise
+        return path
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     device = pick_device(args.device)
     precision = args.precision or ("fp32" if device == "cpu" else "fp16")
@@ -132,13 +131,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"the prompt uses {name}, which no concept file provides: {known}")
     args.out.mkdir(parents=True, exist_ok=True)
 
-    model = open_model(args, concepts, DTYPES[precision], "cpu" if args.low_vram else device, variant)
+    model = open_model(args, concepts, DTYPES[precision], device, variant)
     height, width = args.size or model.size
     if height % model.size_step or width % model.size_step:
         raise ValueError(f"--size {height}x{width} is not possible: both sides must be multiples of "
                          f"{model.size_step} for this model")
     guidance = model.guidance if args.guidance is None else args.guidance
-    model.text_encoder.to(device), model.unet.to(device)        # with --low-vram they were not there
     concepts = prepare(concepts, model)
     keys, values, positions, _ = perfusion.condition(model, [args.negative, args.prompt], concepts, args.beta,
                                                      args.tau, args.lock)
@@ -152,23 +150,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "concepts": " ".join(args.concept), "beta": " ".join(map(str, args.beta)),
                 "tau": " ".join(map(str, args.tau)), "lock": args.lock if concepts else ""}
     print("; ".join(f"{key}: {value}" for key, value in settings.items() if value != ""))
-    latent_size = height // model.vae.factor, width // model.vae.factor
-    seeds, images, paths = range(args.seed, args.seed + args.n), [], []
+    images, paths = [], []
     with tqdm(total=args.n * args.steps, unit="step", desc="drawing") as bar:
-        latents = (draw_latents(model.unet, model.schedule, keys, values, [seed], latent_size, args.steps,
-                                guidance, args.sampler, on_step=lambda z: bar.update())
-                   for seed in seeds)
-        if args.low_vram:
-            model.text_encoder.cpu()
-            latents = list(latents)
-            model.unet.cpu()
-            model.vae.to(device)
-        for seed, latent in zip(seeds, latents):
-            images.append(decode(model.vae, latent))
+        for seed in range(args.seed, args.seed + args.n):
+            images.append(diffusion.draw(model, keys, values, [seed], (height, width), args.steps, guidance,
+                                         args.sampler, on_step=lambda z: bar.update()))
             paths.append(add_picture(args.out, png(images[-1][0], settings | {"seed": seed})))
             bar.write(str(paths[-1]))
     if args.n > 1:
-        sheet = grid(torch.cat(images), columns=math.ceil(math.sqrt(args.n)))
+        sheet = diffusion.grid(torch.cat(images), columns=math.ceil(math.sqrt(args.n)))
         path = args.out / f"grid_{paths[0].stem}-{paths[-1].stem}.png"
         with replacing(path) as partial:
             partial.write_bytes(png(sheet, settings | {"seed": args.seed, "n": args.n}))
@@ -176,5 +166,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --size, --precision fp16 or --low-vram needs less"):
+    with command_line.plain_errors(memory="a smaller --size, or --precision fp16, needs less"):
         main()
