@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import runpy
+import statistics
 
 import pytest
 import torch
@@ -17,20 +18,14 @@ from support.intervals import mean_and_interval
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 
 
-def unit(*shape):
-    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
-
-
-def test_image_similarity_is_the_mean_cosine_over_all_pairs():
-    generated, training = unit(3, 4, 8), unit(5, 8)
-    expected = torch.cosine_similarity(generated[:, :, None], training, dim=-1).mean(-1)
-    assert (EVALUATE["image_similarity"](generated, training) - expected).abs().max() < 1e-10
-
-
-def test_text_similarity_compares_each_picture_with_its_own_prompt():
-    generated, texts = unit(3, 4, 8), unit(3, 8)
-    expected = torch.cosine_similarity(generated, texts[:, None], dim=-1)
-    assert (EVALUATE["text_similarity"](generated, texts) - expected).abs().max() < 1e-10
+def test_a_row_holds_mean_cosines_with_their_intervals_and_the_harmonic_mean():
+    drawn, training, texts = torch.rand(3, 4, 8).double(), torch.rand(5, 8).double(), torch.rand(3, 8).double()
+    row = EVALUATE["measure"](*(torch.nn.functional.normalize(x, dim=-1) for x in (drawn, training, texts)))
+    image = torch.cosine_similarity(drawn[:, :, None], training, dim=-1).mean((0, 2)).tolist()     # per seed
+    text = torch.cosine_similarity(drawn, texts[:, None], dim=-1).mean(0).tolist()
+    expected = *mean_and_interval(image), *mean_and_interval(text)
+    harmonic = statistics.harmonic_mean([statistics.fmean(image), statistics.fmean(text)])
+    assert list(row.values()) == pytest.approx([*expected, harmonic], abs=1e-10)
 
 
 @pytest.mark.parametrize("n, t", [(4, 3.182), (5, 2.776), (8, 2.365), (31, 2.042)])
@@ -54,7 +49,7 @@ def folder(weights, tmp_path_factory):
     (folder / "images").mkdir()
     for k in range(2):
         noise(16, 20, seed=k).save(folder / "images" / f"{k}.png")
-    (folder / "prompts.txt").write_text("a photo of a {}\n\na {} on the beach\n")
+    (folder / "prompts.txt").write_text("a photo of a {}\n\n'a {} on the beach'\n")
     return folder
 
 
@@ -79,23 +74,17 @@ def test_a_sweep_writes_every_row_once_and_a_figure(weights, folder, tmp_path):
     assert "4 seeds, ± is a 95 % interval over seeds" in out and out.count("±") == 11
 
 
-def test_of_several_files_of_one_concept_the_best_is_named_and_kept(weights, folder, tmp_path):
-    names = ["teddy", "teddy_0010"]
-    rows, out = evaluate(weights, folder, tmp_path, names, "--beta", "0.5,1.2", "--seeds", 1,
-                         "--keep-best", tmp_path / "kept")
+def test_of_several_files_of_one_concept_the_best_is_named(weights, folder, tmp_path):
+    rows, out = evaluate(weights, folder, tmp_path, ["teddy", "teddy_0010"], "--beta", "0.5,1.2", "--seeds", 1)
     best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
     assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out
     line, = [line.strip() for line in out.splitlines() if "sample.py" in line]
-    assert line == (f"python sample.py 'a <teddy> on the beach' --concept {tmp_path}/kept/teddy.safetensors "
-                    f"--beta {best['beta']} --tau 0.15 --lock local --weights {weights}")
-    kept = (tmp_path / "kept" / "teddy.safetensors").read_bytes()
-    assert [kept == (folder / f"{name}.safetensors").read_bytes() for name in names] == [
-        best["concept"] == name for name in names]
+    assert line == ("python sample.py 'a <teddy> on the beach' --concept "
+                    f"{folder}/{best['concept']}.safetensors --beta {best['beta']} --tau 0.15 --lock local "
+                    f"--weights {weights}")
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"folder": ""}, "known place"), ({"folder": "gone"}, "are not at gone"), ({"pictures": "x"}, "does not hold")])
-def test_without_images_those_of_the_training_are_read_if_they_are_still_the_same(folder, change, words):
+def test_without_images_those_of_the_training_are_read_and_it_is_said_if_they_are_others(folder):
     images, files = str(folder / "images"), sorted((folder / "images").glob("*.png"))
 
     def find(metadata, given=None):
@@ -103,10 +92,18 @@ def test_without_images_those_of_the_training_are_read_if_they_are_still_the_sam
         return EVALUATE["training_files"](concept, given)
     right = {"folder": images, "pictures": pictures.digest(files)}
     assert find(right) == find({"folder": images}) == find({}, images) == (images, files)
-    with pytest.raises(ValueError, match=f"{words}.*--images"):
-        find(right | change)
-    with pytest.warns(UserWarning, match="does not hold the pictures that <teddy> was trained on"):
-        find({"pictures": "x"}, images)
+    for metadata, words in (({}, "known place"), ({"folder": "gone"}, "are not at gone")):
+        with pytest.raises(ValueError, match=f"{words}.*--images"):
+            find(metadata)
+    with pytest.warns(UserWarning, match="does not hold the pictures that <teddy> was trained on") as said:
+        assert find({"folder": images, "pictures": "x"}) == find({"pictures": "x"}, images) == (images, files)
+    assert len(said) == 2
+
+
+def test_a_bad_line_of_the_prompts_is_named(tmp_path):
+    (tmp_path / "p").write_text("a {}\n\na cat\n")
+    with pytest.raises(ValueError, match="p, line 3: "):
+        EVALUATE["read_prompts"](str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("name", ["_b", "a$b^{$", "$x$", "plain", "_$"])
