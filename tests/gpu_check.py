@@ -61,7 +61,7 @@ SCRIPTS = {
     "drawn": "sample.py {prompt} --concept {fp32} --precision fp32 --steps 20",
     "drawn-on-cpu": "sample.py {prompt} --concept {fp32} --precision fp32 --steps 20 --device cpu",
     "drawn-bf16": "sample.py {prompt} --concept {bf16} --precision bf16",
-    "drawn-fp16": "sample.py {prompt} --concept {fp16} --precision fp16 --low-vram",
+    "drawn-fp16": "sample.py {prompt} --concept {fp16} --precision fp16",
     "figures": "diagnostics.py --concept {bf16} --trained {trained} --inversion {none} --second {cat}",
     "curves": "evaluate.py --concept {bf16} {none} --beta 0.6,0.7 --seeds 2 --prompts {prompts}",
     "lora": "export.py --concept {bf16}"}
