@@ -8,10 +8,12 @@ Picture k starts from noise seeded with seed + k and is drawn alone: it does not
 """
 
 import argparse
+import contextlib
 import io
 import itertools
 import json
 import math
+import os
 import re
 import warnings
 from pathlib import Path
@@ -98,23 +100,21 @@ def png(image: Tensor, settings: dict[str, object]) -> bytes:
 def add_picture(folder: Path, content: bytes) -> Path:
     """Write a PNG under the next free number of a folder, 0000.png and on; return its path. OSError.
 
-    Of several programs at once only one can make the empty file that holds the place, so that no picture
-    takes another's.
+    Of several programs at once only one holds the claim on a number, so that no picture takes another's
+    place. A claim that a killed program left behind costs its number and nothing else.
     """
     taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
     for number in itertools.count(max(taken, default=-1) + 1):
-        path = folder / f"{number:04d}.png"
-        try:
-            path.touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        try:
-            with replacing(path) as partial:
-                partial.write_bytes(content)
-        except BaseException:
-            path.unlink()
-            raise
-        return path
+        path, claim = folder / f"{number:04d}.png", folder / f".{number:04d}.claim"
+        with contextlib.suppress(FileExistsError):
+            claim.touch(exist_ok=False)
+            try:
+                if not path.exists():
+                    with replacing(path) as partial:
+                        partial.write_bytes(content)
+                    return path
+            finally:
+                claim.unlink()
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,6 +130,8 @@ def main(argv: list[str] | None = None) -> None:
             known = "known are " + ", ".join(tokens) if tokens else "load its file with --concept"
             raise ValueError(f"the prompt uses {name}, which no concept file provides: {known}")
     args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise ValueError(f"--out {args.out} cannot be written")
 
     model = open_model(args, concepts, DTYPES[precision], device, variant)
     height, width = args.size or model.size

@@ -1,6 +1,7 @@
 """sample.py draws what it is asked for, repeatably, and loses no picture."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -90,6 +91,12 @@ def test_concepts_change_the_picture_and_each_setting_does(weights, concept_file
         draw(weights, tmp_path / given, "a <teddy> next to a <cat>", *concepts, *given.split())
         found.add(tuple(pixels(tmp_path / given).tolist()))
     assert len(found) == len(settings)
+
+
+def test_a_folder_that_cannot_be_written_is_named_before_weights_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    _, _, stderr = run_script("sample.py", "a cat", "--weights", "nowhere", "--out", tmp_path)
+    assert stderr == f"error: --out {tmp_path} cannot be written\n"
 
 
 @pytest.mark.parametrize("prompt, warning", [
