@@ -51,15 +51,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--concept", metavar="FILE", action="append", default=[], help="concept file; repeat for several")
     add("--beta", type=numbers, action="extend", metavar="B[,B]", help="gate threshold, lower draws more of "
         f"the concept: one or one each (default: {BETA['local']}, global lock {BETA['global']})")
-    add("--tau", type=numbers, action="extend", metavar="T[,T]",
-        help=f"gate temperature above 0: one or one each (default: {TAU})")
+    add("--tau", type=numbers, action="extend", metavar="T[,T]", help=f"gate temperature (default: {TAU})")
     add("--lock", choices=("local", "global"), default="local",
         help="lock the keys of the concept's word, or of the whole prompt")
-    add("--negative", type=unquoted, default="", metavar="PROMPT",
-        help="what to stay away from (default: nothing)")
+    add("--negative", type=unquoted, default="", metavar="PROMPT", help="what to stay away from")
     add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
-    add("--sampler", choices=("ddim", "dpm++"), default="ddim",
-        help="dpm++ is good from 20 steps, ddim from 30")
+    add("--sampler", choices=WEB_UI, default="ddim", help="dpm++ is good from 20 steps, ddim from 30")
     add("--guidance", type=between(-1000, 1000, float),
         help="weight of the prompt, 1 for no guidance (default: what suits the model)")
     add("--size", type=size, help="pixels, 512 or HEIGHTxWIDTH (default: as the model was trained)")
