@@ -136,16 +136,16 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_and_a_file_has_the_usual_p
 
 
 def test_pictures_added_at_once_take_different_numbers_after_those_that_are_there(tmp_path, monkeypatch):
-    (tmp_path / "0007.png").touch()
-    (tmp_path / "photo.png").touch()
+    for name in ("0007.png", "photo.png", ".0008.claim"):       # the last is of another program
+        (tmp_path / name).touch()
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda k: sample.add_picture(tmp_path, bytes([k])), range(40)))
-    assert sorted(path.name for path in paths) == [f"{k:04d}.png" for k in range(8, 48)]
+    assert sorted(path.name for path in paths) == [f"{k:04d}.png" for k in range(9, 49)]
     assert [path.read_bytes()[0] for path in paths] == list(range(40))
     monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="0048.png cannot be written: full"):
+    with pytest.raises(OSError, match="0049.png cannot be written: full"):
         sample.add_picture(tmp_path, b"")
-    assert len(list(tmp_path.iterdir())) == 42          # nothing is left of it
+    assert len(list(tmp_path.iterdir())) == 43          # nothing is left of it
 
 
 def test_lines_are_read_without_notepads_mark_and_blanks(tmp_path):

@@ -12,8 +12,7 @@ from PIL import Image
 
 from concept import Concept
 from models import ROOT, noise, run_script, write_concept
-from support import pictures, plots
-from support.intervals import mean_and_interval
+from support import intervals, pictures, plots
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 
@@ -23,7 +22,7 @@ def test_a_row_holds_mean_cosines_with_their_intervals_and_the_harmonic_mean():
     row = EVALUATE["measure"](*(torch.nn.functional.normalize(x, dim=-1) for x in (drawn, training, texts)))
     image = torch.cosine_similarity(drawn[:, :, None], training, dim=-1).mean((0, 2)).tolist()     # per seed
     text = torch.cosine_similarity(drawn, texts[:, None], dim=-1).mean(0).tolist()
-    expected = *mean_and_interval(image), *mean_and_interval(text)
+    expected = *intervals.mean_and_interval(image), *intervals.mean_and_interval(text)
     harmonic = statistics.harmonic_mean([statistics.fmean(image), statistics.fmean(text)])
     assert list(row.values()) == pytest.approx([*expected, harmonic], abs=1e-10)
 
@@ -31,10 +30,10 @@ def test_a_row_holds_mean_cosines_with_their_intervals_and_the_harmonic_mean():
 @pytest.mark.parametrize("n, t", [(4, 3.182), (5, 2.776), (8, 2.365), (31, 2.042)])
 def test_the_interval_is_students_and_of_fewer_than_four_numbers_there_is_none(n, t):
     values = torch.randn(n, dtype=torch.float64)
-    mean, half = mean_and_interval(values.tolist())
+    mean, half = intervals.mean_and_interval(values.tolist())
     assert abs(mean - values.mean()) < 1e-10
     assert half == pytest.approx(t * values.std().item() / math.sqrt(n), rel=0.01)
-    assert math.isnan(mean_and_interval(values.tolist()[:3])[1])
+    assert math.isnan(intervals.mean_and_interval(values.tolist()[:3])[1])
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +73,11 @@ def test_a_sweep_writes_every_row_once_and_a_figure(weights, folder, tmp_path):
     assert "4 seeds, ± is a 95 % interval over seeds" in out and out.count("±") == 11
 
 
-def test_of_several_files_of_one_concept_the_best_is_named(weights, folder, tmp_path):
+def test_of_several_files_of_one_concept_the_best_is_named(weights, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(intervals, "mean_and_interval", lambda values: (abs(values[0]), math.nan))
     rows, out = evaluate(weights, folder, tmp_path, ["teddy", "teddy_0010"], "--beta", "0.5,1.2", "--seeds", 1)
     best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
+    assert len({row["harmonic_mean"] for row in rows}) == 5
     assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out
     line, = [line.strip() for line in out.splitlines() if "sample.py" in line]
     assert line == ("python sample.py 'a <teddy> on the beach' --concept "
