@@ -80,7 +80,7 @@ def training_files(concept: Concept, given: str | None) -> tuple[str, list[Path]
                          "name their folder with --images")
     files, _ = pictures.list_images(Path(folder))
     if concept.metadata.get("pictures") not in (None, pictures.digest(files)):
-        warnings.warn(f"{folder} does not hold the pictures that {concept.token} was trained on", stacklevel=2)
+        warnings.warn(f"{folder} does not hold the pictures that {concept.token} was trained on")
     return folder, files
 
 
@@ -181,9 +181,9 @@ def announce(rows: list[Row], results: list[dict], args: argparse.Namespace) -> 
         own = [(row, result["harmonic_mean"]) for row, result in zip(rows, results) if row.word == token]
         best, mean = max(own, key=lambda pair: pair[1])
         gate = () if best.beta is None else ("--beta", best.beta, "--tau", args.tau, "--lock", args.lock)
-        line = command_line.command(args, "sample.py", f"a {token} on the beach", "--concept", best.file, *gate)
         print(f"{token}: {' '.join(map(str, (best.name, *gate[:2])))} has the best harmonic mean, {mean:.4f}")
-        print(f"  {line}")
+        words = f"a {token} on the beach", "--concept", best.file, *gate
+        print("  " + command_line.command(args, "sample.py", *words))
 
 
 # ----------------------------------------------------------------------------------------------- the script

@@ -45,8 +45,8 @@ class Parser(argparse.ArgumentParser):
         argv = sys.argv[1:] if argv is None else argv
         for word in argv:
             if re.search("[\udc80-\udcff]", word):          # Python's stand-ins for bytes
-                self.error(f"{word} is not {sys.getfilesystemencoding()}, and no concept could be read there: "
-                           "rename it, or set LC_ALL=C.UTF-8")
+                self.error(f"{word} is not {sys.getfilesystemencoding()}, and no concept could be read "
+                           "there: rename it, or set LC_ALL=C.UTF-8")
         home = os.path.expanduser("~")          # which the shell leaves to us in --out=~/pictures
         return super().parse_args([re.sub(r"^(--[\w-]+=|)~(?=/|$)", lambda found: found[1] + home, word)
                                    for word in argv])

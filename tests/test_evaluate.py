@@ -18,7 +18,7 @@ EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 
 
 def test_a_row_holds_mean_cosines_with_their_intervals_and_the_harmonic_mean():
-    drawn, training, texts = torch.rand(3, 4, 8).double(), torch.rand(5, 8).double(), torch.rand(3, 8).double()
+    drawn, training, texts = (torch.rand(shape).double() for shape in ((3, 4, 8), (5, 8), (3, 8)))
     row = EVALUATE["measure"](*(torch.nn.functional.normalize(x, dim=-1) for x in (drawn, training, texts)))
     image = torch.cosine_similarity(drawn[:, :, None], training, dim=-1).mean((0, 2)).tolist()     # per seed
     text = torch.cosine_similarity(drawn, texts[:, None], dim=-1).mean(0).tolist()
@@ -75,7 +75,8 @@ def test_a_sweep_writes_every_row_once_and_a_figure(weights, folder, tmp_path):
 
 def test_of_several_files_of_one_concept_the_best_is_named(weights, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(intervals, "mean_and_interval", lambda values: (abs(values[0]), math.nan))
-    rows, out = evaluate(weights, folder, tmp_path, ["teddy", "teddy_0010"], "--beta", "0.5,1.2", "--seeds", 1)
+    names, given = ["teddy", "teddy_0010"], ["--beta", "0.5,1.2", "--seeds", 1]
+    rows, out = evaluate(weights, folder, tmp_path, names, *given)
     best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
     assert len({row["harmonic_mean"] for row in rows}) == 5
     assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out
