@@ -29,7 +29,7 @@ class Edit:
         self.model, self.concepts, self.beta, self.tau = model, concepts, beta, tau
         self.targets: dict[torch.nn.Module, Tensor | None] = {}     # layer -> o_star (n, width), as `replace`
         self.encoded: list[tuple[Tensor, Tensor]] = []              # every prompt's e and e_super
-        self.ran, self.drawn, self.warned = set(), False, False     # ran: layers in the present forward pass
+        self.ran, self.drawn = set(), False     # ran: layers in the present forward pass
 
     @torch.no_grad()
     def encode(self, prompt: str | list[str], negative: str | list[str] = "") -> dict[str, Tensor]:
@@ -69,10 +69,9 @@ class Edit:
                              "was changed and does not call the others, as by fuse_qkv_projections()")
         self.ran, self.drawn = set(), True
         e = named["encoder_hidden_states"] if "encoder_hidden_states" in named else inputs[2]
-        if not self.warned and self.super_encodings(e) is None:
-            self.warned = True
+        if self.super_encodings(e) is None:
             warnings.warn("the pipeline draws a prompt that is not from `encode`: the name of a concept "
-                          "means nothing in it", stacklevel=2)
+                          "means nothing in it")
 
 
 @contextlib.contextmanager
@@ -91,18 +90,22 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
     if lock not in perfusion.DRAWING_BETA:
         raise ValueError(f'the lock is "local" or "global", not "{lock}"')
     beta = perfusion.DRAWING_BETA[lock] if beta is None else beta
-    unet, paths = getattr(pipeline, "unet", pipeline), {m: path for path, m in model.unet.named_modules()}
+    if any(torch.as_tensor(x).numel() not in (1, len(concepts)) for x in (beta, tau)):
+        raise ValueError(f"beta and tau are one number, or one for each of the {len(concepts)} concepts")
+    unet, ours = getattr(pipeline, "unet", pipeline), model.unet.cross_attentions
+    paths = {module: path for path, module in model.unet.named_modules()}
     try:
-        layers = [unet.get_submodule(paths[ours]) for ours in model.unet.cross_attentions]
-    except AttributeError as error:
-        raise ValueError(f"the pipeline's U-Net is of another kind than {model.name}'s: {error}") from None
+        layers = [unet.get_submodule(paths[layer]) for layer in ours]
+        same = [x.to_k.weight.shape for x in layers] == [x.to_k.weight.shape for x in ours]
+    except AttributeError:
+        same = False
+    if not same:
+        raise ValueError(f"the pipeline's U-Net is of another kind or size than {model.name}'s")
+    if any(isinstance(getattr(hook, "__self__", None), Edit) for hook in unet._forward_hooks.values()):
+        raise ValueError("the U-Net is edited already: give all concepts to one context")
     edits, own = [concept for concept in concepts if concept.edits], Edit(model, concepts, beta, tau)
     if any(concept.o_keys is None for concept in edits):
         raise ValueError("a concept's locked keys are missing: call prepare(concepts, model)")
-    there = [hook for layer in layers for linear in (layer.to_k, layer.to_v)
-             for hook in linear._forward_hooks.values()]
-    if any(isinstance(getattr(hook, "__self__", None), Edit) for hook in there):
-        raise ValueError("the U-Net is edited already: give all concepts to one context")
     for i, layer in enumerate(layers if edits else []):
         own.targets[layer.to_k] = torch.stack([concept.o_keys[i] for concept in edits])
         own.targets[layer.to_v] = torch.stack([concept.o_values[i] for concept in edits])

@@ -1,7 +1,7 @@
 """Measure concepts: how much the pictures look like the concept, and how well they follow the prompt.
 
     python evaluate.py --concept teddy.safetensors --images examples/teddy --beta 0.4:0.9:0.05
-    python evaluate.py --concept out/teddy/steps/*.safetensors --beta 0.6,0.7 --keep-best out/teddy
+    python evaluate.py --concept out/teddy/steps/*.safetensors --beta 0.6,0.7
 
 Image similarity is the mean cosine between the CLIP embeddings of generated and of training pictures; text
 similarity the cosine between a generated picture and its prompt, with the concept's word replaced by its
@@ -14,7 +14,6 @@ import copy
 import csv
 import math
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,25 +39,15 @@ PUBLIC_CLIP = "openai/clip-vit-large-patch14"
 BATCH = 8          # pictures drawn at once
 
 
-# ------------------------------------------------------------------------------------------ the two numbers
-
-def image_similarity(generated: Tensor, training: Tensor) -> Tensor:
-    """Unit vectors (..., d) and (m, d) -> mean cosine with the training pictures (...)."""
-    return generated @ training.mean(0)
-
-
-def text_similarity(generated: Tensor, texts: Tensor) -> Tensor:
-    """Unit vectors (p, seeds, d) and one text per prompt (p, d) -> cosines (p, seeds)."""
-    return (generated * texts[:, None]).sum(-1)
-
-
 def measure(drawn: Tensor, training: Tensor, texts: Tensor) -> dict[str, float]:
-    """Both similarities of a row's pictures and their intervals, and the harmonic mean of the two.
+    """The two numbers of a row with their intervals, and their harmonic mean.
 
-    Pictures of one seed share their start noise, so the intervals are over seeds.
+    Unit vectors: of the pictures (p prompts, seeds, d), of the m training pictures (m, d), of the prompts
+    (p, d). Pictures of one seed share their start noise, so the intervals are over seeds.
     """
-    image, image_half = mean_and_interval(image_similarity(drawn, training).mean(0).tolist())
-    text, text_half = mean_and_interval(text_similarity(drawn, texts).mean(0).tolist())
+    image = drawn @ training.mean(0)                # (p, seeds): the mean cosine with the training pictures
+    text = (drawn * texts[:, None]).sum(-1)         # (p, seeds): each picture's cosine with its own prompt
+    (image, image_half), (text, text_half) = (mean_and_interval(x.mean(0).tolist()) for x in (image, text))
     return {"image_similarity": image, "image_interval": image_half,
             "text_similarity": text, "text_interval": text_half,
             "harmonic_mean": 2 * image * text / (image + text) if image > 0 and text > 0 else 0.0}
@@ -68,43 +57,44 @@ def measure(drawn: Tensor, training: Tensor, texts: Tensor) -> dict[str, float]:
 
 def read_prompts(name: str) -> list[str]:
     """A built-in set, or a file with one prompt a line in which {} stands for the concept."""
-    prompts = [unquoted(line) for line in read_lines(PROMPTS.get(name, name))]
-    if not prompts or not all(prompt.count("{}") == 1 for prompt in prompts):
-        raise ValueError(f"{name}: every prompt needs {{}} once, where the concept's word belongs")
-    return prompts
+    path = PROMPTS.get(name, Path(name))
+    prompts = read_lines(path)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
+    wrong = [prompt for prompt in prompts if prompt.count("{}") != 1]
+    if wrong:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        raise ValueError(f"{path}, line {lines.index(wrong[0]) + 1}: a prompt needs {{}} once, where the "
+                         "concept's word belongs")
+    return [unquoted(prompt) for prompt in prompts]
 
 
 def training_files(concept: Concept, given: str | None) -> tuple[str, list[Path]]:
     """A folder and its pictures: the one given, else the one that a concept was trained on.
 
-    ValueError if that is gone or holds other pictures now; a warning if the one given holds others.
+    ValueError if it is gone, a warning if it holds other pictures than those of the training.
     """
     folder = given or str(concept.metadata.get("folder", ""))
-    if not given and not (folder and Path(folder).exists()):
+    if not (folder and Path(folder).exists()):
         raise ValueError(f"the training pictures of {concept.token} are not at {folder or 'a known place'}: "
                          "name their folder with --images")
     files, _ = pictures.list_images(Path(folder))
     if concept.metadata.get("pictures") not in (None, pictures.digest(files)):
-        sentence = f"{folder} does not hold the pictures that {concept.token} was trained on"
-        if not given:
-            raise ValueError(f"{sentence}: name those to compare with by --images")
-        warnings.warn(sentence, stacklevel=2)
+        warnings.warn(f"{folder} does not hold the pictures that {concept.token} was trained on")
     return folder, files
 
 
 def load_clip(source: str | None, model: weights_loader.Model) -> tuple[clip_image.CLIP, Tokenizer, str]:
     """A CLIP, its tokenizer and its name, from a folder or the hub; without a text tower, the model's."""
-    own = model.folder and Path(model.folder) / "clip"
+    own = model.folder and model.folder / "clip"
     source = source or (str(own) if own and own.is_dir() else PUBLIC_CLIP)
     need = {"config": ["config.json"], "weights": ["model.safetensors", "pytorch_model.bin"]}
     folder = weights_loader.locate(source, need)["config"][0].parent
-    clip, tokenizer = clip_image.load(folder, model.text_encoder), model.tokenizer
-    if clip.text_model is model.text_encoder:
-        clip.text_model = copy.deepcopy(clip.text_model).float()
-    else:
-        vocabulary = weights_loader.find_vocabulary(source)
-        tokenizer = Tokenizer.load(vocabulary, clip.text_model.config.max_length)
-    name = f"{model.name}'s own" if own and folder == own else source
+    text_encoder, tokenizer = copy.deepcopy(model.text_encoder).float(), model.tokenizer
+    clip = clip_image.load(folder, text_encoder)
+    if clip.text_model is not text_encoder:
+        tokenizer = Tokenizer.load(weights_loader.find_vocabulary(source), clip.text_model.config.max_length)
+    name = f"{model.name}'s own" if folder == own else source
     return clip.to(model.device), tokenizer, name
 
 
@@ -172,19 +162,11 @@ def caption(row: dict) -> str:
             f"{row['seeds']} seeds, {interval}")
 
 
-def write_csv(results: list[dict], path: Path) -> None:
-    """All rows so far, whole or not at all."""
-    with replacing(path) as partial, open(partial, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, results[0].keys())
-        writer.writeheader()
-        writer.writerows(results)
-
-
 def write_figure(results: list[dict], path: Path) -> None:
     """Image similarity over text similarity: a curve over beta for each concept, a cross without any."""
-    curves = {row["concept"]: ([], []) for row in results}
+    curves = {}
     for row in results:
-        points, marks = curves[row["concept"]]
+        points, marks = curves.setdefault(row["concept"], ([], []))
         points.append((row["text_similarity"], row["image_similarity"],
                        row["text_interval"], row["image_interval"]))
         marks += [f"{row['beta']:g}"] if row["beta"] != "" else []
@@ -193,33 +175,27 @@ def write_figure(results: list[dict], path: Path) -> None:
                caption(results[0])).savefig(partial, format="png", dpi=150)
 
 
-def announce(token: str, row: Row, result: dict, args: argparse.Namespace) -> None:
-    """Say which row of a concept is the best, and how to draw with its file; --keep-best copies that."""
-    path = row.file
-    if args.keep_best:
-        args.keep_best.mkdir(parents=True, exist_ok=True)
-        path = args.keep_best / f"{token.strip('<>')}.safetensors"
-        content = Path(row.file).read_bytes()
-        with replacing(path) as partial:
-            partial.write_bytes(content)
-    gate = () if row.beta is None else ("--beta", row.beta, "--tau", args.tau, "--lock", args.lock)
-    line = command_line.command(args, "sample.py", f"a {token} on the beach", "--concept", path, *gate)
-    print(f"{token}: {' '.join(map(str, (row.name, *gate[:2])))} has the best harmonic mean, "
-          f"{result['harmonic_mean']:.4f}\n  {line}")
+def announce(rows: list[Row], results: list[dict], args: argparse.Namespace) -> None:
+    """Say which row of each concept is the best, and how to draw with its file."""
+    for token in dict.fromkeys(row.word for row in rows if row.concepts):
+        own = [(row, result["harmonic_mean"]) for row, result in zip(rows, results) if row.word == token]
+        best, mean = max(own, key=lambda pair: pair[1])
+        gate = () if best.beta is None else ("--beta", best.beta, "--tau", args.tau, "--lock", args.lock)
+        print(f"{token}: {' '.join(map(str, (best.name, *gate[:2])))} has the best harmonic mean, {mean:.4f}")
+        words = f"a {token} on the beach", "--concept", best.file, *gate
+        print("  " + command_line.command(args, "sample.py", *words))
 
 
 # ----------------------------------------------------------------------------------------------- the script
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("--concept", metavar="FILE", nargs="+", required=True, help="concept files; each becomes a curve")
-    add("--images", metavar="DIR", nargs="+",
-        help="training pictures, a folder or one file: one for all or one for each (default: as files say)")
+    add("--images", metavar="DIR", help="training pictures, a folder or one file (default: as files say)")
     command_line.add_model(parser)
     add("--beta", type=numbers, default="0.4:0.9:0.05", help="START:STOP:STEP or a list with commas")
-    add("--tau", type=between(1e-6, 100, float), default=perfusion.DRAWING_TAU,
-        help="gate temperature above 0")
+    add("--tau", type=between(1e-6, 100, float), default=perfusion.DRAWING_TAU, help="gate temperature")
     add("--lock", choices=("local", "global"), default="local", help="key lock in drawing")
     add("--prompts", metavar="SET",
         help="tiny, objects, live, or a file with {} in each line (default: tiny, for other models objects)")
@@ -229,22 +205,16 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="weight of the prompt, 1 for no guidance (default: what suits the model)")
     add("--clip", metavar="DIR", help=f"folder or hub id (default: the model's own, else {PUBLIC_CLIP})")
     add("--out", type=Path, default=Path("evaluation"), help="folder of the results")
-    add("--keep-best", type=Path, metavar="DIR",
-        help="copy the best file of each concept to DIR/NAME.safetensors")
     args = parser.parse_args(argv)
     args.prompts = args.prompts or ("tiny" if args.weights == "tiny" else "objects")
-    if args.images and len(args.images) not in (1, len(args.concept)):
-        parser.error(f"--images takes one folder or one for each of the {len(args.concept)} concept files")
     return args
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     prompts = read_prompts(args.prompts)
     concepts = [Concept.load(path) for path in args.concept]
-    given = args.images or [None]
-    given = given * (len(concepts) // len(given))
-    sources = [training_files(concept, folder) for concept, folder in zip(concepts, given)]
+    sources = [training_files(concept, args.images) for concept in concepts]
     args.out.mkdir(parents=True, exist_ok=True)
 
     model = open_model(args, concepts)
@@ -268,11 +238,13 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "concept": row.name, "keys": row.concepts[0].keys if row.concepts else "", "beta": beta,
                 "tau": tau, "lock": lock, **measure(drawn, training[row.folder], texts), "clip": clip_name,
                 "prompts": args.prompts, "number_of_prompts": len(prompts), "seeds": args.seeds})
-            write_csv(results, args.out / "results.csv")
+            with replacing(args.out / "results.csv") as partial, \
+                    open(partial, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, results[0])
+                writer.writeheader()
+                writer.writerows(results)
     print(table(results))
-    for token in dict.fromkeys(concept.token for concept in concepts):
-        own = [(row, result) for row, result in zip(rows, results) if row.word == token]
-        announce(token, *max(own, key=lambda pair: pair[1]["harmonic_mean"]), args)
+    announce(rows, results, args)
     write_figure(results, args.out / "pareto.png")
     print(f"written: {args.out}/results.csv, {args.out}/pareto.png")
 

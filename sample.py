@@ -13,9 +13,9 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +23,9 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
+import diffusion
 import perfusion
 from concept import Concept, prepare
-from diffusion import decode, draw_latents, grid, to_bytes
 from support import command_line
 from support.base_model import open_model
 from support.command_line import DTYPES, between, numbers, pick_device, unquoted
@@ -43,7 +43,7 @@ def size(text: str) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = command_line.Parser(__doc__)
     add = parser.add_argument
     add("prompt", type=unquoted, help="what to draw; <name> stands for a loaded concept")
@@ -51,15 +51,12 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--concept", metavar="FILE", action="append", default=[], help="concept file; repeat for several")
     add("--beta", type=numbers, action="extend", metavar="B[,B]", help="gate threshold, lower draws more of "
         f"the concept: one or one each (default: {BETA['local']}, global lock {BETA['global']})")
-    add("--tau", type=numbers, action="extend", metavar="T[,T]",
-        help=f"gate temperature above 0: one or one each (default: {TAU})")
+    add("--tau", type=numbers, action="extend", metavar="T[,T]", help=f"gate temperature (default: {TAU})")
     add("--lock", choices=("local", "global"), default="local",
         help="lock the keys of the concept's word, or of the whole prompt")
-    add("--negative", type=unquoted, default="", metavar="PROMPT",
-        help="what to stay away from (default: nothing)")
+    add("--negative", type=unquoted, default="", metavar="PROMPT", help="what to stay away from")
     add("--steps", type=between(1, 999), default=30, help="denoising steps, 1 to 999")
-    add("--sampler", choices=("ddim", "dpm++"), default="ddim",
-        help="dpm++ is good from 20 steps, ddim from 30")
+    add("--sampler", choices=WEB_UI, default="ddim", help="dpm++ is good from 20 steps, ddim from 30")
     add("--guidance", type=between(-1000, 1000, float),
         help="weight of the prompt, 1 for no guidance (default: what suits the model)")
     add("--size", type=size, help="pixels, 512 or HEIGHTxWIDTH (default: as the model was trained)")
@@ -67,7 +64,6 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--n", type=between(1, 10_000), default=1, help="number of pictures")
     add("--out", type=Path, default=Path("out"), help="folder of the numbered PNGs and their grid")
     add("--precision", choices=DTYPES, help="of the networks (default: fp32 on a CPU, fp16 elsewhere)")
-    add("--low-vram", action="store_true", help="keep only the network in use on the device")
     args = parser.parse_args(argv)
     args.beta, args.tau = args.beta or [BETA[args.lock]], args.tau or [TAU]
     if min(args.tau) <= 0:
@@ -94,7 +90,7 @@ def png(image: Tensor, settings: dict[str, object]) -> bytes:
         f"{s['prompt']}\n{negative}Steps: {s['steps']}, Sampler: {WEB_UI[s['sampler']]}, "
         f"CFG scale: {s['guidance']}, Seed: {s['seed']}, Size: {width}x{height}, Model: {model}"))
     fields.add_itxt("perfusion", json.dumps(settings))
-    Image.fromarray(to_bytes(image)).save(file, format="PNG", pnginfo=fields)
+    Image.fromarray(diffusion.to_bytes(image)).save(file, format="PNG", pnginfo=fields)
     return file.getvalue()
 
 
@@ -118,7 +114,7 @@ def add_picture(folder: Path, content: bytes) -> Path:
                 claim.unlink()
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     args = arguments(argv)
     device = pick_device(args.device)
     precision = args.precision or ("fp32" if device == "cpu" else "fp16")
@@ -131,14 +127,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = "known are " + ", ".join(tokens) if tokens else "load its file with --concept"
             raise ValueError(f"the prompt uses {name}, which no concept file provides: {known}")
     args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise ValueError(f"--out {args.out} cannot be written")
 
-    model = open_model(args, concepts, DTYPES[precision], "cpu" if args.low_vram else device, variant)
+    model = open_model(args, concepts, DTYPES[precision], device, variant)
     height, width = args.size or model.size
     if height % model.size_step or width % model.size_step:
         raise ValueError(f"--size {height}x{width} is not possible: both sides must be multiples of "
                          f"{model.size_step} for this model")
     guidance = model.guidance if args.guidance is None else args.guidance
-    model.text_encoder.to(device), model.unet.to(device)        # with --low-vram they were not there
     concepts = prepare(concepts, model)
     keys, values, positions, _ = perfusion.condition(model, [args.negative, args.prompt], concepts, args.beta,
                                                      args.tau, args.lock)
@@ -152,23 +149,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "concepts": " ".join(args.concept), "beta": " ".join(map(str, args.beta)),
                 "tau": " ".join(map(str, args.tau)), "lock": args.lock if concepts else ""}
     print("; ".join(f"{key}: {value}" for key, value in settings.items() if value != ""))
-    latent_size = height // model.vae.factor, width // model.vae.factor
-    seeds, images, paths = range(args.seed, args.seed + args.n), [], []
+    images, paths = [], []
     with tqdm(total=args.n * args.steps, unit="step", desc="drawing") as bar:
-        latents = (draw_latents(model.unet, model.schedule, keys, values, [seed], latent_size, args.steps,
-                                guidance, args.sampler, on_step=lambda z: bar.update())
-                   for seed in seeds)
-        if args.low_vram:
-            model.text_encoder.cpu()
-            latents = list(latents)
-            model.unet.cpu()
-            model.vae.to(device)
-        for seed, latent in zip(seeds, latents):
-            images.append(decode(model.vae, latent))
+        for seed in range(args.seed, args.seed + args.n):
+            images.append(diffusion.draw(model, keys, values, [seed], (height, width), args.steps, guidance,
+                                         args.sampler, on_step=lambda z: bar.update()))
             paths.append(add_picture(args.out, png(images[-1][0], settings | {"seed": seed})))
             bar.write(str(paths[-1]))
     if args.n > 1:
-        sheet = grid(torch.cat(images), columns=math.ceil(math.sqrt(args.n)))
+        sheet = diffusion.grid(torch.cat(images), columns=math.ceil(math.sqrt(args.n)))
         path = args.out / f"grid_{paths[0].stem}-{paths[-1].stem}.png"
         with replacing(path) as partial:
             partial.write_bytes(png(sheet, settings | {"seed": args.seed, "n": args.n}))
@@ -176,5 +165,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --size, --precision fp16 or --low-vram needs less"):
+    with command_line.plain_errors(memory="a smaller --size, or --precision fp16, needs less"):
         main()

@@ -121,13 +121,12 @@ def read_config(public: dict) -> tuple[ImageConfig, TextConfig | None]:
     return config, weight_names.read_config("text_encoder", text) if "vocab_size" in text else None
 
 
-def load(folder: str | Path, text_encoder: TextEncoder) -> CLIP:
+def load(folder: Path, text_encoder: TextEncoder) -> CLIP:
     """A folder with config.json and model.safetensors (or pytorch_model.bin) -> CLIP, frozen.
 
     text_encoder is its text tower if the file has none. Strict: every other tensor must be there with its
     shape. Raises ValueError with one sentence that names the file.
     """
-    folder = Path(folder)
     config, text_config = read_json(folder / "config.json", read_config)
     path = folder / "model.safetensors"
     if not path.exists():
@@ -148,9 +147,9 @@ def load(folder: str | Path, text_encoder: TextEncoder) -> CLIP:
     return clip.eval().requires_grad_(False)
 
 
-def save(clip: CLIP, folder: str | Path) -> None:
+def save(clip: CLIP, folder: Path) -> None:
     """Write a CLIP as the public folders have it, in float16 and without the text tower."""
-    folder, config = Path(folder), clip.config
+    config = clip.config
     folder.mkdir(parents=True, exist_ok=True)
     data = {"model_type": "clip", "projection_dim": config.projection,
             "text_config": {"hidden_size": config.text_width},

@@ -18,7 +18,7 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -41,16 +41,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Help)
 
-    def parse_args(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
         argv = sys.argv[1:] if argv is None else argv
-        for text in argv:
-            if re.search("[\udc80-\udcff]", text):          # Python's stand-ins for bytes
-                self.error(f"{text} is not UTF-8, and no concept could be read there: rename it")
-        args = super().parse_args(argv)
-        for action in self._actions:
-            if action.type is Path or re.search("DIR|FILE|MODEL|SET", str(action.metavar)):
-                setattr(args, action.dest, at_home(getattr(args, action.dest)))
-        return args
+        for word in argv:
+            if re.search("[\udc80-\udcff]", word):          # Python's stand-ins for bytes
+                self.error(f"{word} is not {sys.getfilesystemencoding()}, and no concept could be read "
+                           "there: rename it, or set LC_ALL=C.UTF-8")
+        home = os.path.expanduser("~")          # which the shell leaves to us in --out=~/pictures
+        return super().parse_args([re.sub(r"^(--[\w-]+=|)~(?=/|$)", lambda found: found[1] + home, word)
+                                   for word in argv])
 
     def _parse_optional(self, text: str):
         """None for a value: argparse would take "-blurry" for an option. Ours have two dashes, or are -h."""
@@ -59,13 +58,6 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str):
         hint = "; before a value that begins with -- put =" * message.endswith("expected one argument")
         raise ValueError(f"{message}{hint} (--help lists all options)")
-
-
-def at_home(value):
-    """A path, a text or a list of them with ~ as the home folder, if the shell left it: --out=~/pictures."""
-    if isinstance(value, list):
-        return [at_home(one) for one in value]
-    return type(value)(os.path.expanduser(value)) if isinstance(value, str | Path) else value
 
 
 def between(least: float, most: float, kind: type = int) -> Callable[[str], float]:

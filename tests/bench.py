@@ -3,12 +3,10 @@
     python tests/bench.py                                  # everything: ten minutes on two quiet cores, 9 GB
     python tests/bench.py step train                       # on a CPU; gpu_check.py does it on a GPU
     python tests/bench.py bf16 --latent 8                  # a CPU without bfloat16: diffusers takes minutes
-    python -W ignore tests/bench.py step bf16 --peers      # also against compilers of diffusers' U-Net
 
 `plain` are our networks as they are, `fast` after fast_cpu.enable. All hold the same weights and take turns,
 so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With one
-thread, seconds of the processor are counted, not the clock's: other programs disturb them little. The peers
-are diffusers' U-Net compiled by torch.compile (`compiled`) and by OpenVINO (`openvino`). Parts:
+thread, seconds of the processor are counted, not the clock's: other programs disturb them little. Parts:
 
     memory  peak memory of loading from files and one guided step in float32
     step    one guided step (two latents) in float32
@@ -16,15 +14,13 @@ are diffusers' U-Net compiled by torch.compile (`compiled`) and by OpenVINO (`op
     train   one training step (one latent): forward, and backward to the text encoding
 """
 
-import copy
-import importlib.util
 import multiprocessing
 import resource
 import statistics
 import sys
 import tempfile
 import time
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,7 +34,7 @@ import diffusion
 import models
 import unet
 import weights_loader
-from support import fast_cpu, weight_names
+from support import command_line, fast_cpu, weight_names
 
 PARTS = ("memory", "step", "bf16", "train")  # memory first: a child's peak counts from its parent's
 MEASURED = ("plain", "fast", "diffusers")
@@ -71,23 +67,6 @@ def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1)
         fast = networks["fast"]
         fast_cpu.enable(SimpleNamespace(device=torch.device("cpu"), unet=fast, vae=fast, text_encoder=fast))
     return networks
-
-
-def openvino_unet(network: nn.Module, z: Tensor, e: Tensor) -> Callable[..., SimpleNamespace]:
-    """diffusers' U-Net compiled for a guided step of these sizes, in e's precision, and called like it."""
-    import openvino
-    exact = copy.deepcopy(network).float()
-    exact.forward = lambda *args: network.forward.__func__(exact, *args).sample
-    data = torch.cat([z, z]), torch.tensor(TIMESTEP), e.float()
-    graph = openvino.convert_model(exact, example_input=data, input=[list(x.shape) for x in data])
-    run = openvino.compile_model(graph, "CPU", {
-        "INFERENCE_PRECISION_HINT": "bf16" if e.dtype == torch.bfloat16 else "f32",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads()})
-
-    def unet(z: Tensor, t: int, encoder_hidden_states: Tensor) -> SimpleNamespace:
-        output, = run((z.float(), torch.tensor(t), encoder_hidden_states.float())).values()
-        return SimpleNamespace(sample=torch.from_numpy(output))
-    return unet
 
 
 def inputs(side: int, dtype: torch.dtype, device: str = "cpu", n: int = 1, width: int = 768) -> tuple:
@@ -161,17 +140,11 @@ def bench_time(part: str, args: Namespace):
     make = training_step if part == "train" else guided_step
     dtype = torch.bfloat16 if part == "bf16" else torch.float32
     networks, data = build(dtype, "cpu"), inputs(args.latent, dtype)
-    if args.peers and part != "train":
-        networks["compiled"] = torch.compile(networks["diffusers"])
-        if importlib.util.find_spec("openvino"):
-            networks["openvino"] = openvino_unet(networks["diffusers"], *data)
-        else:
-            print("OpenVINO is not installed")
     jobs = {name: make(network, *data) for name, network in networks.items()}
     against, exact = "diffusers", jobs["diffusers"]
     if part == "bf16":
-        against, data = "float32", inputs(args.latent, torch.float32)
-        exact = make(plain_unet(torch.float32, "cpu"), *data)
+        against = "float32"
+        exact = make(plain_unet(torch.float32, "cpu"), *inputs(args.latent, torch.float32))
     expected = exact()
     errors = ", ".join(f"{name} {difference(job(), expected):.2e}" for name, job in jobs.items())
     print(f"{part:8} difference to {against}: {errors}")
@@ -209,21 +182,20 @@ def peak(who: str, folder: Path, args: Namespace) -> float:
 
 
 def main():
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"some of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--repeats", type=int, default=5, help="timed runs of each (default: 5)")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: all cores)")
-    parser.add_argument("--latent", type=int, default=64, help="side of the latents (default: 64)")
-    parser.add_argument("--peers", action="store_true", help="in step and bf16: compiled, see above")
+    parser = command_line.Parser(__doc__)
+    add, count = parser.add_argument, command_line.between(1, 1000)
+    add("parts", nargs="*", choices=PARTS, help="(default: all)")
+    add("--repeats", type=count, default=5, help="timed runs of each")
+    add("--threads", type=count, default=torch.get_num_threads(), help="of the processor")
+    add("--latent", type=count, default=64, help="side of the latents")
     args = parser.parse_args()
-    if set(args.parts) - set(PARTS) or args.repeats < 1:
-        parser.error(f"the parts are {', '.join(PARTS)}, and --repeats is at least 1")
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
-    for part in sorted(args.parts or PARTS, key=PARTS.index):
+    for part in [part for part in PARTS if part in (args.parts or PARTS)]:
         with torch.set_grad_enabled(part == "train"):
             bench_memory(args) if part == "memory" else bench_time(part, args)
 
 
 if __name__ == "__main__":
-    main()
+    with command_line.plain_errors(memory="a smaller --latent needs less"):
+        main()

@@ -8,6 +8,7 @@ import shlex
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -67,9 +68,9 @@ def test_only_quotes_around_a_whole_prompt_go(text, prompt):
 
 def test_every_option_knows_the_home_folder_as_the_shell_does_at_the_start_of_a_word(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    args = sample.arguments(["a ~/cat", "--weights=~/sd", "--concept", "~/a", "--out=~", "--negative=~"])
+    args = sample.arguments(["a ~/cat", "--weights=~/sd", "--concept", "~/a", "--out=~", "--negative=~b~"])
     assert (args.prompt, args.weights, args.concept, str(args.out), args.negative) == (
-        "a ~/cat", "/home/me/sd", ["/home/me/a"], "/home/me", "~")
+        "a ~/cat", "/home/me/sd", ["/home/me/a"], "/home/me", "~b~")
 
 
 def test_a_text_may_begin_with_a_dash_and_a_wrong_option_is_still_refused():
@@ -131,14 +132,17 @@ def test_a_full_disk_loses_nothing_and_leaves_nothing_and_a_file_has_the_usual_p
     assert (tmp_path / "new").stat().st_mode == old.stat().st_mode
 
 
-def test_pictures_added_at_once_take_different_numbers_after_those_that_are_there(tmp_path):
-    (tmp_path / "0007.png").touch()
-    (tmp_path / "photo.png").touch()
+def test_pictures_added_at_once_take_different_numbers_after_those_that_are_there(tmp_path, monkeypatch):
+    for name in ("0007.png", "photo.png", ".0008.claim"):       # the last is of another program
+        (tmp_path / name).touch()
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda k: sample.add_picture(tmp_path, bytes([k])), range(40)))
-    assert sorted(path.name for path in paths) == [f"{k:04d}.png" for k in range(8, 48)]
+    assert sorted(path.name for path in paths) == [f"{k:04d}.png" for k in range(9, 49)]
     assert [path.read_bytes()[0] for path in paths] == list(range(40))
-    assert len(list(tmp_path.iterdir())) == 42
+    monkeypatch.setattr(Path, "write_bytes", Mock(side_effect=OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="0049.png cannot be written: full"):
+        sample.add_picture(tmp_path, b"")
+    assert len(list(tmp_path.iterdir())) == 43          # nothing is left of it
 
 
 def test_lines_are_read_without_notepads_mark_and_blanks(tmp_path):

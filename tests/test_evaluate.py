@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import runpy
+import statistics
 
 import pytest
 import torch
@@ -11,35 +12,28 @@ from PIL import Image
 
 from concept import Concept
 from models import ROOT, noise, run_script, write_concept
-from support import pictures, plots
-from support.intervals import mean_and_interval
+from support import intervals, pictures, plots
 
 EVALUATE = runpy.run_path(str(ROOT / "evaluate.py"), run_name="evaluate")
 
 
-def unit(*shape):
-    return torch.nn.functional.normalize(torch.randn(*shape, dtype=torch.float64), dim=-1)
-
-
-def test_image_similarity_is_the_mean_cosine_over_all_pairs():
-    generated, training = unit(3, 4, 8), unit(5, 8)
-    expected = torch.cosine_similarity(generated[:, :, None], training, dim=-1).mean(-1)
-    assert (EVALUATE["image_similarity"](generated, training) - expected).abs().max() < 1e-10
-
-
-def test_text_similarity_compares_each_picture_with_its_own_prompt():
-    generated, texts = unit(3, 4, 8), unit(3, 8)
-    expected = torch.cosine_similarity(generated, texts[:, None], dim=-1)
-    assert (EVALUATE["text_similarity"](generated, texts) - expected).abs().max() < 1e-10
+def test_a_row_holds_mean_cosines_with_their_intervals_and_the_harmonic_mean():
+    drawn, training, texts = (torch.rand(shape).double() for shape in ((3, 4, 8), (5, 8), (3, 8)))
+    row = EVALUATE["measure"](*(torch.nn.functional.normalize(x, dim=-1) for x in (drawn, training, texts)))
+    image = torch.cosine_similarity(drawn[:, :, None], training, dim=-1).mean((0, 2)).tolist()     # per seed
+    text = torch.cosine_similarity(drawn, texts[:, None], dim=-1).mean(0).tolist()
+    expected = *intervals.mean_and_interval(image), *intervals.mean_and_interval(text)
+    harmonic = statistics.harmonic_mean([statistics.fmean(image), statistics.fmean(text)])
+    assert list(row.values()) == pytest.approx([*expected, harmonic], abs=1e-10)
 
 
 @pytest.mark.parametrize("n, t", [(4, 3.182), (5, 2.776), (8, 2.365), (31, 2.042)])
 def test_the_interval_is_students_and_of_fewer_than_four_numbers_there_is_none(n, t):
     values = torch.randn(n, dtype=torch.float64)
-    mean, half = mean_and_interval(values.tolist())
+    mean, half = intervals.mean_and_interval(values.tolist())
     assert abs(mean - values.mean()) < 1e-10
     assert half == pytest.approx(t * values.std().item() / math.sqrt(n), rel=0.01)
-    assert math.isnan(mean_and_interval(values.tolist()[:3])[1])
+    assert math.isnan(intervals.mean_and_interval(values.tolist()[:3])[1])
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,7 @@ def folder(weights, tmp_path_factory):
     (folder / "images").mkdir()
     for k in range(2):
         noise(16, 20, seed=k).save(folder / "images" / f"{k}.png")
-    (folder / "prompts.txt").write_text("a photo of a {}\n\na {} on the beach\n")
+    (folder / "prompts.txt").write_text("a photo of a {}\n\n'a {} on the beach'\n")
     return folder
 
 
@@ -79,23 +73,20 @@ def test_a_sweep_writes_every_row_once_and_a_figure(weights, folder, tmp_path):
     assert "4 seeds, ± is a 95 % interval over seeds" in out and out.count("±") == 11
 
 
-def test_of_several_files_of_one_concept_the_best_is_named_and_kept(weights, folder, tmp_path):
-    names = ["teddy", "teddy_0010"]
-    rows, out = evaluate(weights, folder, tmp_path, names, "--beta", "0.5,1.2", "--seeds", 1,
-                         "--keep-best", tmp_path / "kept")
+def test_of_several_files_of_one_concept_the_best_is_named(weights, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(intervals, "mean_and_interval", lambda values: (abs(values[0]), math.nan))
+    names, given = ["teddy", "teddy_0010"], ["--beta", "0.5,1.2", "--seeds", 1]
+    rows, out = evaluate(weights, folder, tmp_path, names, *given)
     best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
+    assert len({row["harmonic_mean"] for row in rows}) == 5
     assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out
     line, = [line.strip() for line in out.splitlines() if "sample.py" in line]
-    assert line == (f"python sample.py 'a <teddy> on the beach' --concept {tmp_path}/kept/teddy.safetensors "
-                    f"--beta {best['beta']} --tau 0.15 --lock local --weights {weights}")
-    kept = (tmp_path / "kept" / "teddy.safetensors").read_bytes()
-    assert [kept == (folder / f"{name}.safetensors").read_bytes() for name in names] == [
-        best["concept"] == name for name in names]
+    assert line == ("python sample.py 'a <teddy> on the beach' --concept "
+                    f"{folder}/{best['concept']}.safetensors --beta {best['beta']} --tau 0.15 --lock local "
+                    f"--weights {weights}")
 
 
-@pytest.mark.parametrize("change, words", [
-    ({"folder": ""}, "known place"), ({"folder": "gone"}, "are not at gone"), ({"pictures": "x"}, "does not hold")])
-def test_without_images_those_of_the_training_are_read_if_they_are_still_the_same(folder, change, words):
+def test_without_images_those_of_the_training_are_read_and_it_is_said_if_they_are_others(folder):
     images, files = str(folder / "images"), sorted((folder / "images").glob("*.png"))
 
     def find(metadata, given=None):
@@ -103,10 +94,18 @@ def test_without_images_those_of_the_training_are_read_if_they_are_still_the_sam
         return EVALUATE["training_files"](concept, given)
     right = {"folder": images, "pictures": pictures.digest(files)}
     assert find(right) == find({"folder": images}) == find({}, images) == (images, files)
-    with pytest.raises(ValueError, match=f"{words}.*--images"):
-        find(right | change)
-    with pytest.warns(UserWarning, match="does not hold the pictures that <teddy> was trained on"):
-        find({"pictures": "x"}, images)
+    for metadata, words in (({}, "known place"), ({"folder": "gone"}, "are not at gone")):
+        with pytest.raises(ValueError, match=f"{words}.*--images"):
+            find(metadata)
+    with pytest.warns(UserWarning, match="does not hold the pictures that <teddy> was trained on") as said:
+        assert find({"folder": images, "pictures": "x"}) == find({"pictures": "x"}, images) == (images, files)
+    assert len(said) == 2
+
+
+def test_a_bad_line_of_the_prompts_is_named(tmp_path):
+    (tmp_path / "p").write_text("a {}\n\na cat\n")
+    with pytest.raises(ValueError, match="p, line 3: "):
+        EVALUATE["read_prompts"](str(tmp_path / "p"))
 
 
 @pytest.mark.parametrize("name", ["_b", "a$b^{$", "$x$", "plain", "_$"])
