@@ -10,6 +10,7 @@ On several processors: torchrun --nproc_per_node=2 train.py ...
 """
 
 import argparse
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -158,18 +159,20 @@ class Training:
 
     def state_dict(self) -> dict:
         """All that `load_state_dict` needs for the same numbers to follow."""
-        return {"identity": self.identity(), "i_star": self.i_star, "C_inverse": self.C_inverse,
-                "learned": [x.detach() for x in self.learned], "optimizer": self.optimizer.state_dict(),
+        return {"identity": self.identity(), "steps": self.settings.steps, "i_star": self.i_star,
+                "C_inverse": self.C_inverse, "learned": [x.detach() for x in self.learned],
+                "optimizer": self.optimizer.state_dict(),
                 "scaler": self.sums.scaler.state_dict(), "generator": self.generator.get_state(),
                 "losses": self.losses}
 
     def load_state_dict(self, state: dict) -> None:
-        """Continue from there: the same numbers follow as without the interruption.
-
-        Not so if more steps are asked for than before: until now the mean i_star moved at the old pace.
-        """
-        if len(state["losses"]) > self.settings.steps:
-            raise ValueError(f"the checkpoint is of a later step than {self.settings.steps}: nothing is left")
+        """Continue from there: the same numbers follow as without the interruption."""
+        steps = self.settings.steps
+        if len(state["losses"]) > steps:
+            raise ValueError(f"the checkpoint is of a later step than {steps}: nothing is left")
+        if state["steps"] != steps:
+            warnings.warn(f"until now the mean i_star moved as for {state['steps']} steps, so the result "
+                          f"differs from that of {steps} at once")
         with torch.no_grad():
             for x, saved in zip(self.learned, state["learned"], strict=True):
                 x.copy_(saved)

@@ -33,6 +33,7 @@ import clip_text
 import diffusion
 import models
 import unet
+import vae
 import weights_loader
 from support import command_line, fast_cpu, weight_names
 
@@ -64,8 +65,8 @@ def build(dtype: torch.dtype, device: str, config: unet.UNetConfig = unet.SD_V1)
     if device != "cpu":  # as weights_loader leaves the weights of convolutions
         networks["plain"].to(memory_format=torch.channels_last)
     else:  # this is all that `enable` asks of a Model; memory is kept for all in the process
-        fast = networks["fast"]
-        fast_cpu.enable(SimpleNamespace(device=torch.device("cpu"), unet=fast, vae=fast, text_encoder=fast))
+        fast, other = networks["fast"], vae.VAE(models.TINY["vae"])
+        fast_cpu.enable(SimpleNamespace(device=torch.device("cpu"), unet=fast, vae=other, text_encoder=other))
     return networks
 
 

@@ -54,8 +54,10 @@ def check(out, report, pictures):
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_a_run_that_is_killed_or_has_no_room_leaves_whole_files(script, weights, concept_files, tmp_path):
-    """Run once, for the time and the sizes; then kill it twice, and let each kind of file find no room."""
+@pytest.mark.parametrize("kills", [2, pytest.param(34, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_or_has_no_room_leaves_whole_files(
+        script, kills, weights, concept_files, tmp_path):
+    """Run once, for the time and the sizes; then kill it often, and let each kind of file find no room."""
     out, start, pictures, rng = tmp_path / script, time.time(), {}, random.Random(0)
     places = {"CONCEPT": concept_files["teddy"], "IMAGES": tmp_path / "picture.png", "OUT": out,
               "NEW": out / "whole", "WEIGHTS": weights}
@@ -65,7 +67,7 @@ def test_a_run_that_is_killed_or_has_no_room_leaves_whole_files(script, weights,
     seconds = time.time() - start
     assert process.exitcode == 0
     sizes = {path.suffix: path.stat().st_size for path in out.rglob("*.*")}
-    for k, largest in enumerate([resource.RLIM_INFINITY] * 2 + [size - 1 for size in sizes.values()]):
+    for k, largest in enumerate([resource.RLIM_INFINITY] * kills + [size - 1 for size in sizes.values()]):
         places["NEW"] = out / str(k)
         process, report = run(script, places, largest)
         if largest == resource.RLIM_INFINITY:
