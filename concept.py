@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import perfusion
-from support.files import replacing, what_is
+from support.files import what_is, write
 
 KEYS = ("locked", "trained", "none")        # what a concept's keys are; "none" is textual inversion: no edit
 FORMAT = 2                                  # of the concept file
@@ -85,8 +85,8 @@ class Concept:
                 raise ValueError(f"{self.token} cannot be saved: its {name} is not finite in {dtype}")
         header = {"format": FORMAT, "token": self.token, "super_category": self.super_category,
                   "lock": self.keys, "beta": self.beta, "tau": self.tau, "metadata": self.metadata}
-        with replacing(path) as partial:    # one entry: the package writes several in random order
-            save_file(tensors, partial, {"concept": json.dumps(header, sort_keys=True)})
+        # One entry: the package writes several in random order.
+        write(path, save(tensors, {"concept": json.dumps(header, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: str | Path) -> Concept:

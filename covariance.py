@@ -17,14 +17,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from support import command_line
 from support.base_model import open_model
-from support.command_line import between
-from support.files import read_lines, replacing
+from support.files import read_lines, write
 
 CAPTIONS = 10_000       # thirteen times SD v1's 768 dimensions
 FILE = "covariance.safetensors"
@@ -100,8 +99,7 @@ def store(C: Tensor, model) -> None:
     for path in _places(model):     # the weights may lie in a folder that cannot be written
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as partial:
-                save_file({"C": C.float().contiguous()}, partial, {"base": model.fingerprint})
+            write(path, save({"C": C.float().contiguous()}, {"base": model.fingerprint}))
             print(f"{path}: the covariance, condition number {torch.linalg.cond(C):.1e}")
             return
     raise OSError(f"the covariance cannot be kept at {' or '.join(map(str, _places(model))) or 'home'}")
@@ -122,11 +120,9 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     command_line.add_model(parser)
     add("--captions", type=Path, metavar="FILE", help="text file, one per line (default: built-in captions)")
-    add("--n", type=between(1, 10 ** 7), default=CAPTIONS, help="number of built-in captions")
+    add("--n", type=command_line.between(1, 10 ** 7), default=CAPTIONS, help="number of built-in captions")
     args = parser.parse_args(argv)
     captions = read_lines(args.captions) if args.captions else None
-    if captions == []:
-        raise ValueError(f"{args.captions} holds no captions: it needs one per line")
     model = open_model(args, dtype=torch.float32)
     captions = captions or built_in_captions(args.n, model.tokenizer)
     C = covariance(model.text_encoder, model.tokenizer, captions)
@@ -135,5 +131,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="--device cpu needs no memory of a graphics card"):
-        main()
+    command_line.run(main, memory="--device cpu needs no memory of a graphics card")

@@ -29,7 +29,7 @@ from concept import KEYS, Concept, prepare
 from perfusion import DRAWING_BETA, DRAWING_TAU
 from support import command_line
 from support.base_model import open_model
-from support.files import replacing
+from support.files import write
 from support.page import BETAS, page
 from support.pictures import digest, list_images, read_image
 from support.plots import Figure, gates_figure, grid_figure, png
@@ -265,16 +265,14 @@ def write_page(args, study: Study) -> None:
         files = list_images(source.pictures)[0][:10] if source.pictures else []
         training.append([read_image(file, model.size[0])[0] / 2 + 0.5 for file in files])
     records = json.loads((ROOT / "tiny" / "records.json").read_text(encoding="utf-8"))
-    with replacing(args.page) as path:
-        path.write_text(page(study, training, made, records), encoding="utf-8")
+    write(args.page, page(study, training, made, records))
 
 
 def main(argv: list[str] | None = None) -> None:
     args, one, pair, bar = start(argv)
 
     def save(name: str, figure: Figure) -> None:
-        with replacing(args.out / f"{name}.png") as path:
-            path.write_bytes(png(figure))
+        write(args.out / f"{name}.png", png(figure))
         bar.write(str(args.out / f"{name}.png"))
     save("1_gates", figure_gates([one, pair] if pair else [one]))
     save("2_locks", figure_locks(one, args.words))
@@ -291,5 +289,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller model, or --device cpu, needs less"):
-        main()
+    command_line.run(main, memory="a smaller model, or --device cpu, needs less")

@@ -96,10 +96,9 @@ def personal(pipeline, model, concepts: list[Concept], beta=None, tau=perfusion.
     paths = {module: path for path, module in model.unet.named_modules()}
     try:
         layers = [unet.get_submodule(paths[layer]) for layer in ours]
-        same = [x.to_k.weight.shape for x in layers] == [x.to_k.weight.shape for x in ours]
     except AttributeError:
-        same = False
-    if not same:
+        layers = []
+    if [x.to_k.weight.shape for x in layers] != [x.to_k.weight.shape for x in ours]:
         raise ValueError(f"the pipeline's U-Net is of another kind or size than {model.name}'s")
     if any(isinstance(getattr(hook, "__self__", None), Edit) for hook in unet._forward_hooks.values()):
         raise ValueError("the U-Net is edited already: give all concepts to one context")

@@ -29,7 +29,7 @@ from concept import Concept, prepare
 from support import clip_image, command_line, pictures
 from support.base_model import open_model
 from support.command_line import between, numbers, unquoted
-from support.files import read_lines, replacing
+from support.files import read_lines, read_text, replacing
 from support.intervals import mean_and_interval, written
 from support.plots import pareto
 
@@ -58,15 +58,10 @@ def measure(drawn: Tensor, training: Tensor, texts: Tensor) -> dict[str, float]:
 def read_prompts(name: str) -> list[str]:
     """A built-in set, or a file with one prompt a line in which {} stands for the concept."""
     path = PROMPTS.get(name, Path(name))
-    prompts = read_lines(path)
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    wrong = [prompt for prompt in prompts if prompt.count("{}") != 1]
-    if wrong:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-        raise ValueError(f"{path}, line {lines.index(wrong[0]) + 1}: a prompt needs {{}} once, where the "
-                         "concept's word belongs")
-    return [unquoted(prompt) for prompt in prompts]
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if line.strip() and line.count("{}") != 1:
+            raise ValueError(f"{path}, line {number}: a prompt needs {{}} once, where the concept's word belongs")
+    return [unquoted(line) for line in read_lines(path)]
 
 
 def training_files(concept: Concept, given: str | None) -> tuple[str, list[Path]]:
@@ -147,8 +142,7 @@ def table(results: list[dict]) -> str:
     line = "{:26} {:8} {:>5} {:>18} {:>18}  {:>8}".format
     lines = [line("concept", "keys", "beta", "image similarity", "text similarity", "harmonic")]
     for row in results:
-        image = written(row["image_similarity"], row["image_interval"])
-        text = written(row["text_similarity"], row["text_interval"])
+        image, text = (written(row[f"{kind}_similarity"], row[f"{kind}_interval"]) for kind in ("image", "text"))
         lines.append(line(row["concept"][:26], row["keys"], row["beta"], image, text,
                           f"{row['harmonic_mean']:.4f}"))
     return "\n".join([*lines, caption(results[0])])
@@ -250,5 +244,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="fewer --seeds, which are drawn together, or --device cpu"):
-        main()
+    command_line.run(main, memory="fewer --seeds, which are drawn together, or --device cpu")

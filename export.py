@@ -17,13 +17,13 @@ together are the edit with all the concepts.
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 import weights_loader
 from concept import Concept, prepare
 from support import command_line
-from support.files import replacing
+from support.files import write
 
 
 @torch.no_grad()
@@ -75,11 +75,9 @@ def main(argv: list[str] | None = None) -> None:
     contents += lora(model.unet, edited) if edited else []
     args.out.mkdir(parents=True, exist_ok=True)
     for file, tensors in zip(words + loras, contents, strict=True):
-        with replacing(file) as partial:
-            save_file(tensors, partial)
+        write(file, save(tensors))
         print(f"{file}: {file.stat().st_size:,} bytes")
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="close other programs"):
-        main()
+    command_line.run(main, memory="close other programs")

@@ -29,7 +29,7 @@ from concept import Concept, prepare
 from support import command_line
 from support.base_model import open_model
 from support.command_line import DTYPES, between, numbers, pick_device, unquoted
-from support.files import replacing
+from support.files import write
 
 BETA, TAU = perfusion.DRAWING_BETA, perfusion.DRAWING_TAU
 WEB_UI = {"ddim": "DDIM", "dpm++": "DPM++ 2M"}      # what the web UI calls our samplers
@@ -37,10 +37,8 @@ WEB_UI = {"ddim": "DDIM", "dpm++": "DPM++ 2M"}      # what the web UI calls our 
 
 def size(text: str) -> tuple[int, int]:
     """'512' or '512x768' (height x width) -> (height, width); which multiples fit, the model says later."""
-    sides = [between(1, 4096)(side) for side in text.lower().split("x")]
-    if len(sides) > 2:
-        raise argparse.ArgumentTypeError(f"{text} is not SIDE or HEIGHTxWIDTH")
-    return sides[0], sides[-1]
+    height, _, width = text.lower().partition("x")
+    return between(1, 4096)(height), between(1, 4096)(width or height)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -107,8 +105,7 @@ def add_picture(folder: Path, content: bytes) -> Path:
             claim.touch(exist_ok=False)
             try:
                 if not path.exists():
-                    with replacing(path) as partial:
-                        partial.write_bytes(content)
+                    write(path, content)
                     return path
             finally:
                 claim.unlink()
@@ -159,11 +156,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.n > 1:
         sheet = diffusion.grid(torch.cat(images), columns=math.ceil(math.sqrt(args.n)))
         path = args.out / f"grid_{paths[0].stem}-{paths[-1].stem}.png"
-        with replacing(path) as partial:
-            partial.write_bytes(png(sheet, settings | {"seed": args.seed, "n": args.n}))
+        write(path, png(sheet, settings | {"seed": args.seed, "n": args.n}))
         print(path)
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --size, or --precision fp16, needs less"):
-        main()
+    command_line.run(main, memory="a smaller --size, or --precision fp16, needs less")

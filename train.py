@@ -5,7 +5,7 @@
 
 Only the concept's word embedding and one value target per cross-attention layer are trained (see
 perfusion.py); the networks are frozen. The method is Training.step. The output folder receives the concept,
-numbered previews, the concept at every preview (steps/), and checkpoint.pt.
+numbered previews, the concept at every preview (steps/), loss.csv and checkpoint.pt.
 On several processors: torchrun --nproc_per_node=2 train.py ...
 """
 
@@ -196,11 +196,9 @@ def run(training: Training, family: Defaults, out: Path | None, preview: int, ch
         bar.set_postfix(loss=f"{torch.tensor(training.losses[-50:]).mean():.4f}")
         concept.metadata["steps"] = n
         if out and (n == steps or checkpoint and n % checkpoint == 0):
-            training_files.write(out, concept, training.state_dict())
+            training_files.write(out, training)
         if out and preview and (n == steps or n % preview == 0):
-            training_files.write_preview(
-                out, training.model, concept, family.prompts, family.preview_steps, training.settings.seed,
-                training.sums.autocast, training.data, training.losses)
+            training_files.write_preview(out, training, family.prompts, family.preview_steps)
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -260,6 +258,8 @@ def main(argv: list[str] | None = None) -> None:
     about = {"images": len(files), "folder": args.images.as_posix(), "pictures": digest(files)}
     if args.prediction:
         about["prediction"] = args.prediction       # the model's files say otherwise, or nothing
+    if args.masks not in ("auto", "none") and not Path(args.masks).is_dir():
+        raise ValueError(f"--masks {args.masks} is neither auto nor none nor a folder")
     checkpoint = out / "checkpoint.pt" if args.resume == "latest" else Path(args.resume or "")
     resuming = checkpoint.is_file()
     check_folders(args.images, path, args.overwrite or resuming, about["pictures"])
@@ -305,6 +305,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors("--accumulate 4, --checkpointing or a smaller --resolution needs less; "
-                            "--resume loses nothing"):
-        main()
+    command_line.run(main, "--accumulate 4, --checkpointing or a smaller --resolution needs less; "
+                            "--resume loses nothing")

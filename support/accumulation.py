@@ -79,12 +79,9 @@ class Accumulation:
         """
         loss, encoding = self.loss, self.encoding / self.batch
         self.loss, self.encoding = 0, 0
-        if self.processes > 1:      # one message for all that is summed over them
-            sums = [loss, encoding, *(x.grad for x in self.learned)]
-            packed = torch.cat([x.flatten() for x in sums])
-            distributed.all_reduce(packed)
-            for x, total in zip(sums, packed.split([x.numel() for x in sums])):
-                x.copy_(total.view_as(x))
+        if self.processes > 1:
+            for x in (loss, encoding, *(x.grad for x in self.learned)):
+                distributed.all_reduce(x)       # x becomes the sum over the processes
         loss = loss.item()          # here the processor waits for the device
         if not math.isfinite(loss):
             raise ValueError("the loss is not a number: try a lower --lr; what was written before is good")

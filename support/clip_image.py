@@ -11,14 +11,14 @@ from the same file; the embedded model's CLIP was fitted to the frozen text enco
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_text import Layer, TextConfig, TextEncoder
 from support import weight_names
-from support.files import read_json, read_tensors, replacing, write_json
+from support.files import read_json, read_tensors, write, write_json
 
 # The public preprocessor's mean and standard deviation of RGB in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -129,8 +129,7 @@ def load(folder: Path, text_encoder: TextEncoder) -> CLIP:
     """
     config, text_config = read_json(folder / "config.json", read_config)
     path = folder / "model.safetensors"
-    if not path.exists():
-        path = folder / "pytorch_model.bin"
+    path = path if path.exists() else folder / "pytorch_model.bin"
     # position_ids are 0, 1, 2, ... ; the temperature only matters in training.
     state = {name: value.float() for name, value in read_tensors(path).items()
              if not name.endswith("position_ids") and name != "logit_scale"}
@@ -157,5 +156,4 @@ def save(clip: CLIP, folder: Path) -> None:
     state = {name: value.half().contiguous() for name, value in clip.state_dict().items()
              if not name.startswith("text_model.")}
     write_json(folder / "config.json", data)
-    with replacing(folder / "model.safetensors") as path:
-        save_file(state, path, metadata={"format": "pt"})
+    write(folder / "model.safetensors", safetensors.torch.save(state, {"format": "pt"}))

@@ -6,19 +6,17 @@
         args = parser.parse_args(argv)
 
     if __name__ == "__main__":
-        with command_line.plain_errors(memory="a smaller --size needs less"):
-            main()
+        command_line.run(main, memory="a smaller --size needs less")
 """
 
 import argparse
-import contextlib
 import io
 import os
 import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,7 +34,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse in one look; a wrong command is a ValueError, which `plain_errors` tells."""
+    """argparse in one look; a wrong command is a ValueError, which `run` tells."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=Help)
@@ -135,9 +133,8 @@ def pick_device(name: str | None = None) -> str:
     return name or next(device for device in present if present[device])
 
 
-@contextlib.contextmanager
-def plain_errors(memory: str) -> Iterator[None]:
-    """Errors that the user can mend end the program: one sentence on stderr, exit code 2; 130 after Ctrl-C.
+def run(main: Callable[[], None], memory: str) -> None:
+    """Call main; errors that the user can mend end it with one sentence and exit code 2, Ctrl-C with 130.
 
     memory: what to try when memory runs out. Warnings become one line, and what the terminal cannot show
     becomes a question mark. Every other exception is a mistake of the program and keeps its traceback.
@@ -147,7 +144,7 @@ def plain_errors(memory: str) -> Iterator[None]:
             stream.reconfigure(errors="replace")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        yield
+        main()
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, MemoryError, RuntimeError) as error:

@@ -64,10 +64,15 @@ def replacing(path: str | os.PathLike):
         partial.unlink(missing_ok=True)
 
 
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Write a file of bytes, or of a text as UTF-8, see `replacing`."""
+    with replacing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
 def write_json(path: str | os.PathLike, value: dict) -> None:
     """Write an object as a JSON file, see `replacing`."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write(path, json.dumps(value, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------ texts
@@ -87,8 +92,11 @@ def read_text(path: str | os.PathLike, errors: str = "strict") -> str:
 
 
 def read_lines(path: str | os.PathLike) -> list[str]:
-    """The lines of a text that hold more than blanks, stripped. ValueError, OSError."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    """The lines of a text that hold more than blanks, stripped; ValueError if there are none. OSError."""
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} is empty: it needs one or more lines")
+    return lines
 
 
 def read_json(path: str | os.PathLike, make: Callable[[dict], object]):

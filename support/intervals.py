@@ -17,8 +17,6 @@ def mean_and_interval(values: list[float]) -> tuple[float, float]:
     return mean, t * statistics.stdev(values) / math.sqrt(n)
 
 
-def written(mean: float, half: float, digits: int = 4) -> str:
-    """'0.5123 ± 0.0310', without an interval if there is none; '-' for no number."""
-    if math.isnan(mean):
-        return "-"
-    return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+def written(mean: float, half: float) -> str:
+    """'0.5123 ± 0.0310', without an interval if there is none."""
+    return f"{mean:.4f}" + ("" if math.isnan(half) else f" ± {half:.4f}")

@@ -11,14 +11,11 @@ if os.environ.get("MPLBACKEND", "").endswith("inline") and "ipykernel" not in sy
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from diffusion import to_bytes
-
-LOSS_WINDOW = 20            # steps over which a preview averages the loss
 
 
 def label(text: str) -> str:
@@ -44,38 +41,6 @@ def pareto(curves: dict[str, tuple[list, list]], x: str, y: str, title: str, cap
     return figure
 
 
-def panel(axes: Axes, cell: Tensor, title: str = "", top: float = 1) -> None:
-    """A picture (3, H, W) in [0, 1], or a map (h, w) in colours from 0 to top."""
-    if cell.ndim == 3:
-        axes.imshow(to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
-    else:
-        axes.imshow(cell.numpy(), cmap="magma", vmin=0, vmax=top, extent=(0, 1, 1, 0))
-    axes.set(xticks=[], yticks=[])
-    axes.set_title(label(title), fontsize=8)
-
-
-def draw_preview(images: Tensor, maps: Tensor, titles: list[str], picture: Tensor, mask: Tensor,
-                 losses: list[float]) -> Figure:
-    """n >= 3 images (n, 3, H, W) in [0, 1], maps (n, h, w) on one scale, a training picture (3, H, W) with
-    its mask (h, w), the loss."""
-    n = len(images)
-    figure = Figure(figsize=(2.6 * n, 7.8), layout="constrained")
-    places = figure.add_gridspec(3, n)
-    for i in range(n):
-        panel(figure.add_subplot(places[0, i]), images[i], titles[i])
-        panel(figure.add_subplot(places[1, i]), maps[i], "" if i else "attention of the word", maps.max())
-    panel(figure.add_subplot(places[2, 0]), picture, "training picture")
-    panel(figure.add_subplot(places[2, 1]), mask, "its mask on the loss")
-    curve = figure.add_subplot(places[2, 2:])
-    curve.plot(losses, color="0.8", linewidth=0.8)
-    if len(losses) >= LOSS_WINDOW:
-        smooth = np.convolve(losses, np.ones(LOSS_WINDOW) / LOSS_WINDOW, "valid")
-        curve.plot(range(LOSS_WINDOW - 1, len(losses)), smooth, color="black")
-    curve.set_title(f"loss, mean of {LOSS_WINDOW} steps", fontsize=8)
-    curve.tick_params(labelsize=7)
-    return figure
-
-
 def png(figure: Figure) -> bytes:
     """A figure as a PNG file of 128 colours, which take a quarter of the bytes."""
     drawn, file = io.BytesIO(), io.BytesIO()
@@ -92,7 +57,7 @@ def palette() -> list[int]:
 
 def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: str, tops: list | None = None,
                 objects: dict | None = None) -> Figure:
-    """A grid of pictures (3, H, W) and maps (h, w), with labels.
+    """A grid of pictures (3, H, W) in [0, 1] and maps (h, w) in colours from 0, with labels.
 
     tops: per column of maps the value where its colours end. objects: {(row, column): (mask, text)}, a mask
     (h, w) that is outlined on a map and the text below it.
@@ -100,7 +65,13 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
     figure = Figure(figsize=(1.4 * len(columns) + 0.5, 1.65 * len(rows) + 0.7), layout="constrained")
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
     for (r, c), axis in np.ndenumerate(axes):
-        panel(axis, cells[r][c], "" if r else columns[c], tops[c] if tops else 1)
+        cell, top = cells[r][c], tops[c] if tops else 1
+        if cell.ndim == 3:
+            axis.imshow(to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
+        else:
+            axis.imshow(cell.numpy(), cmap="magma", vmin=0, vmax=top, extent=(0, 1, 1, 0))
+        axis.set(xticks=[], yticks=[])
+        axis.set_title("" if r else label(columns[c]), fontsize=8)
         axis.set_ylabel("" if c else label(rows[r]), fontsize=8)
         if objects and (r, c) in objects:
             mask, text = objects[r, c]

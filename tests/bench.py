@@ -198,5 +198,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --latent needs less"):
-        main()
+    command_line.run(main, memory="a smaller --latent needs less")

@@ -96,7 +96,7 @@ BEFORE = {  # script -> {options: values} that are refused before any weights ar
         "--steps --batch --accumulate --resolution --lr --lr-embedding": ["0", "two"], "--beta": ["nan"],
         "--seed --preview --checkpoint": ["-1", "1.5"], "--super": ["' '", "'a {}'"],
         "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--images": [*IMAGES, "___"],
-        "--resume": ["nowhere", "EMPTY"], "--out": ["PICTURE", "BELOW", "IMAGES"],
+        "--resume": ["nowhere", "EMPTY"], "--out": ["PICTURE", "BELOW", "IMAGES"], "--masks": ["TEDDY"],
         "--weights --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
     "sample": {
         "--steps --n": ["1000000"], "--seed": ["99999999999999999999"],
@@ -118,7 +118,7 @@ LATER = {  # what can only be seen in the weights, or beside them
                       "BOMB", "BOUNDLESS"],
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
         "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"],
-        "--masks": ["EMPTY", "BLACK", "TEDDY"], "--resume": ["PICTURE", "TEDDY", "EVIL"]},
+        "--masks": ["EMPTY", "BLACK"], "--resume": ["PICTURE", "TEDDY", "EVIL"]},
     "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"], "--weights": ["nowhere"]},
     "diagnostics": {
         "--inversion": ["OTHER_KIND"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],

@@ -29,23 +29,22 @@ from support.files import read_lines, replacing
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory: less\n"),
     (KeyboardInterrupt(), 130, "")])
 def test_an_error_of_the_user_is_one_sentence_and_an_exit_code(error, code, sentence, capsys):
-    with pytest.raises(SystemExit) as stop, command_line.plain_errors(memory="less"):
-        raise error
+    with pytest.raises(SystemExit) as stop:
+        command_line.run(Mock(side_effect=error), memory="less")
     assert stop.value.code == code and capsys.readouterr().err == sentence
 
 
 @pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyError("key"), AssertionError()])
 def test_an_error_of_the_program_keeps_its_traceback(error):
-    with pytest.raises(type(error)), command_line.plain_errors(memory="less"):
-        raise error
+    with pytest.raises(type(error)):
+        command_line.run(Mock(side_effect=error), memory="less")
 
 
 def test_what_the_terminal_cannot_show_is_replaced(monkeypatch):
     terminal = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setattr(sys, "stderr", None)                # was closed
-    with command_line.plain_errors(memory="less"):
-        print("0.5 ± 0.1 für 熊", flush=True)
+    command_line.run(lambda: print("0.5 ± 0.1 für 熊", flush=True), memory="less")
     assert terminal.buffer.getvalue() == b"0.5 \xb1 0.1 f\xfcr ?\n"
 
 

@@ -138,7 +138,8 @@ def test_the_script_leaves_a_usable_concept_and_says_what_it_did(weights, pictur
     for part in ("skipped, not images: notes.txt", "keys='locked'", "16 x 16 pixels", "with epsilon",
                  'attention to "teddy bear"', "central square"):
         assert part in said
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "teddy.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint.pt", "loss.csv", "teddy.safetensors"]
     concept, = prepare([Concept.load(tmp_path / "teddy.safetensors")], load(weights))
     about = {"steps": 3, "images": 3, "folder": pictures.as_posix()}
     assert concept.token == "<teddy>" and concept.metadata | about == concept.metadata

@@ -561,5 +561,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="fewer --seeds or --workers need less"):
-        main()
+    command_line.run(main, memory="fewer --seeds or --workers need less")

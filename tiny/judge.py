@@ -503,5 +503,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="fewer --pictures need less"):
-        main()
+    command_line.run(main, memory="fewer --pictures need less")

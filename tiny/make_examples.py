@@ -109,5 +109,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="close other programs"):
-        main()
+    command_line.run(main, memory="close other programs")

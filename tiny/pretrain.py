@@ -408,5 +408,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    with command_line.plain_errors(memory="a smaller --batch needs less"):
-        main()
+    command_line.run(main, memory="a smaller --batch needs less")
