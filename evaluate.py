@@ -60,7 +60,8 @@ def read_prompts(name: str) -> list[str]:
     path = PROMPTS.get(name, Path(name))
     for number, line in enumerate(read_text(path).splitlines(), 1):
         if line.strip() and line.count("{}") != 1:
-            raise ValueError(f"{path}, line {number}: a prompt needs {{}} once, where the concept's word belongs")
+            raise ValueError(f"{path}, line {number}: a prompt needs {{}} once, where the concept's word "
+                             "belongs")
     return [unquoted(line) for line in read_lines(path)]
 
 
@@ -142,7 +143,8 @@ def table(results: list[dict]) -> str:
     line = "{:26} {:8} {:>5} {:>18} {:>18}  {:>8}".format
     lines = [line("concept", "keys", "beta", "image similarity", "text similarity", "harmonic")]
     for row in results:
-        image, text = (written(row[f"{kind}_similarity"], row[f"{kind}_interval"]) for kind in ("image", "text"))
+        image = written(row["image_similarity"], row["image_interval"])
+        text = written(row["text_similarity"], row["text_interval"])
         lines.append(line(row["concept"][:26], row["keys"], row["beta"], image, text,
                           f"{row['harmonic_mean']:.4f}"))
     return "\n".join([*lines, caption(results[0])])

@@ -68,11 +68,10 @@ def prepare_data(model, files: list[Path], super_category: str, masks: str, side
         found = torch.stack([read_mask(Path(masks), file, side) for file in files])
         soft = F.interpolate(found.to(model.device), size, mode="area")
     print(f"masks: {said}")
-    largest = soft.amax((1, 2, 3), keepdim=True)
-    for file, value in zip(files, largest):
-        if value <= 0:
+    for file, mask in zip(files, soft):
+        if mask.max() <= 0:
             raise ValueError(f"the mask of {file.name} is empty: it must show where the concept is")
-    soft = soft / largest
+    soft = soft / soft.amax((1, 2, 3), keepdim=True)
     return Data(images, latents, torch.stack([soft, soft.flip(-1)], dim=1))
 
 

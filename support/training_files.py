@@ -59,7 +59,7 @@ def write_preview(out: Path, training, prompts: tuple[str, ...], steps: int) -> 
     columns = [textwrap.fill(prompt, 24) for prompt in [*prompts, "a training picture and its mask"]]
     tops = [torch.stack(maps).max()] * len(maps) + [1]
     last = training.losses[-50:]
-    figure = grid_figure(cells, ["", "attention of the word"], columns,
-                         f"after step {n}; mean loss of the last {len(last)}: {sum(last) / len(last):.4f}", tops)
+    title = f"after step {n}; mean loss of the last {len(last)}: {sum(last) / len(last):.4f}"
+    figure = grid_figure(cells, ["", "attention of the word"], columns, title, tops)
     with files.replacing(out / f"preview_{n:04d}.png") as path:
         figure.savefig(path, format="png", dpi=200)
