@@ -96,7 +96,7 @@ class TextEncoder(nn.Module):
             "position_embedding": nn.Embedding(config.max_length, config.width)})
         sizes = config.width, config.heads, config.intermediate
         layers = [Layer(*sizes, causal=True) for _ in range(config.layers)]
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
         self.final_layer_norm = nn.LayerNorm(config.width)
         # as CLIP starts: PyTorch's unit variance would drown what the layers add
         nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
@@ -110,9 +110,7 @@ class TextEncoder(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, d) -> encodings e (B, T, d), after the last layer norm; T <= max_length."""
         x = embeddings + self.embeddings["position_embedding"].weight[:embeddings.shape[1]]
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return self.final_layer_norm(x)
+        return self.final_layer_norm(self.encoder["layers"](x))
 
 
 def in_pieces(bpe: models.BPE) -> tokenizers.Tokenizer:

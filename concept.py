@@ -6,11 +6,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -143,7 +142,7 @@ def prepare(concepts: list[Concept], model) -> list[Concept]:
                 or concept.edits and any([o.shape for o in side] != [o.shape for o in keys]
                                          for side in (concept.o_values, concept.o_keys or keys)):
             raise ValueError(f"{concept.token} does not fit {model.name}: its file is damaged")
-        prepared.append(dataclasses.replace(concept, o_keys=keys) if concept.keys == "locked" else concept)
+        prepared.append(replace(concept, o_keys=keys) if concept.keys == "locked" else concept)
     _check_pairs([concept for concept in prepared if concept.edits])
     return prepared
 

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     captions = read_lines(args.captions) if args.captions else None
     if captions == []:
         raise ValueError(f"{args.captions} holds no captions: it needs one per line")
-    model = open_model(args, dtype=torch.float32)
+    model = open_model(args, [], dtype=torch.float32)
     captions = captions or built_in_captions(args.n, model.tokenizer)
     C = covariance(model.text_encoder, model.tokenizer, captions)
     inverse(C)      # refused before it is kept

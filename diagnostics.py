@@ -53,9 +53,8 @@ class Source:
             raise ValueError(f"two of these files were trained with the same --keys: {names}")
         if not pictures and "locked" not in self.files:
             raise ValueError(f"{names}: a file with locked keys is needed too, or --images to train one")
-        self.token = f"<{command_line.concept_name(None, pictures)}>" if pictures else ""
-        if "locked" in self.files:
-            self.token = Concept.load(self.files["locked"]).token
+        locked = self.files.get("locked")
+        self.token = Concept.load(locked).token if locked else f"<{command_line.concept_name(None, pictures)}>"
 
 
 def arguments(argv: list[str] | None):
@@ -134,9 +133,8 @@ def train(args, source: Source, keys: str) -> None:
 
 def read_concepts(model, source: Source) -> dict[str, Concept]:
     """{keys: Concept} of a source, under one name, ready for the model; ValueError if they are not alike."""
-    concepts = {}
-    for keys, path in source.files.items():
-        concept = Concept.load(path)
+    concepts = {keys: Concept.load(path) for keys, path in source.files.items()}
+    for keys, concept in concepts.items():
         concept.token = source.token
         concepts[keys], = prepare([concept], model)
     if len({concept.words for concept in concepts.values()}) > 1:

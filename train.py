@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"skipped, not images: {', '.join(skipped)}")
     out.mkdir(parents=True, exist_ok=True)      # OSError if it is a file
 
-    model = open_model(args, device=device, dtype=torch.float32)
+    model = open_model(args, [], device=device, dtype=torch.float32)
     model.unet.checkpointing = args.checkpointing
     family, side = EMBEDDED if model.small else Defaults(), args.resolution or model.size[0]
     lr_embedding = INVERSION_LR if args.keys == "none" else family.lr_embedding

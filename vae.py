@@ -64,18 +64,14 @@ class Attention(nn.Module):
         return x + h.reshape(B, H, W, c).permute(0, 3, 1, 2)
 
 
-class Resample(nn.Module):
-    """A 3x3 convolution that halves height and width, with zeros at the right and bottom only, unlike in the
-    U-Net; or that follows their doubling by nearest neighbour."""
-
-    def __init__(self, channels: int, up: bool):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)
+def resample(channels: int, up: bool) -> nn.Sequential:
+    """Doubles height and width by nearest neighbour, then a 3x3 convolution; or a convolution that halves
+    them, with zeros at the right and bottom only, unlike in the U-Net."""
+    if up:
+        size, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels, 3, padding=1)
+    else:
+        size, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(size=size, conv=conv))
 
 
 class Middle(nn.Module):
@@ -90,8 +86,8 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-def levels(widths: tuple, layers: int, groups: int, resample: str) -> nn.Sequential:
-    """For every width `layers` resnets and, but for the last, one Resample; resample: its published name,
+def levels(widths: tuple, layers: int, groups: int, name: str) -> nn.Sequential:
+    """For every width `layers` resnets and, but for the last, one `resample`, by the published name:
     downsamplers or upsamplers."""
     levels = nn.Sequential()
     for c_in, c_out in zip((widths[0], *widths), widths):
@@ -99,7 +95,7 @@ def levels(widths: tuple, layers: int, groups: int, resample: str) -> nn.Sequent
         resnets = nn.Sequential(*[ResnetBlock(c, c_out, groups) for c in inputs])
         levels.append(nn.Sequential(OrderedDict(resnets=resnets)))
         if len(levels) < len(widths):
-            levels[-1].add_module(resample, nn.Sequential(Resample(c_out, up=resample == "upsamplers")))
+            levels[-1].add_module(name, nn.Sequential(resample(c_out, up=name == "upsamplers")))
     return levels
 
 
