@@ -53,8 +53,9 @@ class Source:
             raise ValueError(f"two of these files were trained with the same --keys: {names}")
         if not pictures and "locked" not in self.files:
             raise ValueError(f"{names}: a file with locked keys is needed too, or --images to train one")
-        locked = self.files.get("locked")
-        self.token = Concept.load(locked).token if locked else f"<{command_line.concept_name(None, pictures)}>"
+        self.token = f"<{command_line.concept_name(None, pictures)}>" if pictures else ""
+        if "locked" in self.files:
+            self.token = Concept.load(self.files["locked"]).token
 
 
 def arguments(argv: list[str] | None):

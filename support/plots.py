@@ -26,19 +26,22 @@ def label(text: str) -> str:
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def pareto(curves: dict[str, tuple[list, list]], x: str, y: str, title: str, caption: str) -> Figure:
-    """Curves over two measures x and y, {name: (points, marks)}: points (x, y, half of x's interval, half of
-    y's), joined, and a mark at each; crosses if there are no marks."""
+def pareto(rows: list[dict], caption: str) -> Figure:
+    """Image similarity over text similarity, with intervals: the rows of a concept joined, and at each its
+    beta; a cross where there is none."""
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
-    for (name, (points, marks)), color in zip(curves.items(), colors):
-        across, up, across_half, up_half = zip(*points)
-        axes.errorbar(across, up, up_half, across_half, color=color, label=label(name), linewidth=1.5,
-                      elinewidth=0.6, marker="o" if marks else "X", markersize=5 if marks else 9)
-        for mark, place in zip(marks, zip(across, up)):
-            axes.annotate(label(mark), place, fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel=x, ylabel=y, title=label(title))
+    names = list(dict.fromkeys(row["concept"] for row in rows))
+    for name, color in zip(names, matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(names)))):
+        own = [row for row in rows if row["concept"] == name]
+        swept = own[0]["beta"] != ""
+        text, image, across, up = ([row[column] for row in own] for column in (
+            "text_similarity", "image_similarity", "text_interval", "image_interval"))
+        axes.errorbar(text, image, up, across, color=color, label=label(name), linewidth=1.5,
+                      elinewidth=0.6, marker="o" if swept else "X", markersize=5 if swept else 9)
+        for row, place in zip(own if swept else (), zip(text, image)):
+            axes.annotate(f"{row['beta']:g}", place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="text similarity", ylabel="image similarity", title="Concepts over beta (at the points)")
     axes.legend(fontsize=8)
     figure.supxlabel(label(caption), fontsize=8)
     return figure

@@ -88,8 +88,8 @@ WITHOUT_EFFECT = (  # entries that do not change what our networks compute:
     " min_decay optimization_step power update_after_step use_ema_warmup"
     # of the precision, the caller's choice; of layers that are not there; of the size, which is the U-Net's;
     # of marks, which the tokenizer knows;
-    " upcast_attention force_upcast torch_dtype dtype addition_embed_type_num_heads projection_dim sample_size"
-    " bos_token_id eos_token_id pad_token_id"
+    " upcast_attention force_upcast torch_dtype dtype addition_embed_type_num_heads projection_dim"
+    " sample_size bos_token_id eos_token_id pad_token_id"
     # said of every model of transformers
     " architectures transformers_version return_dict use_cache id2label label2id tie_word_embeddings"
     " num_beams num_beam_groups num_return_sequences max_length temperature top_k top_p typical_p"
