@@ -4,8 +4,6 @@
     keys, values, positions, gates = perfusion.condition(model, ["", "a <teddy> on the beach"], concepts)
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import warnings
@@ -88,7 +86,7 @@ class Concept:
             save_file(tensors, partial, {"concept": json.dumps(header, sort_keys=True)})
 
     @classmethod
-    def load(cls, path: str | Path) -> Concept:
+    def load(cls, path: str | Path) -> "Concept":
         """Read a concept file into float32; its locked keys are still to `prepare`. ValueError, OSError."""
         try:
             with safe_open(path, "pt") as file:

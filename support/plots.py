@@ -11,13 +11,13 @@ if os.environ.get("MPLBACKEND", "").endswith("inline") and "ipykernel" not in sy
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from diffusion import to_bytes
 
+VIRIDIS = matplotlib.colormaps["viridis"]
 LOSS_WINDOW = 20            # steps over which a preview averages the loss
 
 
@@ -32,7 +32,7 @@ def pareto(rows: list[dict], caption: str) -> Figure:
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
     names = list(dict.fromkeys(row["concept"] for row in rows))
-    for name, color in zip(names, matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(names)))):
+    for name, color in zip(names, VIRIDIS(np.linspace(0, 0.85, len(names)))):
         own = [row for row in rows if row["concept"] == name]
         swept = own[0]["beta"] != ""
         text, image, across, up = ([row[column] for row in own] for column in (
@@ -47,7 +47,7 @@ def pareto(rows: list[dict], caption: str) -> Figure:
     return figure
 
 
-def panel(axes: Axes, cell: Tensor, title: str = "", top: float = 1) -> None:
+def panel(axes: matplotlib.axes.Axes, cell: Tensor, title: str = "", top: float = 1) -> None:
     """A picture (3, H, W) in [0, 1], or a map (h, w) in colours from 0 to top."""
     if cell.ndim == 3:
         axes.imshow(to_bytes(cell), interpolation="nearest" if cell.shape[-1] <= 128 else "auto")
@@ -111,19 +111,4 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
             axis.contour(across, down, mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
             axis.set_xlabel(text, fontsize=8)
     figure.suptitle(label(title), fontsize=9)
-    return figure
-
-
-def gates_figure(prompts: list[tuple[list[str], list[str], Tensor]], title: str) -> Figure:
-    """How far gates are open: per prompt the texts of its tokens, the concepts' names, gates (tokens, n)."""
-    figure = Figure(figsize=(8, 2.3 * len(prompts) + 0.4), layout="constrained")
-    for axis, (pieces, names, gates) in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], prompts):
-        at, width = np.arange(len(pieces)), 0.8 / len(names)
-        for j, name in enumerate(names):
-            axis.bar(at + width * (j + 0.5) - 0.4, gates[:, j].numpy(), width, label=label(name),
-                     color=matplotlib.colormaps["viridis"](0.25 + 0.5 * j))
-        axis.set_xticks(at, [label(piece) for piece in pieces], rotation=35, fontsize=9)
-        axis.set(ylim=(0, 1), ylabel="gate")
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title, fontsize=10)
     return figure
