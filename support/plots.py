@@ -107,8 +107,7 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
         axis.set_ylabel("" if c else label(rows[r]), fontsize=8)
         if objects and (r, c) in objects:
             mask, text = objects[r, c]
-            across, down = ((np.arange(n) + 0.5) / n for n in reversed(mask.shape))
-            axis.contour(across, down, mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
+            axis.contour(mask, [0.5], origin="lower", extent=(0, 1, 0, 1), colors="white", linewidths=0.8)
             axis.set_xlabel(text, fontsize=8)
     figure.suptitle(label(title), fontsize=9)
     return figure
