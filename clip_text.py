@@ -5,6 +5,7 @@ encoder takes embeddings, not ids, so that a caller can write learned vectors in
 the tokenizer names. Parameters are named as in the published files, without the prefix `text_model.`.
 """
 
+import functools
 import re
 import warnings
 from dataclasses import dataclass
@@ -96,7 +97,7 @@ class TextEncoder(nn.Module):
             "position_embedding": nn.Embedding(config.max_length, config.width)})
         sizes = config.width, config.heads, config.intermediate
         layers = [Layer(*sizes, causal=True) for _ in range(config.layers)]
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
+        self.encoder = nn.ModuleDict({"layers": nn.Sequential(*layers)})
         self.final_layer_norm = nn.LayerNorm(config.width)
         # as CLIP starts: PyTorch's unit variance would drown what the layers add
         nn.init.normal_(self.embeddings["token_embedding"].weight, std=0.02)
@@ -110,9 +111,7 @@ class TextEncoder(nn.Module):
     def forward(self, embeddings: Tensor) -> Tensor:
         """Token embeddings (B, T, d) -> encodings e (B, T, d), after the last layer norm; T <= max_length."""
         x = embeddings + self.embeddings["position_embedding"].weight[:embeddings.shape[1]]
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return self.final_layer_norm(x)
+        return self.final_layer_norm(self.encoder["layers"](x))
 
 
 def in_pieces(bpe: models.BPE) -> tokenizers.Tokenizer:
@@ -136,7 +135,8 @@ class Tokenizer:
         """
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        self._tokenizer, self.max_length, self._said = tokenizer, max_length, set()
+        self._tokenizer, self.max_length = tokenizer, max_length
+        self._say = functools.cache(functools.partial(warnings.warn, stacklevel=2))     # every text once
         self.vocabulary = tokenizer.get_vocab()
         if not {START, END} <= self.vocabulary.keys():
             raise ValueError(f"not CLIP's vocabulary: {START} or {END} is missing")
@@ -222,12 +222,6 @@ class Tokenizer:
             unknown |= new
             for piece in new:
                 text = text.replace(piece, " " * len(piece))
-
-    def _say(self, message: str) -> None:
-        """A warning, once of one tokenizer, whoever encodes the text again."""
-        if message not in self._said:
-            self._said.add(message)
-            warnings.warn(message, stacklevel=3)
 
     def _inside(self, offsets: list[tuple[int, int]], span: tuple[int, int]) -> list[int]:
         """Indices of the tokens with characters in the span; none when truncation cut one of them off."""

@@ -4,13 +4,10 @@
     keys, values, positions, gates = perfusion.condition(model, ["", "a <teddy> on the beach"], concepts)
 """
 
-from __future__ import annotations
-
-import dataclasses
 import itertools
 import json
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -89,7 +86,7 @@ class Concept:
         write(path, save(tensors, {"concept": json.dumps(header, sort_keys=True)}))
 
     @classmethod
-    def load(cls, path: str | Path) -> Concept:
+    def load(cls, path: str | Path) -> "Concept":
         """Read a concept file into float32; its locked keys are still to `prepare`. ValueError, OSError."""
         try:
             with safe_open(path, "pt") as file:
@@ -143,7 +140,7 @@ def prepare(concepts: list[Concept], model) -> list[Concept]:
                 or concept.edits and any([o.shape for o in side] != [o.shape for o in keys]
                                          for side in (concept.o_values, concept.o_keys or keys)):
             raise ValueError(f"{concept.token} does not fit {model.name}: its file is damaged")
-        prepared.append(dataclasses.replace(concept, o_keys=keys) if concept.keys == "locked" else concept)
+        prepared.append(replace(concept, o_keys=keys) if concept.keys == "locked" else concept)
     _check_pairs([concept for concept in prepared if concept.edits])
     return prepared
 

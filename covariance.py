@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--n", type=command_line.between(1, 10 ** 7), default=CAPTIONS, help="number of built-in captions")
     args = parser.parse_args(argv)
     captions = read_lines(args.captions) if args.captions else None
-    model = open_model(args, dtype=torch.float32)
+    model = open_model(args, [], dtype=torch.float32)
     captions = captions or built_in_captions(args.n, model.tokenizer)
     C = covariance(model.text_encoder, model.tokenizer, captions)
     inverse(C)      # refused before it is kept

@@ -15,7 +15,6 @@ finished picture: where its attention to the ordinary words is above the middle 
 the same for every lock, but it is attention too. diagnostics.ipynb tells the story with the same functions.
 """
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -29,10 +28,10 @@ from concept import KEYS, Concept, prepare
 from perfusion import DRAWING_BETA, DRAWING_TAU
 from support import command_line
 from support.base_model import open_model
-from support.files import write
+from support.files import read_json, write
 from support.page import BETAS, page
 from support.pictures import digest, list_images, read_image
-from support.plots import Figure, gates_figure, grid_figure, png
+from support.plots import VIRIDIS, Figure, grid_figure, label, png
 from support.study import Drawn, Study, check_room
 
 ROOT = Path(__file__).parent
@@ -134,9 +133,8 @@ def train(args, source: Source, keys: str) -> None:
 
 def read_concepts(model, source: Source) -> dict[str, Concept]:
     """{keys: Concept} of a source, under one name, ready for the model; ValueError if they are not alike."""
-    concepts = {}
-    for keys, path in source.files.items():
-        concept = Concept.load(path)
+    concepts = {keys: Concept.load(path) for keys, path in source.files.items()}
+    for keys, concept in concepts.items():
         concept.token = source.token
         concepts[keys], = prepare([concept], model)
     if len({concept.words for concept in concepts.values()}) > 1:
@@ -178,13 +176,19 @@ def start(argv: list[str] | None = None) -> tuple:
 
 def figure_gates(studies: list[Study]) -> Figure:
     """1. The gate: open at a concept's own word and shut elsewhere."""
-    prompts = []
-    for study in studies:
-        pieces = [piece for word in study.words if word.label != "padding" for piece in word.pieces]
-        gates = study.condition("locked keys").gates[1, :len(pieces)].cpu()
-        prompts.append((pieces, study.tokens, gates))
-    return gates_figure(prompts, "How far the gate is open at every token, "
-                                 f"beta {DRAWING_BETA['local']}, tau {DRAWING_TAU}")
+    figure = Figure(figsize=(8, 2.3 * len(studies) + 0.4), layout="constrained")
+    for axis, study in zip(figure.subplots(len(studies), 1, squeeze=False)[:, 0], studies):
+        pieces = [label(piece) for word in study.words if word.label != "padding" for piece in word.pieces]
+        gates, width = study.condition("locked keys").gates[1, :len(pieces)], 0.8 / len(study.tokens)
+        for j, (token, heights) in enumerate(zip(study.tokens, gates.T.tolist())):
+            places = [t + width * (j + 0.5) - 0.4 for t in range(len(pieces))]
+            axis.bar(places, heights, width, label=label(token), color=VIRIDIS(0.25 + 0.5 * j))
+        axis.set_xticks(range(len(pieces)), pieces, rotation=35, fontsize=9)
+        axis.set(ylim=(0, 1), ylabel="gate")
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.suptitle("How far the gate is open at every token, "
+                    f"beta {DRAWING_BETA['local']}, tau {DRAWING_TAU}", fontsize=10)
+    return figure
 
 
 def maps_figure(title: str, columns: list, rows: dict, one_scale: bool = False) -> Figure:
@@ -264,7 +268,7 @@ def write_page(args, study: Study) -> None:
     for source in args.sources:
         files = list_images(source.pictures)[0][:10] if source.pictures else []
         training.append([read_image(file, model.size[0])[0] / 2 + 0.5 for file in files])
-    records = json.loads((ROOT / "tiny" / "records.json").read_text(encoding="utf-8"))
+    records = read_json(ROOT / "tiny" / "records.json", dict)
     write(args.page, page(study, training, made, records))
 
 

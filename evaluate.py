@@ -158,19 +158,6 @@ def caption(row: dict) -> str:
             f"{row['seeds']} seeds, {interval}")
 
 
-def write_figure(results: list[dict], path: Path) -> None:
-    """Image similarity over text similarity: a curve over beta for each concept, a cross without any."""
-    curves = {}
-    for row in results:
-        points, marks = curves.setdefault(row["concept"], ([], []))
-        points.append((row["text_similarity"], row["image_similarity"],
-                       row["text_interval"], row["image_interval"]))
-        marks += [f"{row['beta']:g}"] if row["beta"] != "" else []
-    with replacing(path) as partial:
-        pareto(curves, "text similarity", "image similarity", "Concepts over beta (at the points)",
-               caption(results[0])).savefig(partial, format="png", dpi=150)
-
-
 def announce(rows: list[Row], results: list[dict], args: argparse.Namespace) -> None:
     """Say which row of each concept is the best, and how to draw with its file."""
     for token in dict.fromkeys(row.word for row in rows if row.concepts):
@@ -241,7 +228,8 @@ def main(argv: list[str] | None = None) -> None:
                 writer.writerows(results)
     print(table(results))
     announce(rows, results, args)
-    write_figure(results, args.out / "pareto.png")
+    with replacing(args.out / "pareto.png") as partial:
+        pareto(results, caption(results[0])).savefig(partial, format="png", dpi=150)
     print(f"written: {args.out}/results.csv, {args.out}/pareto.png")
 
 

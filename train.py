@@ -196,9 +196,11 @@ def run(training: Training, family: Defaults, out: Path | None, preview: int, ch
         bar.set_postfix(loss=f"{torch.tensor(training.losses[-50:]).mean():.4f}")
         concept.metadata["steps"] = n
         if out and (n == steps or checkpoint and n % checkpoint == 0):
-            training_files.write(out, training)
+            training_files.write(out, training.concept, training.state_dict())
         if out and preview and (n == steps or n % preview == 0):
-            training_files.write_preview(out, training, family.prompts, family.preview_steps)
+            training_files.write_preview(
+                out, training.model, training.concept, family.prompts, family.preview_steps,
+                training.settings.seed, training.sums.autocast, training.data, training.losses)
 
 
 # ------------------------------------------------------------------------------------------------- the script
@@ -270,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"skipped, not images: {', '.join(skipped)}")
     out.mkdir(parents=True, exist_ok=True)      # OSError if it is a file
 
-    model = open_model(args, device=device, dtype=torch.float32)
+    model = open_model(args, [], device=device, dtype=torch.float32)
     model.unet.checkpointing = args.checkpointing
     family, side = EMBEDDED if model.small else Defaults(), args.resolution or model.size[0]
     lr_embedding = INVERSION_LR if args.keys == "none" else family.lr_embedding

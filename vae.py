@@ -4,6 +4,7 @@ Rombach et al., "High-Resolution Image Synthesis with Latent Diffusion Models", 
 are named as in the published diffusers-layout files (attention: to_q, to_k, to_v, to_out.0).
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 import torch
@@ -63,18 +64,14 @@ class Attention(nn.Module):
         return x + h.reshape(B, H, W, c).permute(0, 3, 1, 2)
 
 
-class Resample(nn.Module):
-    """A 3x3 convolution that halves height and width, with zeros at the right and bottom only, unlike in the
-    U-Net; or that follows their doubling by nearest neighbour."""
-
-    def __init__(self, channels: int, up: bool):
-        super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, stride=1 if up else 2, padding=1 if up else 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=2.0, mode="nearest") if self.up else F.pad(x, (0, 1, 0, 1))
-        return self.conv(x)
+def resample(channels: int, up: bool) -> nn.Sequential:
+    """Doubles height and width by nearest neighbour, then a 3x3 convolution; or a convolution that halves
+    them, with zeros at the right and bottom only, unlike in the U-Net."""
+    if up:
+        size, conv = nn.Upsample(scale_factor=2.0), nn.Conv2d(channels, channels, 3, padding=1)
+    else:
+        size, conv = nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2)
+    return nn.Sequential(OrderedDict(size=size, conv=conv))
 
 
 class Middle(nn.Module):
@@ -89,65 +86,41 @@ class Middle(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-class Level(nn.Module):
-    """`layers` resnets at one resolution, then at most one resampling; name: downsamplers or upsamplers."""
-
-    def __init__(self, c_in: int, c_out: int, layers: int, groups: int, name: str | None = None):
-        super().__init__()
+def levels(widths: tuple, layers: int, groups: int, name: str) -> nn.Sequential:
+    """For every width `layers` resnets and, but for the last, one `resample`, by the published name:
+    downsamplers or upsamplers."""
+    levels = nn.Sequential()
+    for c_in, c_out in zip((widths[0], *widths), widths):
         inputs = [c_in] + [c_out] * (layers - 1)
-        self.resnets = nn.ModuleList([ResnetBlock(c, c_out, groups) for c in inputs])
-        if name:
-            self.add_module(name, nn.ModuleList([Resample(c_out, up=name == "upsamplers")]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for group in self.children():
-            for module in group:
-                x = module(x)
-        return x
+        resnets = nn.Sequential(*[ResnetBlock(c, c_out, groups) for c in inputs])
+        levels.append(nn.Sequential(OrderedDict(resnets=resnets)))
+        if len(levels) < len(widths):
+            levels[-1].add_module(name, nn.Sequential(resample(c_out, up=name == "upsamplers")))
+    return levels
 
 
-class Encoder(nn.Module):
+def encoder(config: VAEConfig) -> nn.Sequential:
     """Images (B, 3, H, W) -> (B, 2 * latent channels, H / factor, W / factor)."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels, config.norm_num_groups
-        resample = ["downsamplers"] * (len(widths) - 1) + [None]
-        self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList([
-            Level(c_in, c_out, config.layers_per_block, groups, name)
-            for c_in, c_out, name in zip((widths[0], *widths), widths, resample)])
-        self.mid_block = Middle(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for level in self.down_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+    widths, groups = config.block_out_channels, config.norm_num_groups
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(config.in_channels, widths[0], 3, padding=1),
+        down_blocks=levels(widths, config.layers_per_block, groups, "downsamplers"),
+        mid_block=Middle(widths[-1], groups),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=NORM_EPS),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)))
 
 
-class Decoder(nn.Module):
+def decoder(config: VAEConfig) -> nn.Sequential:
     """Latents (B, c, h, w) -> images (B, 3, h * factor, w * factor); every level has one resnet more."""
-
-    def __init__(self, config: VAEConfig):
-        super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
-        resample = ["upsamplers"] * (len(widths) - 1) + [None]
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = Middle(widths[0], groups)
-        self.up_blocks = nn.ModuleList([
-            Level(c_in, c_out, config.layers_per_block + 1, groups, name)
-            for c_in, c_out, name in zip((widths[0], *widths), widths, resample)])
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
-        for level in self.up_blocks:
-            x = level(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+    widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
+        mid_block=Middle(widths[0], groups),
+        up_blocks=levels(widths, config.layers_per_block + 1, groups, "upsamplers"),
+        conv_norm_out=nn.GroupNorm(groups, widths[-1], eps=NORM_EPS),
+        conv_act=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], config.in_channels, 3, padding=1)))
 
 
 class VAE(nn.Module):
@@ -156,8 +129,8 @@ class VAE(nn.Module):
     def __init__(self, config: VAEConfig = SD_V1):
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = encoder(config)
+        self.decoder = decoder(config)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 

@@ -273,18 +273,18 @@ def connect(part: str, config, tensors: dict) -> tuple[torch.nn.Module, dict[str
     # random numbers on the meta device would import the compiler, for a second
     with torch.device("meta"), mock.patch("torch.nn.init.normal_"):
         network = NETWORKS[part](config)
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-    candidates = [{name: naming(name) for name in shapes} for naming in weight_names.NAMINGS[part]]
+    candidates = [{name: naming(name) for name, _ in network.named_parameters()}
+                  for naming in weight_names.NAMINGS[part]]
     names = max(candidates, key=lambda names: sum(key in tensors for key in names.values()))
     missing = [key for key in names.values() if key not in tensors]
     if missing:
         raise ValueError(f"{next(iter(tensors.values()))[0]}: not a complete Stable Diffusion v1, its {part} "
                          f"lacks {len(missing)} of {len(names)} tensors, such as {missing[0]}")
-    for name, key in names.items():
-        (path, tensor), shape = tensors[key], shapes[name]
-        stored, dtype = tuple(tensor.shape), tensor.dtype
-        if stored not in (shape, (*shape, 1), (*shape, 1, 1)):  # 1x1 convolutions, in CompVis' VAE
-            raise ValueError(f"{path}: {key} has the shape {list(stored)}, not {list(shape)}")
+    for name, parameter in network.named_parameters():
+        path, tensor = tensors[key := names[name]]
+        shape, stored, dtype = list(parameter.shape), list(tensor.shape), tensor.dtype
+        if stored not in (shape, [*shape, 1], [*shape, 1, 1]):  # 1x1 convolutions, in CompVis' VAE
+            raise ValueError(f"{path}: {key} has the shape {stored}, not {shape}")
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ValueError(f"{path}: {key} holds {dtype}, not floating-point numbers of 16 or more bits")
     return network, names, tensors

@@ -4,7 +4,6 @@
 """
 
 import argparse
-from collections.abc import Sequence
 
 import torch
 
@@ -16,7 +15,7 @@ from support.command_line import pick_device
 CARTOON = "tiny, a cartoon model in this repository; photographs need --weights sd15 (4.3 GB, once)"
 
 
-def open_model(args: argparse.Namespace, concepts: Sequence[Concept] = (), dtype: torch.dtype | None = None,
+def open_model(args: argparse.Namespace, concepts: list[Concept], dtype: torch.dtype | None = None,
                device: str | None = None, variant: str | None = None) -> weights_loader.Model:
     """The Model of --weights, --tokenizer and --prediction, made fast where it is on a CPU, and named.
 
@@ -32,7 +31,7 @@ def open_model(args: argparse.Namespace, concepts: Sequence[Concept] = (), dtype
     return model
 
 
-def prediction(given: str | None, concepts: Sequence[Concept]) -> str | None:
+def prediction(given: str | None, concepts: list[Concept]) -> str | None:
     """What the U-Net shall predict: as given, and as in the concepts' training; None if neither says it.
 
     ValueError where these differ.

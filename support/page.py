@@ -74,9 +74,9 @@ def live(study: Study, limit: int = 3_000_000) -> dict:
     shown = min(len(every), max(1, limit // (2 * packed.shape[1])))
     numbers, size = packed[:shown], every[0].queries[0].shape[:2]
     unit = numbers.abs().max().item() / 32767
-    masks = [F.interpolate(drawn.masks[None], size, mode="area")[0] for drawn in every[:shown]]
+    masks = F.interpolate(torch.stack([drawn.masks for drawn in every[:shown]]), size, mode="area")
     return {"ratios": ratios.tolist(), "heads": heads, "unit": unit, "sides": len(sides),
-            "sizes": [q.shape[:2] for q in every[0].queries], "masks": [objects(mask) for mask in masks],
+            "sizes": [q.shape[:2] for q in every[0].queries], "masks": masks.gt(0.5).int().flatten(2).tolist(),
             "numbers": compressed((numbers / unit).round().short().numpy().tobytes())}
 
 
@@ -99,12 +99,8 @@ def explorer(study: Study, limit: int = 2_500_000) -> dict:
         "maps": compressed(b"".join(level.numpy().tobytes() for level in maps)),
         "views": [{"name": name, "note": LOCKS[name][2],
                    "seen": uris(diffusion.decode(vae, view.seen[steps].to(device)), 128, 60),
-                   "objects": objects(shrink(view.masks.float()))} for name, view in views.items()]}
-
-
-def objects(masks: Tensor) -> list:
-    """Masks (n, h, w) -> per object the numbers 0 and 1 of all places."""
-    return [mask.gt(0.5).int().flatten().tolist() for mask in masks]
+                   "objects": shrink(view.masks).gt(0.5).int().flatten(1).tolist()}
+                  for name, view in views.items()]}
 
 
 def compressed(numbers: bytes) -> str:

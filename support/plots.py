@@ -17,25 +17,30 @@ from torch import Tensor
 
 from diffusion import to_bytes
 
+VIRIDIS = matplotlib.colormaps["viridis"]
+
 
 def label(text: str) -> str:
     """A text that matplotlib shows as it is: a $ begins no formula, an _ at the start hides no legend."""
     return (" " if text.startswith("_") else "") + text.replace("$", r"\$")
 
 
-def pareto(curves: dict[str, tuple[list, list]], x: str, y: str, title: str, caption: str) -> Figure:
-    """Curves over two measures x and y, {name: (points, marks)}: points (x, y, half of x's interval, half of
-    y's), joined, and a mark at each; crosses if there are no marks."""
+def pareto(rows: list[dict], caption: str) -> Figure:
+    """Image similarity over text similarity, with intervals: the rows of a concept joined, and at each its
+    beta; a cross where there is none."""
     figure = Figure(figsize=(7, 5.5), layout="constrained")
     axes = figure.subplots()
-    colors = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
-    for (name, (points, marks)), color in zip(curves.items(), colors):
-        across, up, across_half, up_half = zip(*points)
-        axes.errorbar(across, up, up_half, across_half, color=color, label=label(name), linewidth=1.5,
-                      elinewidth=0.6, marker="o" if marks else "X", markersize=5 if marks else 9)
-        for mark, place in zip(marks, zip(across, up)):
-            axes.annotate(label(mark), place, fontsize=7, xytext=(4, 4), textcoords="offset points")
-    axes.set(xlabel=x, ylabel=y, title=label(title))
+    names = list(dict.fromkeys(row["concept"] for row in rows))
+    for name, color in zip(names, VIRIDIS(np.linspace(0, 0.85, len(names)))):
+        own = [row for row in rows if row["concept"] == name]
+        swept = own[0]["beta"] != ""
+        text, image, across, up = ([row[column] for row in own] for column in (
+            "text_similarity", "image_similarity", "text_interval", "image_interval"))
+        axes.errorbar(text, image, up, across, color=color, label=label(name), linewidth=1.5,
+                      elinewidth=0.6, marker="o" if swept else "X", markersize=5 if swept else 9)
+        for row, place in zip(own if swept else (), zip(text, image)):
+            axes.annotate(f"{row['beta']:g}", place, fontsize=7, xytext=(4, 4), textcoords="offset points")
+    axes.set(xlabel="text similarity", ylabel="image similarity", title="Concepts over beta (at the points)")
     axes.legend(fontsize=8)
     figure.supxlabel(label(caption), fontsize=8)
     return figure
@@ -75,23 +80,7 @@ def grid_figure(cells: list[list], rows: list[str], columns: list[str], title: s
         axis.set_ylabel("" if c else label(rows[r]), fontsize=8)
         if objects and (r, c) in objects:
             mask, text = objects[r, c]
-            across, down = ((np.arange(n) + 0.5) / n for n in reversed(mask.shape))
-            axis.contour(across, down, mask.numpy(), levels=[0.5], colors="white", linewidths=0.8)
+            axis.contour(mask, [0.5], origin="lower", extent=(0, 1, 0, 1), colors="white", linewidths=0.8)
             axis.set_xlabel(text, fontsize=8)
     figure.suptitle(label(title), fontsize=9)
-    return figure
-
-
-def gates_figure(prompts: list[tuple[list[str], list[str], Tensor]], title: str) -> Figure:
-    """How far gates are open: per prompt the texts of its tokens, the concepts' names, gates (tokens, n)."""
-    figure = Figure(figsize=(8, 2.3 * len(prompts) + 0.4), layout="constrained")
-    for axis, (pieces, names, gates) in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], prompts):
-        at, width = np.arange(len(pieces)), 0.8 / len(names)
-        for j, name in enumerate(names):
-            axis.bar(at + width * (j + 0.5) - 0.4, gates[:, j].numpy(), width, label=label(name),
-                     color=matplotlib.colormaps["viridis"](0.25 + 0.5 * j))
-        axis.set_xticks(at, [label(piece) for piece in pieces], rotation=35, fontsize=9)
-        axis.set(ylim=(0, 1), ylabel="gate")
-        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.suptitle(title, fontsize=10)
     return figure

@@ -19,7 +19,6 @@ import perfusion
 from attention_maps import MASK_TIMESTEPS, attention, noised_map, record_queries
 from clip_text import WORD_END
 from concept import prepare
-from perfusion import DRAWING_BETA, DRAWING_TAU
 
 MAP_SIDE, QUERY_SIDE = 24, 16       # cells: the longer side of maps and queries that are kept, at most
 LOCKS = {  # name -> keys in training (None: no concept), lock in drawing, what it is
@@ -64,13 +63,12 @@ def prompt_words(tokenizer, prompt: str, concepts: list) -> list[Word]:
              for place in found[concept.token] for t in place}
     last = {i for name, i in tokenizer.vocabulary.items() if name.endswith(WORD_END)} | {tokenizer.start}
     words, end = [Word("start", [0], ["start"], mark=True)], ids.index(tokenizer.end)
-    for t in range(1, end):
-        mine = owner.get(t)
-        if mine != owner.get(t - 1) or not mine and ids[t - 1] in last:
-            words.append(Word(concepts[mine[0]].token if mine else "", [], [], mine and mine[0]))
-        words[-1].tokens.append(t)
-        words[-1].pieces.append(pieces[t])
-        words[-1].label += "" if mine else pieces[t]
+    starts = [t for t in range(1, end) if owner.get(t) != owner.get(t - 1)
+              or t not in owner and ids[t - 1] in last]
+    for start, stop in zip(starts, [*starts[1:], end]):
+        concept = owner[start][0] if start in owner else None
+        label = "".join(pieces[start:stop]) if concept is None else concepts[concept].token
+        words.append(Word(label, list(range(start, stop)), pieces[start:stop], concept))
     words.append(Word("end", [end], ["end"], mark=True))
     padding = list(range(end + 1, len(ids)))
     return words + [Word("padding", padding, ["padding"], mark=True)] * bool(padding)
@@ -127,7 +125,7 @@ class Study:
         self.named = [next(word for word in self.words if word.concept == j) for j in range(len(concepts))]
         self.drawn, self.moved = functools.cache(self._drawn), functools.cache(self._moved)
 
-    def condition(self, name: str, beta: float | None = None, tau: float = DRAWING_TAU,
+    def condition(self, name: str, beta: float | None = None, tau: float = perfusion.DRAWING_TAU,
                   slide: float = 0) -> perfusion.Conditioning:
         """Keys and values of ["", prompt] and the gates, under one of LOCKS. slide: how far the keys are
         moved to the trained ones, 0 to 1."""
@@ -143,9 +141,9 @@ class Study:
         """Pictures (seeds, 3, H, W) under one of LOCKS."""
         return torch.stack([self.drawn(name, seed).picture for seed in self.seeds])
 
-    def _moved(self, slide: float = 0, beta: float = DRAWING_BETA["local"]) -> Tensor:
+    def _moved(self, slide: float = 0, beta: float = perfusion.DRAWING_BETA["local"]) -> Tensor:
         """`moved`: pictures (seeds, 3, H, W) of the locked concepts with keys that slid, or another beta."""
-        if (slide, beta) == (0, DRAWING_BETA["local"]):
+        if (slide, beta) == (0, perfusion.DRAWING_BETA["local"]):
             return self.pictures("locked keys")
         model, given, pictures = self.model, self.condition("locked keys", beta, slide=slide), []
         for seed in self.seeds:         # one at a time, to spare memory

@@ -3,7 +3,6 @@
 Sources: the headers and configs of the published files, CompVis' stable-diffusion, diffusers, transformers.
 """
 
-import dataclasses
 import re
 from collections.abc import Callable
 
@@ -83,16 +82,18 @@ CONSTANTS = {  # entries that our code implements with one value only; what is o
         "num_train_timesteps": diffusion.NUM_TIMESTEPS}}
 OTHER_NOISE = (  # entries of a scheduler that tell another noise, or a distilled model, where they are on
     "trained_betas", "rescale_betas_zero_snr", "shift", "sigma_data", "original_inference_steps")
-WITHOUT_EFFECT = {  # reason -> entries that do not change what our networks compute
-    "for training": "dropout attention_dropout initializer_factor initializer_range gradient_checkpointing"
-        " decay inv_gamma min_decay optimization_step power update_after_step use_ema_warmup",
-    "precision, the caller's choice": "upcast_attention force_upcast torch_dtype dtype",
-    "of a layer that is not there": "addition_embed_type_num_heads projection_dim",
-    "the size is the U-Net's": "sample_size",
-    "the tokenizer knows its marks": "bos_token_id eos_token_id pad_token_id",
-    "said of every model of transformers": "architectures transformers_version return_dict use_cache id2label"
-        " label2id tie_word_embeddings num_beams num_beam_groups num_return_sequences max_length temperature"
-        " top_k top_p typical_p length_penalty repetition_penalty"}
+WITHOUT_EFFECT = (  # entries that do not change what our networks compute:
+    # of training,
+    "dropout attention_dropout initializer_factor initializer_range gradient_checkpointing decay inv_gamma"
+    " min_decay optimization_step power update_after_step use_ema_warmup"
+    # of the precision, the caller's choice; of layers that are not there; of the size, which is the U-Net's;
+    # of marks, which the tokenizer knows;
+    " upcast_attention force_upcast torch_dtype dtype addition_embed_type_num_heads projection_dim"
+    " sample_size bos_token_id eos_token_id pad_token_id"
+    # said of every model of transformers
+    " architectures transformers_version return_dict use_cache id2label label2id tie_word_embeddings"
+    " num_beams num_beam_groups num_return_sequences max_length temperature top_k top_p typical_p"
+    " length_penalty repetition_penalty").split()
 RENAMED = {  # fields of our configs -> published, where they differ
     "attention_heads": "attention_head_dim", "width": "hidden_size", "layers": "num_hidden_layers",
     "heads": "num_attention_heads", "intermediate": "intermediate_size",
@@ -105,11 +106,10 @@ def check(public: dict, expected: dict) -> None:
     An entry that is not `expected` passes where it is off (null, false, zero, empty), WITHOUT_EFFECT, or a
     note of its writer (`_name_or_path`).
     """
-    harmless = " ".join(WITHOUT_EFFECT.values()).split()
     for key, value in public.items():
         if key in expected and value != expected[key]:
             raise ValueError(f"{key} is {value!r}, in Stable Diffusion v1 it is {expected[key]!r}")
-        if key not in expected and value and not key.startswith("_") and key not in harmless:
+        if key not in expected and value and not key.startswith("_") and key not in WITHOUT_EFFECT:
             raise ValueError(f"{key} is {value!r}, which is not of Stable Diffusion v1")
 
 
@@ -132,7 +132,7 @@ def read_config(part: str, public: dict):
     if part == "unet" and "down_block_types" in public:
         fields["cross_attention"] = tuple(kind == "CrossAttnDownBlock2D"
                                           for kind in public["down_block_types"])
-    config = dataclasses.replace(SD_V1[part], **fields)
+    config = type(SD_V1[part])(**fields)
     channels = fields.get("block_out_channels") or (fields["width"],)
     divisors = [fields[name] for name in ("norm_num_groups", "attention_heads", "heads") if name in fields]
     if any(c % n for c in channels for n in divisors):

@@ -131,7 +131,7 @@ def resume(args: Namespace, precision: str) -> Lines:
     whole = begin(args, model, precision)
     again, resumed = (train.Training(model, whole.data, whole.settings, whole.C_inverse) for _ in range(2))
     whole.step(), again.step(), again.step()
-    training_files.write(args.folder, whole)
+    training_files.write(args.folder, whole.concept, whole.state_dict())
     resumed.load_state_dict(training_files.read_checkpoint(args.folder / "checkpoint.pt", resumed.identity()))
     whole.step(), resumed.step()
     repeat, found = (max(map(models.largest_difference, whole.learned, x.learned)) for x in (again, resumed))

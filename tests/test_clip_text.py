@@ -116,7 +116,7 @@ def test_what_the_vocabulary_cannot_spell_is_left_out_and_named_once(prompt, pla
     tokenizer = Tokenizer.load(ROOT / "tiny" / "weights" / "tokenizer", 48)
     words = {"<t>": "teddy bear"}
     with warnings.catch_warnings(record=True) as lines:
-        warnings.simplefilter("default")
+        warnings.simplefilter("always")
         for _ in range(2):
             ids, positions = tokenizer.encode([prompt.format("<t>")], words)
     assert len(lines) == 1 and str(lines[0].message).startswith("unknown to the vocabulary and left out: ")

@@ -110,8 +110,8 @@ def test_a_bad_line_of_the_prompts_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["_b", "a$b^{$", "$x$", "plain", "_$"])
 def test_whatever_a_file_is_called_it_is_a_label_as_it_stands(name):
-    point = [0.1, 0.2, 0.0, 0.0]
-    figure = plots.pareto({"base": ([point], []), name: ([point], [name])}, "x", "y", name, name)
+    point = dict(text_similarity=0.1, image_similarity=0.2, text_interval=0.0, image_interval=0.0, beta=0.7)
+    figure = plots.pareto([point | {"concept": concept} for concept in ("base", name)], name)
     figure.savefig(io.BytesIO(), format="png")          # where a formula would be read
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == ["base", plots.label(name)] and plots.label(name).replace("\\", "").strip() == name
