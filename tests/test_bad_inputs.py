@@ -89,47 +89,45 @@ COMMANDS = {  # a right command of each script; capitals stand for what the fixt
     "diagnostics": "--concept TEDDY --out OUT",
     "evaluate": "--concept TEDDY --images IMAGES --prompts tiny --beta 1 --seeds 1 --steps 1 --out OUT",
     "covariance": "--n 100", "export": "--concept TEDDY --out OUT"}
-CONCEPT = "nowhere EMPTY NOTHING SHORT PICTURE UNET MISSHAPED HEADER ''".split()
-IMAGES = ["nowhere", "EMPTY", "NOTHING", "APPLE", "''"]
-BEFORE = {  # script -> {options: values} that are refused before any weights are read
+BEFORE = {  # scripts -> {options: values} that are refused before any weights are read
+    "train sample diagnostics evaluate": {"--out": ["PICTURE", "BELOW"]},
+    "sample diagnostics evaluate export": {"--concept": ["nowhere", "EMPTY"]},
     "train": {
         "--steps --batch --accumulate --resolution --lr --lr-embedding": ["0", "two"], "--beta": ["nan"],
         "--seed --preview --checkpoint": ["-1", "1.5"], "--super": ["' '", "'a {}'"],
-        "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--images": [*IMAGES, "___"],
-        "--resume": ["nowhere", "EMPTY"], "--out": ["PICTURE", "BELOW", "IMAGES"],
-        "--weights --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
+        "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--nonsense": ["1"],
+        "--images": ["APPLE", "''", "___"], "--weights --out": ["NOT_UTF_8"], "--out": ["IMAGES"],
+        "--resume": ["nowhere", "EMPTY"]},
+    "train evaluate": {"--images": ["nowhere", "EMPTY", "NOTHING"]},
     "sample": {
-        "--steps --n": ["1000000"], "--seed": ["99999999999999999999"],
-        "--size": ["big", "16x16x16", "-16", "100000"], "--guidance --tau": ["nan"],
-        "--beta": ["low", "0.1,0.2,0.3"], "--concept": CONCEPT, "--negative": ["'a <dog>'"],
-        "--out": ["PICTURE", "BELOW"]},
+        "--steps --n": ["1000000"], "--seed": ["99999999999999999999"], "--guidance --tau": ["nan"],
+        "--size": ["big", "16x16x16", "-16", "100000"], "--beta": ["low", "0.1,0.2,0.3"],
+        "--concept": "NOTHING SHORT PICTURE UNET MISSHAPED HEADER ''".split(), "--negative": ["'a <dog>'"]},
     "diagnostics": {"--prompt": ["''", "'{} {}'"], "--pair": ["'{}'"], "--super": ["cat"],
-                    "--concept": ["EMPTY", "TEDDY"], "--out": ["PICTURE"],
+                    "--concept": ["TEDDY"],
                     "--second": ["EMPTY", "SHORT", "INVERTED", "TEDDY", "nowhere/teddy --second-super bear"]},
     "evaluate": {
-        "--seeds --steps": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
-        "--tau": ["0"], "--concept": ["EMPTY"], "--images": ["NOTHING", "EMPTY", "nowhere"],
-        "--prompts": ["nowhere", "NOTES", "NOTHING", "GIGABYTE"], "--out": ["BELOW"]},
-    "covariance": {"--n": ["0"], "--captions": ["nowhere", "NOTHING", "BINARY"]},
-    "export": {"--concept": ["nowhere", "EMPTY"]}}
+        "--seeds --steps --tau": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
+        "--prompts": ["nowhere", "NOTES", "NOTHING", "GIGABYTE"]},
+    "covariance": {"--n": ["0"], "--captions": ["nowhere", "NOTHING", "BINARY"]}}
 LATER = {  # what can only be seen in the weights, or beside them
+    " ".join(COMMANDS): {"--weights": ["nowhere"]},
+    "sample evaluate export": {"--concept": ["OTHER_BASE"]},
+    "train evaluate": {"--images": ["HUGE"]},
     "train": {
-        "--weights": ["''", "nowhere", "missing.safetensors", "EMPTY", "PICTURE", "TEDDY", "HEADER", "EVIL",
-                      "BOMB", "BOUNDLESS"],
+        "--weights": "'' missing.safetensors EMPTY PICTURE TEDDY HEADER EVIL BOMB BOUNDLESS".split(),
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
-        "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"],
-        "--masks": ["EMPTY", "BLACK", "TEDDY"], "--resume": ["PICTURE", "TEDDY", "EVIL"]},
-    "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"], "--weights": ["nowhere"]},
+        "--super": ["'" + "bear " * 30 + "'"], "--masks": ["EMPTY", "BLACK", "TEDDY"],
+        "--resume": ["PICTURE", "TEDDY", "EVIL"]},
+    "sample": {"--size": ["7", "513"], "--concept": ["TEDDY"]},
     "diagnostics": {
         "--inversion": ["OTHER_KIND"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
-        "--weights": ["nowhere"], "--images": ["nowhere --super cat"],
-        "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
-    "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip --weights": ["nowhere", "EMPTY"]},
-    "covariance": {"--weights": ["nowhere"]},
-    "export": {"--concept": ["OTHER_BASE"], "--out": ["PICTURE", "BELOW"], "--weights": ["nowhere"]}}
-CASES = [(when, script, option, value) for when, scripts in (("before", BEFORE), ("later", LATER))
-         for script, own in scripts.items() for options, values in own.items()
-         for option in options.split() for value in values]
+        "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
+    "evaluate": {"--clip": ["nowhere", "EMPTY"]},
+    "export": {"--out": ["PICTURE", "BELOW"]}}
+CASES = [(when, script, option, value) for when, table in (("before", BEFORE), ("later", LATER))
+         for scripts, own in table.items() for script in scripts.split()
+         for options, values in own.items() for option in options.split() for value in values]
 
 
 @pytest.fixture(scope="module")

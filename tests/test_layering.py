@@ -4,11 +4,11 @@ import ast
 import functools
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from models import ROOT
+
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
     "support.files support.command_line support.intervals",
     "unet vae clip_text diffusion perfusion",
