@@ -1,5 +1,6 @@
 """Bad inputs: each is answered in one sentence, and nothing is written."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -109,7 +110,8 @@ BEFORE = {  # scripts -> {options: values} that are refused before any weights a
     "evaluate": {
         "--seeds --steps --tau": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
         "--prompts": ["nowhere", "NOTES", "NOTHING", "GIGABYTE"]},
-    "covariance": {"--n": ["0"], "--captions": ["nowhere", "NOTHING", "BINARY"]}}
+    "covariance": {"--n": ["0"], "--captions": ["nowhere", "NOTHING", "BINARY"]},
+    "export": {"--out": ["EXPORTED"]}}
 LATER = {  # what can only be seen in the weights, or beside them
     " ".join(COMMANDS): {"--weights": ["nowhere"]},
     "sample evaluate export": {"--concept": ["OTHER_BASE"]},
@@ -124,7 +126,7 @@ LATER = {  # what can only be seen in the weights, or beside them
         "--inversion": ["OTHER_KIND"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
         "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
     "evaluate": {"--clip": ["nowhere", "EMPTY"]},
-    "export": {"--out": ["PICTURE", "BELOW"]}}
+    "export": {"--out": ["PICTURE", "BELOW"], "--concept": ["TEDDY", "LARGE"]}}
 CASES = [(when, script, option, value) for when, table in (("before", BEFORE), ("later", LATER))
          for scripts, own in table.items() for script in scripts.split()
          for options, values in own.items() for option in options.split() for value in values]
@@ -135,7 +137,8 @@ def places(weights, tmp_path_factory):
     """What the capitals of the tables stand for."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty").mkdir()
-    for name in ("images/picture.png", "black/picture.png", "___/a.png", "apple/a.HEIC"):
+    for name in ("images/picture.png", "black/picture.png", "___/a.png", "apple/a.HEIC",
+                 "exported/teddy_lora.safetensors"):
         (folder / name).parent.mkdir()
         Image.new("L", (16, 16)).save(folder / name, "PNG")
     picture = folder / "images" / "picture.png"
@@ -143,11 +146,12 @@ def places(weights, tmp_path_factory):
     teddy = write_concept(weights, folder / "teddy.safetensors")
     for name, words in (("inverted", "teddy bear"), ("other_kind", "cat")):
         write_concept(weights, folder / f"{name}.safetensors", words, "none")
-    for name, change in {"other_base": {"metadata": {"base": "another"}},
-                         "misshaped": {"embedding": torch.zeros(2, 5)}}.items():
-        concept = Concept.load(teddy)
-        vars(concept).update(change)
-        concept.save(folder / f"{name}.safetensors")
+    concept, one = Concept.load(teddy), torch.eye(16)[0]
+    for name, change in {
+            "other_base": {"metadata": {"base": "another"}}, "misshaped": {"embedding": torch.zeros(2, 5)},
+            "large": {"token": "<large>", "i_star": one / 100, "d_star": one,       # not in float16
+                      "o_values": [value + 6e4 for value in concept.o_values]}}.items():
+        dataclasses.replace(concept, **change).save(folder / f"{name}.safetensors")
     for name, content in {
             "nothing.safetensors": b"", "notes.txt": b"no place", "binary.txt": b"\xff\xfe\x00",
             "short.safetensors": teddy.read_bytes()[:-1], "gigabyte.txt": b"",
