@@ -5,8 +5,9 @@
     python tests/bench.py bf16 --latent 8                  # a CPU without bfloat16: diffusers takes minutes
 
 `plain` are our networks as they are, `fast` after fast_cpu.enable. All hold the same weights and take turns,
-so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With one
-thread (OMP_NUM_THREADS=1), seconds of the processor are counted, not the clock's: other programs disturb them little. Parts:
+so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With
+OMP_NUM_THREADS=1, seconds of the processor are counted, not the clock's: other programs disturb them little.
+Parts:
 
     memory  peak memory of loading from files and one guided step in float32
     step    one guided step (two latents) in float32

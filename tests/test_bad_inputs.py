@@ -115,17 +115,16 @@ BEFORE = {  # scripts -> {options: values} that are refused before any weights a
 LATER = {  # what can only be seen in the weights, or beside them
     " ".join(COMMANDS): {"--weights": ["nowhere"]},
     "sample evaluate export": {"--concept": ["OTHER_BASE"]},
-    "train evaluate": {"--images": ["HUGE"]},
     "train": {
         "--weights": "'' missing.safetensors EMPTY PICTURE TEDDY HEADER EVIL BOMB BOUNDLESS".split(),
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
         "--super": ["'" + "bear " * 30 + "'"], "--masks": ["EMPTY", "BLACK", "TEDDY"],
-        "--resume": ["PICTURE", "TEDDY", "EVIL"]},
+        "--resume": ["PICTURE", "TEDDY", "EVIL"], "--images": ["HUGE"]},
     "sample": {"--size": ["7", "513"], "--concept": ["TEDDY"]},
     "diagnostics": {
         "--inversion": ["INVERTED"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
         "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
-    "evaluate": {"--clip": ["nowhere", "EMPTY"]},
+    "evaluate": {"--clip": ["nowhere", "EMPTY"], "--images": ["HUGE"]},
     "export": {"--out": ["PICTURE", "BELOW"], "--concept": ["TEDDY", "LARGE"]}}
 CASES = [(when, script, option, value) for when, table in (("before", BEFORE), ("later", LATER))
          for scripts, own in table.items() for script in scripts.split()
@@ -160,9 +159,7 @@ def places(weights, tmp_path_factory):
     for name in ("gigabyte.txt", "header.safetensors"):
         os.truncate(folder / name, 10 ** 9)                                     # sparse: takes no room
     with zipfile.ZipFile(folder / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        with archive.open("archive/data.pkl", "w") as file:
-            for _ in range(35):                                                 # 350 MB in 2 MB
-                file.write(bytes(10 ** 7))
+        archive.writestr("archive/data.pkl", bytes(35 * 10 ** 7))               # 350 MB in 2 MB
     torch.save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1).expand(10 ** 12)},
                folder / "boundless.ckpt")
     files = {path.stem.upper(): path for path in folder.iterdir()}

@@ -24,24 +24,20 @@ EXACT = 1e-4  # of pictures in 0...1: float32 through three steps of two impleme
 CLOSE = 1e-3  # the same with the LoRA's up vectors in float16
 
 
-def pipeline(folder):
-    """A pipeline of diffusers with the networks of a folder and our sampler."""
+@pytest.fixture
+def pipe(weights):
+    """A pipeline of diffusers with our weights and our sampler."""
     import diffusers
     from transformers import CLIPTextModel, CLIPTokenizer
     pipe = diffusers.StableDiffusionPipeline(
-        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", sample_size=64),
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
-        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        unet=diffusers.UNet2DConditionModel.from_pretrained(weights / "unet", sample_size=64),
+        vae=diffusers.AutoencoderKL.from_pretrained(weights / "vae"),
+        scheduler=diffusers.DDIMScheduler.from_pretrained(weights / "scheduler"),
+        text_encoder=CLIPTextModel.from_pretrained(weights / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(weights / "tokenizer"),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(torch.float32)  # whatever the files are
-
-
-@pytest.fixture
-def pipe(weights):
-    return pipeline(weights)
 
 
 @pytest.fixture(scope="module")
