@@ -143,14 +143,13 @@ def test_another_pipeline_takes_the_hook(pipe, model, concepts):
 
 def test_what_does_not_fit_is_refused_in_a_sentence(model, concepts):
     wider = unet.UNet(dataclasses.replace(model.unet.config, cross_attention_dim=32))
-    unprepared = [dataclasses.replace(concepts[0], o_keys=None)]
     for words, network, given, more in [
             ("another kind or size", torch.nn.Linear(1, 1), concepts, {}),
             ("another kind or size", wider, concepts, {}),
             ("the lock is", model.unet, concepts, {"lock": "x"}),
             ("one for each of the 3", model.unet, concepts, {"beta": [0.5, 0.6]}),
             ("one for each of the 1", model.unet, concepts[:1], {"tau": (0.1, 0.2)}),
-            ("call prepare", model.unet, unprepared, {})]:
+            ("call prepare", model.unet, [dataclasses.replace(concepts[0], o_keys=None)], {})]:
         with pytest.raises(ValueError, match=words), personal(network, model, given, **more):
             pass
 

@@ -69,8 +69,7 @@ def test_a_sweep_writes_every_row_once_and_a_figure(weights, concept_files, fold
     assert "4 seeds, ± is a 95 % interval over seeds" in out and out.count("±") == 13
 
 
-def test_of_several_files_of_one_concept_the_best_is_named(
-        weights, concept_files, folder, tmp_path, monkeypatch):
+def test_the_best_of_several_files_is_named(weights, concept_files, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(intervals, "mean_and_interval", lambda values: (abs(values[0]), math.nan))
     files = concept_files["teddy"], write_concept(weights, tmp_path / "teddy.safetensors", seed=1)
     rows, out = evaluate(weights, folder, tmp_path, files, "--beta", "0.5,1.2", "--seeds", 1)
