@@ -114,18 +114,17 @@ BEFORE = {  # scripts -> {options: values} that are refused before any weights a
     "export": {"--out": ["EXPORTED"]}}
 LATER = {  # what can only be seen in the weights, or beside them
     " ".join(COMMANDS): {"--weights": ["nowhere"]},
-    "sample evaluate export": {"--concept": ["OTHER_BASE"]},
     "train": {
         "--weights": "'' missing.safetensors EMPTY PICTURE TEDDY HEADER EVIL BOMB BOUNDLESS".split(),
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
         "--super": ["'" + "bear " * 30 + "'"], "--masks": ["EMPTY", "BLACK", "TEDDY"],
         "--resume": ["PICTURE", "TEDDY", "EVIL"], "--images": ["HUGE"]},
-    "sample": {"--size": ["7", "513"], "--concept": ["TEDDY"]},
+    "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"]},
     "diagnostics": {
         "--inversion": ["INVERTED"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
         "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
-    "evaluate": {"--clip": ["nowhere", "EMPTY"], "--images": ["HUGE"]},
-    "export": {"--out": ["PICTURE", "BELOW"], "--concept": ["TEDDY", "LARGE"]}}
+    "evaluate": {"--clip": ["nowhere", "EMPTY"], "--images": ["HUGE"], "--concept": ["OTHER_BASE"]},
+    "export": {"--out": ["PICTURE", "BELOW"], "--concept": ["OTHER_BASE", "TEDDY", "LARGE"]}}
 CASES = [(when, script, option, value) for when, table in (("before", BEFORE), ("later", LATER))
          for scripts, own in table.items() for script in scripts.split()
          for options, values in own.items() for option in options.split() for value in values]

@@ -35,9 +35,9 @@ def script(name, *arguments):
     import resource  # Windows has none
 
     subprocess.run([sys.executable, str(ROOT / name), *map(str, arguments)], check=True)
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
-    print(f"\n{name}: peak {peak:.2f} GB")
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    print(f"\n{name}: {usage.ru_utime + usage.ru_stime:.0f} s of the processor, peak {peak:.2f} GB")
     return peak
 
 
