@@ -163,7 +163,7 @@ def test_the_global_lock_refuses_a_prompt_that_it_has_not_encoded(pipe, model, c
             encode("a <teddy>")
 
 
-# ------------------------------------------------------------------------------------------ the exported files
+# ----------------------------------------------------------------------------------------- the exported files
 
 @torch.no_grad()
 def test_diffusers_draws_our_ungated_edit_from_the_files(
