@@ -5,8 +5,9 @@
     python tests/bench.py bf16 --latent 8                  # a CPU without bfloat16: diffusers takes minutes
 
 `plain` are our networks as they are, `fast` after fast_cpu.enable. All hold the same weights and take turns,
-so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With one
-thread, seconds of the processor are counted, not the clock's: other programs disturb them little. Parts:
+so that a slow moment of the machine meets each; the number that counts is the ratio of the medians. With
+OMP_NUM_THREADS=1, seconds of the processor are counted, not the clock's: other programs disturb them little.
+Parts:
 
     memory  peak memory of loading from files and one guided step in float32
     step    one guided step (two latents) in float32
@@ -163,7 +164,6 @@ def bench_memory(args: Namespace):
 @torch.no_grad()
 def peak(who: str, folder: Path, args: Namespace) -> float:
     """Write a random model, or load it and take one guided step; the peak in GB of this process."""
-    torch.set_num_threads(args.threads)
     if who == "write":
         configs = weight_names.SD_V1 | {"text_encoder": clip_text.TextConfig(vocab_size=514)}  # the toy one's
         weights_loader.save(models.toy_model(configs, models.toy_tokenizer(TOKENS), "random"), folder)
@@ -187,11 +187,10 @@ def main():
     add, count = parser.add_argument, command_line.between(1, 1000)
     add("parts", nargs="*", choices=PARTS, help="(default: all)")
     add("--repeats", type=count, default=5, help="timed runs of each")
-    add("--threads", type=count, default=torch.get_num_threads(), help="of the processor")
     add("--latent", type=count, default=64, help="side of the latents")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    print(f"torch {torch.__version__}, {args.threads} threads, {torch.backends.cpu.get_cpu_capability()}")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.backends.cpu.get_cpu_capability()}")
     for part in [part for part in PARTS if part in (args.parts or PARTS)]:
         with torch.set_grad_enabled(part == "train"):
             bench_memory(args) if part == "memory" else bench_time(part, args)

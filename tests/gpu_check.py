@@ -22,7 +22,6 @@ is compared is computed without that, what is timed with it.
 import sys
 import tempfile
 import time
-import warnings
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,7 +44,6 @@ BAR = 1.0                   # of the time: ours / diffusers
 ROUNDING = 10               # device and CPU may differ by this many times what two orders of summation differ
 HOOK = {"fp32": 1e-3, "bf16": 0.1, "fp16": 0.02}    # rounding of two implementations of the U-Net
 STEPS = 400                 # of a finished concept
-REPEATS = 3                 # timed runs
 # of training steps: batch, --accumulate, --checkpointing; what takes most memory comes last
 SHAPES = {"batch 1": (1, 1, False), "batch 4": (4, 1, False), "batch 16 --accumulate 4": (16, 4, False),
           "batch 16 --checkpointing": (16, 1, True), "batch 16": (16, 1, False)}
@@ -62,7 +60,7 @@ SCRIPTS = {
     "drawn-bf16": "sample.py {prompt} --concept {bf16} --precision bf16",
     "drawn-fp16": "sample.py {prompt} --concept {fp16} --precision fp16",
     "figures": "diagnostics.py --concept {bf16} --trained {trained} --inversion {none} --second {cat}",
-    "curves": "evaluate.py --concept {bf16} {none} --beta 0.6,0.7 --seeds 2 --prompts {prompts}",
+    "curves": "evaluate.py --concept {bf16} {none} --beta 0.6,0.7 --seeds 2 --prompts tiny",
     "lora": "export.py --concept {bf16}"}
 PROMPT = "a <teddy> on the beach"
 VERDICTS = {True: "ok", False: "FAILED", None: ""}     # None where no bar judges
@@ -72,8 +70,7 @@ Lines = Iterator[tuple[str, str, bool | None]]          # what was checked, the 
 def script(args: Namespace, name: str) -> Lines:
     """In this process, which spares a start. The scripts see to it themselves that numbers are finite."""
     places = {path.parent.name: path for path in args.folder.glob("*/*.safetensors")}
-    places |= {"prompt": PROMPT, "examples": models.ROOT / "examples", "prompts": args.folder / "prompts.txt"}
-    places["prompts"].write_text("a photo of a {}\na {} on the beach\n", encoding="utf-8")
+    places |= {"prompt": PROMPT, "examples": models.ROOT / "examples"}
     program, *options = (word.format(**places) for word in SCRIPTS[name].split())
     common = ["--weights", args.weights, "--out", args.folder / name]
     if program != "export.py":
@@ -141,7 +138,7 @@ def resume(args: Namespace, precision: str) -> Lines:
 
 # ------------------------------------------------------------------------------------------- time and memory
 
-def cost(args: Namespace, jobs: dict, networks: dict, repeats: int = REPEATS) -> tuple[dict, str]:
+def cost(args: Namespace, jobs: dict, networks: dict, repeats: int = 3) -> tuple[dict, str]:
     """Median seconds of jobs that take turns, and a text with them and with the peaks of memory.
 
     Of the networks on the device, only a job's own one counts.
@@ -170,7 +167,7 @@ def speed(args: Namespace, precision: str) -> Lines:
             jobs[who] = (bench.guided_step(networks[who], *data) if guided else
                          bench.training_step(networks[who], *data, parts))
         with torch.set_grad_enabled(not guided):
-            seconds, text = cost(args, jobs, networks, 4 * REPEATS if guided else REPEATS)
+            seconds, text = cost(args, jobs, networks, 12 if guided else 3)
         ratio = seconds["plain"] / seconds["diffusers"]
         yield (f"U-Net, {name}, {precision}", f"{text}; ratio **{ratio:.3f}**, bar {BAR}",
                None if args.small else ratio <= BAR)
@@ -220,7 +217,6 @@ def main(argv: list[str] | None = None) -> int:
         args.folder = Path(folder)
         if args.small:
             args.configs, args.latent, args.shapes = models.TINY, 8, SMALL_SHAPES
-            warnings.filterwarnings("ignore", ".*not as in Stable Diffusion v1")
             args.weights = models.write_weights(args.folder / "weights", captions=200)
         card = torch.cuda.get_device_name() if args.device == "cuda" else args.device
         print(f"{card}, torch {torch.__version__}\n\n| what | result | |\n|---|---|---|")

@@ -1,5 +1,6 @@
 """Bad inputs: each is answered in one sentence, and nothing is written."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -89,47 +90,44 @@ COMMANDS = {  # a right command of each script; capitals stand for what the fixt
     "diagnostics": "--concept TEDDY --out OUT",
     "evaluate": "--concept TEDDY --images IMAGES --prompts tiny --beta 1 --seeds 1 --steps 1 --out OUT",
     "covariance": "--n 100", "export": "--concept TEDDY --out OUT"}
-CONCEPT = "nowhere EMPTY NOTHING SHORT PICTURE UNET MISSHAPED HEADER ''".split()
-IMAGES = ["nowhere", "EMPTY", "NOTHING", "APPLE", "''"]
-BEFORE = {  # script -> {options: values} that are refused before any weights are read
+BEFORE = {  # scripts -> {options: values} that are refused before any weights are read
+    "train sample diagnostics evaluate": {"--out": ["PICTURE", "BELOW"]},
+    "sample diagnostics evaluate export": {"--concept": ["nowhere", "EMPTY"]},
     "train": {
         "--steps --batch --accumulate --resolution --lr --lr-embedding": ["0", "two"], "--beta": ["nan"],
         "--seed --preview --checkpoint": ["-1", "1.5"], "--super": ["' '", "'a {}'"],
-        "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--images": [*IMAGES, "___"],
-        "--resume": ["nowhere", "EMPTY"], "--out": ["PICTURE", "BELOW", "IMAGES"], "--masks": ["TEDDY"],
-        "--weights --out": ["NOT_UTF_8"], "--nonsense": ["1"]},
+        "--token": ["'<>'", "../a", "'" + "a" * 50 + "'"], "--nonsense": ["1"],
+        "--images": ["APPLE", "''", "___"], "--weights --out": ["NOT_UTF_8"], "--out": ["IMAGES"],
+        "--resume": ["nowhere", "EMPTY"], "--masks": ["TEDDY"]},
+    "train evaluate": {"--images": ["nowhere", "EMPTY", "NOTHING"]},
     "sample": {
-        "--steps --n": ["1000000"], "--seed": ["99999999999999999999"],
-        "--size": ["big", "16x16x16", "-16", "100000"], "--guidance --tau": ["nan"],
-        "--beta": ["low", "0.1,0.2,0.3"], "--concept": CONCEPT, "--negative": ["'a <dog>'"],
-        "--out": ["PICTURE", "BELOW"]},
+        "--steps --n": ["1000000"], "--seed": ["99999999999999999999"], "--guidance --tau": ["nan"],
+        "--size": ["big", "16x16x16", "-16", "100000"], "--beta": ["low", "0.1,0.2,0.3"],
+        "--concept": "NOTHING SHORT PICTURE UNET MISSHAPED HEADER ''".split(), "--negative": ["'a <dog>'"]},
     "diagnostics": {"--prompt": ["''", "'{} {}'"], "--pair": ["'{}'"], "--super": ["cat"],
-                    "--concept": ["EMPTY", "TEDDY"], "--out": ["PICTURE"],
+                    "--concept": ["TEDDY"],
                     "--second": ["EMPTY", "SHORT", "INVERTED", "TEDDY", "nowhere/teddy --second-super bear"]},
     "evaluate": {
-        "--seeds --steps": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
-        "--tau": ["0"], "--concept": ["EMPTY"], "--images": ["NOTHING", "EMPTY", "nowhere"],
-        "--prompts": ["nowhere", "NOTES", "NOTHING", "GIGABYTE"], "--out": ["BELOW"]},
+        "--seeds --steps --tau": ["0"], "--beta": ["0.9:0.4:0.1", "a:b:c", "0:1:0", "nan", "0:1"],
+        "--prompts": ["nowhere", "NOTES", "NOTHING", "GIGABYTE"]},
     "covariance": {"--n": ["0"], "--captions": ["nowhere", "NOTHING", "BINARY"]},
-    "export": {"--concept": ["nowhere", "EMPTY"]}}
+    "export": {"--out": ["EXPORTED"]}}
 LATER = {  # what can only be seen in the weights, or beside them
+    " ".join(COMMANDS): {"--weights": ["nowhere"]},
     "train": {
-        "--weights": ["''", "nowhere", "missing.safetensors", "EMPTY", "PICTURE", "TEDDY", "HEADER", "EVIL",
-                      "BOMB", "BOUNDLESS"],
+        "--weights": "'' missing.safetensors EMPTY PICTURE TEDDY HEADER EVIL BOMB BOUNDLESS".split(),
         "--tokenizer": ["nowhere", "EMPTY"], "--resolution": ["15"], "--accumulate": ["3"],
-        "--super": ["'" + "bear " * 30 + "'"], "--images": ["HUGE"],
-        "--masks": ["EMPTY", "BLACK"], "--resume": ["PICTURE", "TEDDY", "EVIL"]},
-    "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"], "--weights": ["nowhere"]},
+        "--super": ["'" + "bear " * 30 + "'"], "--masks": ["EMPTY", "BLACK"],
+        "--resume": ["PICTURE", "TEDDY", "EVIL"], "--images": ["HUGE"]},
+    "sample": {"--size": ["7", "513"], "--concept": ["OTHER_BASE", "TEDDY"]},
     "diagnostics": {
-        "--inversion": ["OTHER_KIND"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
-        "--weights": ["nowhere"], "--images": ["nowhere --super cat"],
-        "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
-    "evaluate": {"--concept": ["OTHER_BASE"], "--images": ["HUGE"], "--clip --weights": ["nowhere", "EMPTY"]},
-    "covariance": {"--weights": ["nowhere"]},
-    "export": {"--concept": ["OTHER_BASE"], "--out": ["PICTURE", "BELOW"], "--weights": ["nowhere"]}}
-CASES = [(when, script, option, value) for when, scripts in (("before", BEFORE), ("later", LATER))
-         for script, own in scripts.items() for options, values in own.items()
-         for option in options.split() for value in values]
+        "--inversion": ["INVERTED"], "--words": ["castle"], "--prompt": ["'" + "a " * 40 + "{}'"],
+        "--images": ["nowhere --super cat"], "--super": ["'" + "bear " * 30 + "' --images IMAGES"]},
+    "evaluate": {"--clip": ["nowhere", "EMPTY"], "--images": ["HUGE"], "--concept": ["OTHER_BASE"]},
+    "export": {"--out": ["PICTURE", "BELOW"], "--concept": ["OTHER_BASE", "TEDDY", "LARGE"]}}
+CASES = [(when, script, option, value) for when, table in (("before", BEFORE), ("later", LATER))
+         for scripts, own in table.items() for script in scripts.split()
+         for options, values in own.items() for option in options.split() for value in values]
 
 
 @pytest.fixture(scope="module")
@@ -137,19 +135,20 @@ def places(weights, tmp_path_factory):
     """What the capitals of the tables stand for."""
     folder = tmp_path_factory.mktemp("bad")
     (folder / "empty").mkdir()
-    for name in ("images/picture.png", "black/picture.png", "___/a.png", "apple/a.HEIC"):
+    for name in ("images/picture.png", "black/picture.png", "___/a.png", "apple/a.HEIC",
+                 "exported/teddy_lora.safetensors"):
         (folder / name).parent.mkdir()
         Image.new("L", (16, 16)).save(folder / name, "PNG")
     picture = folder / "images" / "picture.png"
     Image.new("1", (20_000, 10_000)).save(folder / "huge.png")                  # 200 megapixels, 25 kB
     teddy = write_concept(weights, folder / "teddy.safetensors")
-    for name, words in (("inverted", "teddy bear"), ("other_kind", "cat")):
-        write_concept(weights, folder / f"{name}.safetensors", words, "none")
-    for name, change in {"other_base": {"metadata": {"base": "another"}},
-                         "misshaped": {"embedding": torch.zeros(2, 5)}}.items():
-        concept = Concept.load(teddy)
-        vars(concept).update(change)
-        concept.save(folder / f"{name}.safetensors")
+    write_concept(weights, folder / "inverted.safetensors", "cat", "none")
+    concept, one = Concept.load(teddy), torch.eye(16)[0]
+    for name, change in {
+            "other_base": {"metadata": {"base": "another"}}, "misshaped": {"embedding": torch.zeros(2, 5)},
+            "large": {"token": "<large>", "i_star": one / 100, "d_star": one,       # not in float16
+                      "o_values": [value + 6e4 for value in concept.o_values]}}.items():
+        dataclasses.replace(concept, **change).save(folder / f"{name}.safetensors")
     for name, content in {
             "nothing.safetensors": b"", "notes.txt": b"no place", "binary.txt": b"\xff\xfe\x00",
             "short.safetensors": teddy.read_bytes()[:-1], "gigabyte.txt": b"",
@@ -159,9 +158,7 @@ def places(weights, tmp_path_factory):
     for name in ("gigabyte.txt", "header.safetensors"):
         os.truncate(folder / name, 10 ** 9)                                     # sparse: takes no room
     with zipfile.ZipFile(folder / "bomb.ckpt", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-        with archive.open("archive/data.pkl", "w") as file:
-            for _ in range(35):                                                 # 350 MB in 2 MB
-                file.write(bytes(10 ** 7))
+        archive.writestr("archive/data.pkl", bytes(35 * 10 ** 7))               # 350 MB in 2 MB
     torch.save({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1).expand(10 ** 12)},
                folder / "boundless.ckpt")
     files = {path.stem.upper(): path for path in folder.iterdir()}

@@ -17,14 +17,11 @@ def pair(tmp_path_factory):
     """A random model of the reference, and the same as we read it, and its folder."""
     folder = tmp_path_factory.mktemp("clip")
     torch.manual_seed(0)
-    text = transformers.CLIPTextConfig(vocab_size=100, hidden_size=32, intermediate_size=64,
-                                       num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=16,
-                                       projection_dim=24, bos_token_id=98, eos_token_id=99, pad_token_id=99)
-    vision = transformers.CLIPVisionConfig(hidden_size=48, intermediate_size=96, num_hidden_layers=3,
-                                           num_attention_heads=4, image_size=32, patch_size=8,
-                                           projection_dim=24)
-    model = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=24)).eval()
+    both = {"intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "projection_dim": 24}
+    text = both | {"vocab_size": 100, "hidden_size": 32, "max_position_embeddings": 16, "eos_token_id": 99}
+    vision = both | {"hidden_size": 48, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
+    model = transformers.CLIPModel(config).eval()
     for parameter in model.parameters():       # norms and biases away from their trivial starts
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(folder)

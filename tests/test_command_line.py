@@ -34,10 +34,9 @@ def test_an_error_of_the_user_is_one_sentence_and_an_exit_code(error, code, sent
     assert stop.value.code == code and capsys.readouterr().err == sentence
 
 
-@pytest.mark.parametrize("error", [RuntimeError("shapes"), KeyError("key"), AssertionError()])
-def test_an_error_of_the_program_keeps_its_traceback(error):
-    with pytest.raises(type(error)):
-        command_line.run(Mock(side_effect=error), memory="less")
+def test_an_error_of_the_program_keeps_its_traceback():
+    with pytest.raises(RuntimeError, match="shapes"):
+        command_line.run(Mock(side_effect=RuntimeError("shapes")), memory="less")
 
 
 def test_what_the_terminal_cannot_show_is_replaced(monkeypatch):
@@ -108,8 +107,7 @@ def test_what_the_concepts_were_trained_with_is_used_and_another_is_refused():
             prediction(given, concepts)
 
 
-@pytest.mark.parametrize("name, value", [
-    ("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "two"), ("RANK", "-1")])
+@pytest.mark.parametrize("name, value", [("RANK", "3"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "two")])
 def test_a_part_of_torchruns_variables_is_one_sentence(monkeypatch, name, value):
     assert accumulation.join_processes("cpu") == "cpu"
     monkeypatch.setenv(name, value)

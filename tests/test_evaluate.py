@@ -37,14 +37,9 @@ def test_the_interval_is_students_and_of_fewer_than_four_numbers_there_is_none(n
 
 
 @pytest.fixture(scope="module")
-def folder(weights, tmp_path_factory):
-    """Two files of one concept, another of textual inversion, and training pictures."""
+def folder(tmp_path_factory):
+    """Training pictures, and prompts."""
     folder = tmp_path_factory.mktemp("evaluate")
-    write_concept(weights, folder / "teddy.safetensors")
-    concept = Concept.load(write_concept(weights, folder / "teddy_0010.safetensors", seed=1))
-    concept.token = "<teddy>"                               # another name of the file is not another concept
-    concept.save(folder / "teddy_0010.safetensors")
-    write_concept(weights, folder / "inverted.safetensors", lock="none")
     (folder / "images").mkdir()
     for k in range(2):
         noise(16, 20, seed=k).save(folder / "images" / f"{k}.png")
@@ -52,9 +47,8 @@ def folder(weights, tmp_path_factory):
     return folder
 
 
-def evaluate(weights, folder, out, names, *arguments):
-    """Run evaluate.py with one step on files of the folder; returns its rows and stdout."""
-    files = [folder / f"{name}.safetensors" for name in names]
+def evaluate(weights, folder, out, files, *arguments):
+    """Run evaluate.py with one step on concept files; returns its rows and stdout."""
     code, stdout, stderr = run_script(
         "evaluate.py", "--weights", weights, "--steps", 1, "--prompts", folder / "prompts.txt", "--images",
         folder / "images", "--out", out, "--concept", *files, *arguments)
@@ -62,28 +56,29 @@ def evaluate(weights, folder, out, names, *arguments):
     return list(csv.DictReader(open(out / "results.csv"))), stdout
 
 
-def test_a_sweep_writes_every_row_once_and_a_figure(weights, folder, tmp_path):
-    rows, out = evaluate(weights, folder, tmp_path, ["teddy", "inverted"], "--beta", "0.5:0.7:0.1")
+def test_a_sweep_writes_every_row_once_and_a_figure(weights, concept_files, folder, tmp_path):
+    """Of two concepts, one of textual inversion."""
+    files = concept_files["teddy"], concept_files["hat"]
+    rows, out = evaluate(weights, folder, tmp_path, files, "--beta", "0.5:0.7:0.1")
     assert [f"{row['concept']} {row['beta']}" for row in rows] == [
-        "teddy bear (no concept) ", "teddy 0.5", "teddy 0.6", "teddy 0.7", "inverted "]
+        "teddy bear (no concept) ", "teddy 0.5", "teddy 0.6", "teddy 0.7", "hat (no concept) ", "hat "]
     assert all(-1 <= float(row[f"{kind}_similarity"]) <= 1 for row in rows for kind in ("image", "text"))
     assert all(row["number_of_prompts"] == "2" and "own" in row["clip"] for row in rows)
-    assert len({row["image_similarity"] for row in rows}) == 5
+    assert len({row["image_similarity"] for row in rows}) == 6
     assert Image.open(tmp_path / "pareto.png").width > 500
-    assert "4 seeds, ± is a 95 % interval over seeds" in out and out.count("±") == 11
+    assert "4 seeds, ± is a 95 % interval over seeds" in out and out.count("±") == 13
 
 
-def test_of_several_files_of_one_concept_the_best_is_named(weights, folder, tmp_path, monkeypatch):
+def test_the_best_of_several_files_is_named(weights, concept_files, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(intervals, "mean_and_interval", lambda values: (abs(values[0]), math.nan))
-    names, given = ["teddy", "teddy_0010"], ["--beta", "0.5,1.2", "--seeds", 1]
-    rows, out = evaluate(weights, folder, tmp_path, names, *given)
+    files = concept_files["teddy"], write_concept(weights, tmp_path / "teddy.safetensors", seed=1)
+    rows, out = evaluate(weights, folder, tmp_path, files, "--beta", "0.5,1.2", "--seeds", 1)
     best = max(rows[1:], key=lambda row: float(row["harmonic_mean"]))
     assert len({row["harmonic_mean"] for row in rows}) == 5
     assert f"<teddy>: {best['concept']} --beta {best['beta']} has the best harmonic mean" in out
     line, = [line.strip() for line in out.splitlines() if "sample.py" in line]
     assert line == ("python sample.py 'a <teddy> on the beach' --concept "
-                    f"{folder}/{best['concept']}.safetensors --beta {best['beta']} --tau 0.15 --lock local "
-                    f"--weights {weights}")
+                    f"{best['concept']} --beta {best['beta']} --tau 0.15 --lock local --weights {weights}")
 
 
 def test_without_images_those_of_the_training_are_read_and_it_is_said_if_they_are_others(folder):

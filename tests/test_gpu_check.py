@@ -74,10 +74,7 @@ def device(monkeypatch):
 
 @pytest.fixture
 def model(weights):
-    model = weights_loader.load(weights)
-    for network in (model.unet, model.vae, model.text_encoder):
-        network.to("meta")
-    return model
+    return weights_loader.load(weights, "meta")
 
 
 @pytest.mark.parametrize("mistake", [

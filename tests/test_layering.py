@@ -1,14 +1,13 @@
 """Imports point downwards: a library file needs only the files below it, and no script is imported."""
 
 import ast
-import functools
 import re
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from models import ROOT
+
 ROWS = [row.split() for row in (  # a file may import project files of the rows above its own
     "support.files support.command_line support.intervals",
     "unet vae clip_text diffusion perfusion",
@@ -26,7 +25,6 @@ PACKAGES = {  # what these may import besides torch, the standard library and th
     "tokenizers": "clip_text", "numpy": "support.fast_cpu"}
 
 
-@functools.cache
 def imports(source):
     """Names of all modules that a source imports, wherever in it."""
     found = set()
@@ -39,15 +37,18 @@ def imports(source):
     return found
 
 
-def violations(files=FILES):
+IMPORTS = {name: imports(source) for name, source in FILES.items()}
+
+
+def violations(imported=IMPORTS):
     """Imports that do not point downwards, or point into tiny/ from outside, as "importing -> imported".
 
     The files in tiny/ import one another by their bare names.
     """
     found = set()
-    for name, source in files.items():
-        beside = {f"tiny.{module}" for module in imports(source)} if name.startswith("tiny.") else set()
-        for other in (imports(source) | beside) & set(files) - {name}:
+    for name, modules in imported.items():
+        beside = {f"tiny.{module}" for module in modules} if name.startswith("tiny.") else set()
+        for other in (modules | beside) & set(FILES) - {name}:
             if LEVEL[other] >= LEVEL[name] or other.startswith("tiny.") > name.startswith("tiny."):
                 found.add(f"{name} -> {other}")
     return found
@@ -61,13 +62,13 @@ def test_a_file_imports_only_files_below_it_and_scripts_are_never_imported():
     ("unet", "import perfusion"), ("vae", "def f():\n    import weights_loader as w"),
     ("tiny.world", "from judge import Judge"), ("train", "from tiny import world")])
 def test_every_wrong_import_is_found(name, line):
-    assert len(violations(FILES | {name: f"{FILES[name]}\n{line}\n"})) == 1
+    assert len(violations(IMPORTS | {name: IMPORTS[name] | imports(line)})) == 1
 
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_core_needs_only_torch_and_its_one_declared_package(package):
     for name in PACKAGES[package].split():
-        foreign = {module.split(".")[0] for module in imports(FILES[name])} - set(sys.stdlib_module_names)
+        foreign = {module.split(".")[0] for module in IMPORTS[name]} - set(sys.stdlib_module_names)
         assert foreign - set(FILES) <= {"support", "torch", package}, name
 
 

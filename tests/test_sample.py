@@ -29,7 +29,7 @@ def draw(weights, out, prompt, *arguments):
 
 
 def pixels(out, name="0000.png"):
-    return torch.tensor(list(Image.open(out / name).convert("RGB").tobytes()), dtype=torch.float)
+    return Image.open(out / name).convert("RGB").tobytes()
 
 
 def test_numbered_pictures_and_a_grid_of_the_size_asked_for(drawn):
@@ -59,17 +59,14 @@ def test_a_concept_is_drawn_as_it_was_trained_and_that_is_said(weights, concept_
     concept, file = Concept.load(concept_files["teddy"]), tmp_path / "v.safetensors"
     concept.metadata["prediction"] = "v_prediction"
     concept.save(file)
-    _, said = draw(weights, tmp_path / "a", "a <teddy>", "--concept", file)
+    _, said = draw(weights, tmp_path, "a <teddy>", "--concept", file)
     assert said.count("is used with v_prediction, its files say epsilon") == 1
-    more = "--concept", concept_files["teddy"], "--prediction=v_prediction"
-    draw(weights, tmp_path / "b", "a <teddy>", *more)
-    assert torch.equal(pixels(tmp_path / "a"), pixels(tmp_path / "b"))
+    assert json.loads(Image.open(tmp_path / "0000.png").text["perfusion"])["prediction"] == "v_prediction"
 
 
 def test_a_picture_depends_on_its_seed_and_not_on_how_many_are_drawn(weights, drawn, tmp_path):
     draw(weights, tmp_path, "a photo of a cat", "--seed", 6)
-    assert torch.equal(pixels(tmp_path), pixels(drawn, "0001.png"))
-    assert not torch.equal(pixels(tmp_path), pixels(drawn))
+    assert pixels(tmp_path) == pixels(drawn, "0001.png") != pixels(drawn)
 
 
 def test_the_size_is_by_default_that_of_the_models_training(weights, tmp_path):
@@ -77,19 +74,13 @@ def test_the_size_is_by_default_that_of_the_models_training(weights, tmp_path):
     assert Image.open(tmp_path / "0000.png").size == (16, 16)
 
 
-@pytest.mark.parametrize("option, most", [("--precision=bf16", 8), ("--sampler=dpm++", 255)])
-def test_another_precision_or_sampler_draws(weights, drawn, tmp_path, option, most):
-    draw(weights, tmp_path, "a photo of a cat", "--seed", 5, option)
-    assert 0 < (pixels(tmp_path) - pixels(drawn)).abs().mean() < most
-
-
 def test_concepts_change_the_picture_and_each_setting_does(weights, concept_files, tmp_path):
     concepts, found = [f"--concept={concept_files[name]}" for name in ("teddy", "cat")], set()
     settings = ("--beta=0.7", "--beta=5", "--beta=0.7,5", "--tau=1", "--lock=global --beta=0.7",
-                "--negative=hat")
+                "--negative=hat", "--precision=bf16", "--sampler=dpm++")
     for given in settings:
         draw(weights, tmp_path / given, "a <teddy> next to a <cat>", *concepts, *given.split())
-        found.add(tuple(pixels(tmp_path / given).tolist()))
+        found.add(pixels(tmp_path / given))
     assert len(found) == len(settings)
 
 

@@ -1,15 +1,18 @@
-"""The cartoon world: exact masks, honest captions, and combinations that stay out of training."""
+"""The cartoon world: exact masks, honest captions, combinations that stay out of training; and its judge."""
 import random
 
 import numpy as np
+import torch
 from PIL import Image
 
+import judge as judges
 import make_examples
 import weights_loader
 import world
 from models import ROOT
 
 SPECS = [world.random_spec(random.Random(seed)) for seed in range(1500)]
+JUDGE = judges.Judge.load()
 
 
 def test_the_coverages_of_a_picture_add_up_to_one_and_cost_nothing_in_it():
@@ -30,14 +33,6 @@ def test_the_mask_is_where_the_thing_changes_the_picture():
     b, _ = world.render(spec)
     changed = (a.astype(int) != b).any(-1)
     assert changed.any() and not (changed & (masks["first"] == 0)).any()
-
-
-def test_the_two_things_of_a_pair_are_equals():
-    pairs = [spec for spec in SPECS if len(spec.things) == 2]
-    assert 0.46 < len(pairs) / len(SPECS) < 0.54                                       # half of the pictures
-    first, second = (np.array([pair.things[k].pose for pair in pairs], float) for k in (0, 1))
-    assert abs(first[:, 2].mean() - second[:, 2].mean()) < 0.01                     # of one size
-    assert 0.4 < (first[:, 0] < second[:, 0]).mean() < 0.6                          # on either side
 
 
 def test_a_caption_fits_the_text_encoder_names_everything_and_may_begin_with_the_scene():
@@ -70,14 +65,32 @@ def test_the_example_folders_are_what_the_script_draws(tmp_path, monkeypatch):
     assert pixels(tmp_path) == pixels(ROOT)
 
 
-def test_unseen_concepts_are_distinct_and_learned_in_other_scenes_than_drawn():
-    individuals, specs = zip(*[make_examples.individual_and_specs(f"c{k}") for k in range(24)])
-    assert len(set(map(str, individuals))) == 24 and {len(own) for own in specs} == {5}
-    assert not {spec.scene for own in specs for spec in own} & set(make_examples.NEW_SCENES)
+# ---- the judge: it never saw these renders
+
+def test_what_prompts_ask_for_is_found_in_their_own_pictures_and_not_in_others():
+    pairs = judges.prompts_of_the_world(60, held_out=False, seed=10**9)
+    images = judges.renders([spec for spec, _ in pairs])
+    found, places = JUDGE.find(images), JUDGE.places(images)
+    right, wrong = (judges.follow(found[k:] + found[:k], places[k:] + places[:k], pairs) for k in (0, 1))
+    assert {"both things", "scene", "prop", "color", "pattern", "accessory", "gesture"} < right.keys()
+    for name, hits in right.items():    # measured on 436 renders: 99.3 to 100 % of the things
+        assert sum(hits) >= 0.9 * len(hits) and sum(wrong[name]) <= 0.5 * len(hits), name
 
 
-def test_the_two_of_a_new_example_pair_share_no_strong_colour():
-    for k, kinds in enumerate(make_examples.NEW_PAIRS):
-        pair = [make_examples.individual_and_specs(f"e{n}")[0] for n in (2 * k, 2 * k + 1)]
-        a, b = ({*one.colors.values(), one.pattern_color} - {None} for one in pair)
-        assert tuple(one.kind for one in pair) == kinds and len(a) == len(b) == 3 and not a & b
+def test_nothing_is_found_where_nothing_is():
+    assert JUDGE.find(torch.ones(2, 3, 64, 64)) == [[], []]
+
+
+def test_an_individual_is_first_among_fifty_in_company():
+    rng = random.Random(11)
+    for k in range(2):          # measured: 97 % alone, 96 % both of a pair
+        me = world.random_individual(rng, "robot")
+        found, = JUDGE.find(judges.renders([judges.view(rng, me, world.random_individual(rng, "dog"))]))
+        assert judges.recognise(found, "robot", judges.lineup(JUDGE, me, k))
+
+
+def test_silhouettes_lie_on_the_things():
+    images, masks = zip(*[world.render(world.random_spec(random.Random(k)), masks=True) for k in range(20)])
+    true = judges.coarse(masks)[:, 1] > 0.5
+    found = JUDGE.silhouettes(judges.to_images(images)) > 0.5
+    assert (found & true).sum() > 0.7 * (found | true).sum()      # measured: 0.82

@@ -1,10 +1,11 @@
-"""The gated edit in a pipeline of diffusers draws what sample.py draws, and leaves the pipeline as it was."""
+"""Our edit in diffusers: by the hook, gates and all, and from the files of export.py, without gates."""
 
 import dataclasses
 import warnings
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import diffusion
 import perfusion
@@ -12,34 +13,31 @@ import unet
 import weights_loader
 from concept import Concept, prepare
 from diffusers_hook import personal
-from diffusion import seeded_noise
-from models import noise
+from models import noise, run_script
+from support.files import what_is
 
-pytestmark = pytest.mark.filterwarnings("ignore:<teddy> and <cat> are of one kind",
+pytestmark = pytest.mark.filterwarnings("ignore:<teddy> and <cat> are of one", "ignore:Already found a `peft",
                                         "ignore:.*not as in Stable Diffusion v1")
 PROMPT = "a <teddy> next to a <cat> on the beach"
 SETTINGS = {"num_inference_steps": 3, "guidance_scale": 3.0, "output_type": "pt"}
 EXACT = 1e-4  # of pictures in 0...1: float32 through three steps of two implementations
-
-
-def pipeline(folder, kind="StableDiffusionPipeline", **more):
-    """A pipeline of diffusers with the networks of a folder and our sampler."""
-    import diffusers
-    from transformers import CLIPTextModel, CLIPTokenizer
-    pipe = getattr(diffusers, kind)(
-        unet=diffusers.UNet2DConditionModel.from_pretrained(folder / "unet", sample_size=64),
-        vae=diffusers.AutoencoderKL.from_pretrained(folder / "vae"),
-        scheduler=diffusers.DDIMScheduler.from_pretrained(folder / "scheduler"),
-        text_encoder=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False, **more)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(torch.float32)  # whatever the files are
+CLOSE = 1e-3  # the same with the LoRA's up vectors in float16
 
 
 @pytest.fixture
 def pipe(weights):
-    return pipeline(weights)
+    """A pipeline of diffusers with our weights and our sampler."""
+    import diffusers
+    from transformers import CLIPTextModel, CLIPTokenizer
+    pipe = diffusers.StableDiffusionPipeline(
+        unet=diffusers.UNet2DConditionModel.from_pretrained(weights / "unet", sample_size=64),
+        vae=diffusers.AutoencoderKL.from_pretrained(weights / "vae"),
+        scheduler=diffusers.DDIMScheduler.from_pretrained(weights / "scheduler"),
+        text_encoder=CLIPTextModel.from_pretrained(weights / "text_encoder"),
+        tokenizer=CLIPTokenizer.from_pretrained(weights / "tokenizer"),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(torch.float32)  # whatever the files are
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +59,7 @@ def ours(model, prompt, concepts, beta, lock="local", n=1):
 
 def theirs(pipe, n=1, **arguments):
     """The pictures of the pipeline, from the noise of the same seeds."""
-    z = torch.cat([seeded_noise(seed, (4, 8, 8)) for seed in range(n)])
+    z = torch.cat([diffusion.seeded_noise(seed, (4, 8, 8)) for seed in range(n)])
     return pipe(**arguments, **SETTINGS, latents=z, num_images_per_prompt=n, height=16, width=16).images
 
 
@@ -93,15 +91,10 @@ def test_a_second_context_is_refused(pipe, model, concepts):
             pass
 
 
-def skip_a_layer(pipe):
-    layer = pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn2
-    layer.set_processor(lambda attn, x, *_, **__: x)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("change, words", [
-    (lambda pipe: pipe.fuse_qkv_projections(), "acted in 0 of 8"), (skip_a_layer, "acted in 6 of 8"),
-    (None, "nothing was drawn")])
+    (lambda pipe: pipe.fuse_qkv_projections(), "acted in 0 of 8"), (None, "nothing was drawn"),
+    (lambda pipe: setattr(pipe.unet, "mid_block", None), "acted in 6 of 8")])
 def test_an_edit_that_does_not_act_is_an_error(pipe, model, concepts, change, words):
     with pytest.raises(ValueError, match=words), personal(pipe, model, concepts[:1]) as encode:
         embeds = encode("a <teddy>")
@@ -134,18 +127,14 @@ def test_after_an_error_too_the_pipeline_is_exactly_as_before(pipe, model, conce
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", ["Inpaint", "ControlNet"])
-def test_any_pipeline_takes_the_hook(weights, model, concepts, kind):
-    """That the edit acted in all layers is checked by the hook itself."""
+def test_another_pipeline_takes_the_hook(pipe, model, concepts):
+    """Inpainting with a ControlNet. That the edit acted in all layers is checked by the hook itself."""
     import diffusers
-    photo, more = noise(16, 16), {}
-    given = {"image": photo, "mask_image": photo, "strength": 1.0} if kind == "Inpaint" else {"image": photo}
-    if kind == "ControlNet":
-        unet = diffusers.UNet2DConditionModel.from_pretrained(weights / "unet")
-        net = diffusers.ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
-        torch.nn.init.normal_(net.controlnet_mid_block.weight)
-        more["controlnet"] = net
-    pipe = pipeline(weights, f"StableDiffusion{kind}Pipeline", **more)
+    net = diffusers.ControlNetModel.from_unet(pipe.unet, conditioning_embedding_out_channels=(8, 16))
+    torch.nn.init.normal_(net.controlnet_mid_block.weight)
+    pipe = diffusers.StableDiffusionControlNetInpaintPipeline.from_pipe(pipe, controlnet=net)
+    photo = noise(16, 16)
+    given = {"image": photo, "mask_image": photo, "control_image": photo, "strength": 1.0}
     with personal(pipe, model, concepts[:2], [0.5, 0.6], 0.15) as encode:
         given |= encode(PROMPT, negative="a hat")
         hooked = theirs(pipe, **given)
@@ -154,14 +143,13 @@ def test_any_pipeline_takes_the_hook(weights, model, concepts, kind):
 
 def test_what_does_not_fit_is_refused_in_a_sentence(model, concepts):
     wider = unet.UNet(dataclasses.replace(model.unet.config, cross_attention_dim=32))
-    unprepared = [dataclasses.replace(concepts[0], o_keys=None)]
     for words, network, given, more in [
             ("another kind or size", torch.nn.Linear(1, 1), concepts, {}),
             ("another kind or size", wider, concepts, {}),
             ("the lock is", model.unet, concepts, {"lock": "x"}),
             ("one for each of the 3", model.unet, concepts, {"beta": [0.5, 0.6]}),
             ("one for each of the 1", model.unet, concepts[:1], {"tau": (0.1, 0.2)}),
-            ("call prepare", model.unet, unprepared, {})]:
+            ("call prepare", model.unet, [dataclasses.replace(concepts[0], o_keys=None)], {})]:
         with pytest.raises(ValueError, match=words), personal(network, model, given, **more):
             pass
 
@@ -173,3 +161,42 @@ def test_the_global_lock_refuses_a_prompt_that_it_has_not_encoded(pipe, model, c
             with pytest.raises(ValueError, match="only prompts made by"):
                 theirs(pipe, prompt="a cat")
             encode("a <teddy>")
+
+
+# ----------------------------------------------------------------------------------------- the exported files
+
+@torch.no_grad()
+def test_diffusers_draws_our_ungated_edit_from_the_files(
+        weights, concept_files, pipe, model, concepts, tmp_path, monkeypatch):
+    """Of three concepts at once, whatever was trained. With gates = ratio, eq. 3 is W' e."""
+    chosen = concept_files.values()
+    code, *_ = run_script("export.py", "--weights", weights, "--out", tmp_path, "--concept", *chosen)
+    assert code == 0 and not (tmp_path / "hat_lora.safetensors").exists()      # it is a word without an edit
+    prompt = " next to ".join(concept.token for concept in concepts)
+    monkeypatch.setattr(perfusion, "gate", lambda ratio, beta, tau: ratio)
+    expected = ours(model, prompt, concepts, beta=None)
+    for name in concept_files:
+        pipe.load_textual_inversion(tmp_path / f"{name}_word.safetensors", token=f"<{name}>")
+        if name != "hat":
+            pipe.load_lora_weights(tmp_path / f"{name}_lora.safetensors", adapter_name=name)
+    pipe.set_adapters(["teddy", "cat"], 0.0)
+    assert (theirs(pipe, prompt=prompt) - expected).abs().max() > 10 * CLOSE
+    pipe.set_adapters(["teddy", "cat"], 1.0)
+    assert (theirs(pipe, prompt=prompt) - expected).abs().max() < CLOSE
+
+
+def test_a_file_given_in_the_wrong_place_is_named_for_what_it_is(weights, concept_files, tmp_path):
+    teddy, one = concept_files["teddy"], torch.zeros(1)
+    assert run_script("export.py", "--weights", weights, "--out", tmp_path, "--concept", teddy)[0] == 0
+    save_file({"unet.down_blocks.0.attn2.to_k.lora_A.weight": one}, tmp_path / "peft.safetensors")
+    torch.save({"<cat-toy>": one}, tmp_path / "learned_embeds.bin")
+    torch.save({"identity": {"seed": "0"}, "optimizer": {"state": one}}, tmp_path / "checkpoint.pt")
+    torch.save({"state_dict": {"model.diffusion_model.out.2.bias": one}}, tmp_path / "sd.ckpt")
+    noise(16, 16).save(tmp_path / "x.png")
+    for words, files in {
+            "a concept file": [teddy], "a LoRA": ["teddy_lora.safetensors", "peft.safetensors"],
+            "an embedding file": ["teddy_word.safetensors", "learned_embeds.bin"],
+            "a checkpoint of train.py": ["checkpoint.pt"], "a whole base model": ["sd.ckpt"],
+            "the covariance": [weights / "covariance.safetensors"], "a file of another kind": ["x.png"],
+            "a network": [weights / "unet/diffusion_pytorch_model.safetensors"]}.items():
+        assert all(what_is(tmp_path / file).startswith(words) for file in files)
