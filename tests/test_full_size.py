@@ -1,5 +1,6 @@
-"""The scripts at the full size of Stable Diffusion v1."""
+"""At the full size of Stable Diffusion v1: the scripts; the networks beside the reference."""
 
+import gc
 import multiprocessing
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from PIL import Image
 import clip_text
 import weights_loader
 from concept import Concept
-from models import ROOT, toy_model
+from conftest import build_reference
+from models import ROOT, largest_difference, toy_model, write_vocabulary
 from support import weight_names
 
 LIMIT_GB = 9.0      # of each script's resident memory; measured: 6.4 to 6.9
@@ -55,3 +57,25 @@ def test_at_full_size_a_concept_is_trained_and_drawn_in_bounded_memory(tokenizer
     assert Concept.load(out / "mug.safetensors").embedding.shape == (2, 768)
     assert Image.open(out / "pictures" / "0000.png").size == (512, 512)
     assert max(peaks) < LIMIT_GB
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_at_full_size_all_networks_equal_the_reference(tmp_path):
+    write_vocabulary(tmp_path / "tokenizer")
+    text_config = clip_text.TextConfig(vocab_size=514)  # full width and depth, a short word list
+    theirs = build_reference(tmp_path, weight_names.SD_V1 | {"text_encoder": text_config})
+    ids, z, t, e, image = (torch.randint(0, text_config.vocab_size, (1, 77)), torch.randn(1, 4, 16, 16),
+                           torch.tensor([981]), torch.randn(1, 77, 768), torch.rand(1, 3, 128, 128) * 2 - 1)
+    expected = [theirs.text_encoder(ids).last_hidden_state, theirs.unet(z, t, e).sample,
+                theirs.vae.encode(image).latent_dist.mean, theirs.vae.decode(z).sample]
+    del theirs
+    gc.collect()  # two U-Nets would not fit beside each other everywhere
+    ours = weights_loader.load(tmp_path)
+    text, unet, vae = ours.text_encoder, ours.unet, ours.vae
+    found = [text(text.embed(ids)), unet(z, t, unet.keys(e), unet.values(e)), vae.moments(image)[0],
+             vae.decode(z * vae.config.scaling_factor)]
+    for name, result, value in zip(("text", "U-Net", "encoder", "decoder"), found, expected, strict=True):
+        difference = largest_difference(result, value)
+        print(f"{name}: largest difference {difference:.1e}, largest value {value.abs().max():.2f}")
+        assert value.abs().max() > 0.1 and difference < 1e-4, name
