@@ -13,26 +13,17 @@ from clip_text import Tokenizer
 from models import ROOT, assert_parity
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer_golden.json").read_text(encoding="utf-8"))
-ALPHABETS = {
-    "words": "a photo of the Astronaut RIDING a HORSE on mars gleaming photorealistic sks".split(),
-    "contractions": ["don't", "I'M", "we've", "you'll", "it's", "they'd", "'re", "o'clock", "’s"],
-    "accents": ["café", "naïve", "Ångström", "cafe\u0301", "ÉCOLE", "straße", "İstanbul", "ﬁne", "Ａ", "żółć"],
-    "scripts": ["日本語", "テスト", "中文字", "한국어", "мир", "Ελλάς", "עברית", "हिन्दी", "ไทย"],
-    "emoji": ["😀", "👩‍🚀", "🏳️‍🌈", "❤️", "👍🏽", "🇩🇪"],
-    "digits": ["2023", "4k", "3.14", "1,000", "x2y", "²", "½", "٣", "Ⅷ"],
-    "punctuation": [*"!?.,:;()[]{}<>@#$%^&*_-+=/\\|~`\"'", "...", "--", "<new1>", "__init__", "—", "«", "、"],
-    "white space": [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2009"],
-    "special": ["<|startoftext|>", "<|endoftext|>", "<|EndOfText|>", "<|end oftext|>", "<|endoftext", "</w>"],
-    "rare": ["\x00", "\x7f", "\ufeff", "\u0378", "\U0010ffff", "\u0301", "\ufffd"],
-}
+PIECES = [" ", "  ", "\t", "\n", "\r\n", "\u00a0", "\u3000", "\u200b", "\u2009", *"""
+    a photo of the Astronaut RIDING HORSE on mars photorealistic sks don't I'M we've you'll it's they'd 're ’s
+    café naïve Ångström cafe\u0301 ÉCOLE straße İstanbul ﬁne Ａ żółć 日本語 テスト 中文字 한국어 мир Ελλάς עברית हिन्दी ไทย
+    😀 👩‍🚀 🏳️‍🌈 ❤️ 👍🏽 🇩🇪 2023 4k 3.14 1,000 x2y ² ½ ٣ Ⅷ ! ? . , : ; ( ) [ ] { } @ # $ % ^ & * + = / \\ | ~ ` " '
+    ... -- <new1> __init__ — « 、 <|startoftext|> <|endoftext|> <|EndOfText|> <|endoftext </w>
+    \x00 \x7f \ufeff \u0378 \U0010ffff \u0301 \ufffd""".split()]
 
 
 def random_prompt(generator):
-    pieces = []
-    for _ in range(generator.randint(0, 40)):
-        kind = generator.choice(list(ALPHABETS.values()))
-        pieces.append(generator.choice(kind) + generator.choice(["", " ", " "]))
-    return "".join(pieces)
+    pieces = generator.choices(PIECES, k=generator.randint(0, 40))
+    return "".join(piece + generator.choice(["", " ", " "]) for piece in pieces)
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +116,6 @@ def test_what_the_vocabulary_cannot_spell_is_left_out_and_named_once(prompt, pla
     assert positions[0]["<t>"] == tokenizer.find(prompt.format("teddy bear"), "teddy bear")
     hat, = tokenizer.find(prompt.format("teddy bear"), "hat")
     assert tokenizer.tokens(ids[0, hat]) == ["hat"] and tokenizer.end not in ids[0, :hat[-1]]
-    assert ids[0, -1] == tokenizer.end
 
 
 def test_words_of_characters_that_are_all_unknown_stand_nowhere():

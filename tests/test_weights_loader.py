@@ -9,7 +9,9 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,11 +25,6 @@ from support.files import what_is
 PARTS = tuple(weights_loader.NETWORKS)
 OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].items()}
 PLAIN = "model.diffusion_model."
-
-
-def averaged(key):
-    """The name of a tensor's moving average in a single file."""
-    return "model_ema." + key.removeprefix("model.").replace(".", "")
 
 
 def saved(configs, factory):
@@ -78,27 +75,12 @@ def assert_equal(model, loaded):
             assert value.equal(expected[name]), name
 
 
-def write_single(model, path, tensors, write=None, **beside):
-    """A single file with the model's vocabulary; beside the tensors of a .ckpt lies what is given."""
+def write_single(model, path, tensors, write=torch.save, **options):
+    """A single file, of pickles or as `write` does it with these options, and the model's vocabulary."""
     path.parent.mkdir(exist_ok=True)
     model.tokenizer.save(path.parent)
-    write = write or (torch.save if path.suffix == ".ckpt" else save)
-    write({"state_dict": tensors, **beside} if beside else tensors, path)
+    write(tensors, path, **options)
     return path
-
-
-def save(tensors, path, **options):
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path, **options)
-
-
-def save_with_captions(tensors, path):
-    """A header of 5 MB: training tools keep all captions there."""
-    save(tensors, path, metadata={"ss_tag_frequency": "teddy, " * 700_000})
-
-
-def save_old(tensors, path):
-    """As torch did before version 1.6."""
-    torch.save(tensors, path, _use_new_zipfile_serialization=False)
 
 
 # ---- names: the published files, key by key
@@ -137,10 +119,10 @@ def files(write):
     return lambda model, folder: rewritten(folder, write)
 
 
-def single(change=dict, name="v1.safetensors", **beside):
-    """A form: a single file that holds change(its tensors)."""
+def single(change=dict, name="v1.ckpt", **how):
+    """A form: a single file that holds change(its tensors), see `write_single`."""
     return lambda model, folder: write_single(model, folder.parent / "one" / name,
-                                              change(single_file_tensors(model)), **beside)
+                                              change(single_file_tensors(model)), **how)
 
 
 def attention(*names):
@@ -158,21 +140,16 @@ def novelai_and_half(tensors):
             tensor.half() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
 
 
-def parameters_channels_last(tensors):
-    change = {key: torch.nn.Parameter(tensor.to(memory_format=torch.channels_last))
-              for key, tensor in tensors.items() if tensor.ndim == 4}
-    return tensors | change
+def channels_last(tensors):
+    return {key: torch.nn.Parameter(tensor.to(memory_format=torch.channels_last)) if tensor.ndim == 4
+            else tensor for key, tensor in tensors.items()}
 
 
-def notepad(encoding):
-    """A form: the folder, whose texts were saved with a mark of their encoding in front."""
-    def write(model, folder):
-        texts = [*folder.rglob("*.json"), *folder.rglob("*.txt")]
-        assert len(texts) == 7
-        for path in texts:
-            path.write_text(path.read_text(encoding="utf-8"), encoding=encoding)
-        return folder
-    return write
+def notepad(model, folder):
+    """Texts with a mark of their encoding in front."""
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.txt")]:
+        path.write_text(path.read_text(encoding="utf-8"), encoding="utf-8-sig")
+    return folder
 
 
 def tokenizer_json(model, folder):
@@ -183,33 +160,36 @@ def tokenizer_json(model, folder):
 
 def lightning(model, folder):
     """What the published .ckpt files hold beside tensors: an object of Lightning's and numbers of numpy's."""
-    import numpy
     name = "pytorch_lightning.callbacks.model_checkpoint"
     module = types.ModuleType(name)
     module.ModelCheckpoint = type("ModelCheckpoint", (), {"__module__": name})
-    with pytest.MonkeyPatch.context() as patch:
-        for key in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
-            patch.setitem(sys.modules, key, module)
-        callback = module.ModelCheckpoint()
-        callback.best = 1
-        path = single(name="v1.ckpt", callbacks={"a": callback}, loss=numpy.float64(1.5))(model, folder)
-    assert name not in sys.modules
-    return path
+    callback = module.ModelCheckpoint()
+    callback.best = 1
+    beside = {"callbacks": {"a": callback}, "loss": np.float64(1.5)}
+    names = "pytorch_lightning", "pytorch_lightning.callbacks", name
+    with mock.patch.dict(sys.modules, dict.fromkeys(names, module)):
+        return single(lambda tensors: {"state_dict": tensors} | beside)(model, folder)
 
 
-def average(tensors):
-    """A change: the plain names are the model; a moving average of something else is added."""
-    return tensors | {averaged(key): tensor + 1 for key, tensor in tensors.items() if key.startswith(PLAIN)}
+def averaged(key):
+    """The name of a tensor of the U-Net's moving average in a single file; other names stay."""
+    return "model_ema." + key.removeprefix("model.").replace(".", "") if key.startswith(PLAIN) else key
 
 
 def average_alone(tensors):
-    return {averaged(key) if key.startswith(PLAIN) else key: tensor for key, tensor in tensors.items()}
+    return {averaged(key): tensor for key, tensor in tensors.items()}
+
+
+def average_beside(tensors):
+    """A change: the plain names are the model; a moving average of something else is added."""
+    return {averaged(key): tensor + 1 for key, tensor in tensors.items() if key.startswith(PLAIN)} | tensors
 
 
 IDS = {"text_model.embeddings.position_ids": torch.arange(16)[None],    # some old files hold them as floats
        "text_model.encoder.text_model.embeddings.position_ids": torch.arange(16.0)[None]}
 DREAMBOOTH = {"embedding_manager.initial_embeddings.x": torch.zeros(1, 8), "lora_te.weight": torch.zeros(1),
               **{f"embedding_manager.string_to_param_dict.{i}": torch.zeros(1, 8) for i in "*+"}}
+CAPTIONS = {"ss_tag_frequency": "teddy, " * 700_000}      # 5 MB, as training tools keep them
 TOP_LEVEL = {"global_step": 3, "epoch": 1, "optimizer": {"state": [1]}, "name": "v1", 7: None}
 BUFFERS = "alphas_cumprod* (1)"  # the noise schedule in single files
 FORMS = {  # how a model is kept -> a function that keeps it so, parts of the lines that load() says of it
@@ -221,24 +201,23 @@ FORMS = {  # how a model is kept -> a function that keeps it so, parts of the li
     "position ids": (changed("text_encoder", lambda tensors: tensors | IDS), ["not used: text_model* (2)"]),
     "only bins": (files(bins), []), "only half": (files(half), ["in half precision (fp16), there are no"]),
     "shards": (files(shards), []), "tokenizer.json": (tokenizer_json, []),
-    "saved by Notepad": (notepad("utf-8-sig"), []), "by PowerShell": (notepad("utf-16"), []),
-    "a single file": (single(), [BUFFERS]),
-    "captions in the header": (single(write=save_with_captions), [BUFFERS]),
-    "a blob of the hub": (single(name="v1", write=save), [BUFFERS]),
-    "a suffix in capitals": (single(name="V1.SAFETENSORS", write=save), [BUFFERS]),
-    "safetensors called .ckpt": (single(name="v1.ckpt", write=save), [BUFFERS]),
-    "a pickle called .safetensors": (single(write=torch.save), [BUFFERS]),
-    "a .ckpt before torch 1.6": (single(name="v1.ckpt", write=save_old), [BUFFERS]),
+    "saved by Notepad": (notepad, []), "a pickle": (single(), [BUFFERS]),
+    "captions in the header": (single(name="v1.safetensors", write=save_file, metadata=CAPTIONS), [BUFFERS]),
+    "a blob of the hub": (single(name="v1", write=save_file), [BUFFERS]),
+    "a suffix in capitals": (single(name="V1.SAFETENSORS", write=save_file), [BUFFERS]),
+    "safetensors called .ckpt": (single(write=save_file), [BUFFERS]),
+    "a pickle called .safetensors": (single(name="v1.safetensors"), [BUFFERS]),
+    "a .ckpt before torch 1.6": (single(_use_new_zipfile_serialization=False), [BUFFERS]),
     "NovelAI, in half": (single(novelai_and_half), [BUFFERS]),
     "new attention": (single(attention("to_q", "to_k", "to_v", "to_out.0")), [BUFFERS]),
     "old attention": (single(attention("query", "key", "value", "proj_attn")), [BUFFERS]),
-    "DreamBooth": (single(lambda tensors: tensors | DREAMBOOTH, "v1.ckpt"),
+    "DreamBooth": (single(lambda tensors: tensors | DREAMBOOTH),
                    ["embedding_manager* (3), model_ema* (2), "]),
-    "tensors at the top level": (single(lambda tensors: parameters_channels_last(tensors) | TOP_LEVEL,
-                                        "v1.ckpt"), ["not used: model_ema* (2), "]),
+    "channels last at the top level": (single(lambda tensors: channels_last(tensors) | TOP_LEVEL),
+                                       ["not used: model_ema* (2), "]),
     "Lightning": (lightning, ["not used: model_ema* (2), "]),
-    "an average beside": (single(average), ["not used: model_ema* (688), "]),
-    "an average alone": (single(average_alone, "v1.ckpt", global_step=1),
+    "an average beside": (single(average_beside), ["not used: model_ema* (688), "]),
+    "an average alone": (single(average_alone),
                          ["its U-Net is the moving average (model_ema)", "not used: model_ema* (2), "])}
 
 
@@ -316,7 +295,7 @@ def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_sc
 
 @pytest.mark.parametrize("yaml, prediction", [
     (None, "epsilon"), (b"# \xe9\nparameterization: v", "v_prediction"),
-    *(("parameterization: v".encode(encoding), "v_prediction") for encoding in ("utf-8-sig", "utf-16")),
+    ("parameterization: v".encode("utf-16"), "v_prediction"),
     (b'model:\r\n    parameterization: "v"  # and not eps\r\n', "v_prediction"),
     (b"    parameterization: 'eps'\n", "epsilon"), (b"    # parameterization: v\n", "epsilon")])
 def test_the_yaml_beside_a_single_file_says_what_it_predicts(model, tmp_path, yaml, prediction):
@@ -353,14 +332,13 @@ def test_a_single_file_takes_the_vocabulary_beside_it_or_the_one_given(model, tm
 
 # ---- what is refused
 
-def half_a_model(part):
-    return lambda tensors: {key: tensor for key, tensor in tensors.items() if not key.startswith(part)}
+def without_text_encoder(tensors):
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith("cond")}
 
 
 CONV_IN = PLAIN + "input_blocks.0.0.weight"
 REFUSED = {  # what a file is -> (what is done to a complete one, the sentence's words)
-    "a VAE alone": (half_a_model(("model.", "cond")), "its unet lacks 686 of 686 tensors"),
-    "without a text encoder, as SDXL and SD 2": (half_a_model("cond"), "its text_encoder lacks 196 of 196"),
+    "SDXL or SD 2": (without_text_encoder, "its text_encoder lacks 196 of 196 tensors"),
     "inpainting": (lambda tensors: tensors | {CONV_IN: torch.zeros(4, 9, 3, 3)}, r"has the shape \[4, 9, 3"),
     "fp8": (lambda tensors: tensors | {CONV_IN: tensors[CONV_IN].to(torch.float8_e5m2)}, "float8_e5m2, not")}
 
