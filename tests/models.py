@@ -111,12 +111,11 @@ def tiny_model():
 def single_file_tensors(model):
     """The tensors of a small_model as CompVis' code saved them, through the published table of names."""
     tensors = {}
-    for part, table in PUBLISHED["map_ldm_to_diffusers"].items():
-        if part in ("unet", "vae", "text_encoder"):
-            state = getattr(model, part).state_dict()
-            for single, ours in table.items():
-                if not single.endswith("position_ids"):
-                    tensors[single] = state[ours.removeprefix("text_model.")].clone()
+    for part in weights_loader.NETWORKS:
+        state = getattr(model, part).state_dict()
+        for single, ours in PUBLISHED["map_ldm_to_diffusers"][part].items():
+            if not single.endswith("position_ids"):
+                tensors[single] = state[ours.removeprefix("text_model.")].clone()
     for key in PUBLISHED["map_ldm_to_diffusers"]["vae_squeeze_1x1_conv_to_linear"]:
         tensors[key] = tensors[key][:, :, None, None]
     for key in PUBLISHED["map_ldm_to_diffusers"]["ignore_exact"]:
@@ -140,11 +139,10 @@ def half(tensors, path):
 
 
 def shards(tensors, path):
-    """Three parts and their index beside a path, as diffusers and transformers split large networks."""
-    places = {key: f"{path.stem}-0000{i % 3 + 1}-of-00003.safetensors" for i, key in enumerate(tensors)}
-    for name in set(places.values()):
-        save_file({key: tensors[key] for key in tensors if places[key] == name}, path.with_name(name))
-    path.with_name(f"{path.name}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    """Three parts beside a path, as diffusers and transformers split large networks; nobody asks the index."""
+    for i in range(3):
+        part = path.with_name(f"{path.stem}-0000{i + 1}-of-00003.safetensors")
+        save_file({key: tensors[key] for key in list(tensors)[i::3]}, part)
 
 
 def rewritten(folder, write):
