@@ -4,7 +4,6 @@
 the scripts need; REFERENCE has every kind of block, for parity with diffusers.
 """
 
-import dataclasses
 import gzip
 import io
 import json
@@ -45,7 +44,6 @@ TINY = {
     "vae": vae.VAEConfig(block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4),
     "text_encoder": clip_text.TextConfig(vocab_size=545, width=16, layers=2, heads=2, intermediate=32,
                                          max_length=24)}
-FEW = TINY | {"unet": dataclasses.replace(TINY["unet"], sample_size=256)}   # of 512 x 512 pixels
 REFERENCE = {  # two downsamplings, resnets with and without a shortcut
     "unet": unet.UNetConfig(block_out_channels=(32, 64, 96), cross_attention_dim=48, attention_heads=4,
                             norm_num_groups=8, cross_attention=(True, True, False)),

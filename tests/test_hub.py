@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import weights_loader
-from models import FEW, ROOT, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
+from models import ROOT, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
 from support import weight_names
 
 REPO, REVISION = weights_loader.SD15
@@ -71,7 +71,7 @@ class Hub(http.server.ThreadingHTTPServer):
 def folder(tmp_path_factory):
     """Models: `model` with much more than is needed, those of KINDS with one form of weights; served."""
     folder = tmp_path_factory.mktemp("repositories")
-    weights_loader.save(small_model(configs=FEW), folder / "model")
+    weights_loader.save(small_model(), folder / "model")
     for kind, write in KINDS.items():
         rewritten(Path(shutil.copytree(folder / "model", folder / kind)), write)
     for name in WEIGHTS:

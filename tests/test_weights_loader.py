@@ -17,8 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights_loader
-from models import (FEW, PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors,
-                    small_model)
+from models import PUBLISHED, SMALL, Call, bins, half, rewritten, shards, single_file_tensors, small_model
 from support import weight_names
 from support.files import what_is
 
@@ -27,30 +26,20 @@ OLD_ATTENTION = {new: old for old, new in PUBLISHED["vae_old_to_new_names"].item
 PLAIN = "model.diffusion_model."
 
 
-def saved(configs, factory):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
     """A model with its folder and fingerprint."""
-    model = small_model(configs=configs)
-    model.folder = factory.mktemp("saved") / "sd"
+    model = small_model()
+    model.folder = tmp_path_factory.mktemp("saved") / "sd"
     weights_loader.save(model, model.folder)
     model.fingerprint = weights_loader.load(model.folder).fingerprint
     return model
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """With the names of Stable Diffusion v1, for single files."""
-    return saved(SMALL, tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    return saved(FEW, tmp_path_factory)
-
-
 @pytest.fixture
-def folder(few, tmp_path):
-    """The model with few tensors in the published layout, to be changed."""
-    return Path(shutil.copytree(few.folder, tmp_path / "sd"))
+def folder(model, tmp_path):
+    """The model in the published layout, to be changed."""
+    return Path(shutil.copytree(model.folder, tmp_path / "sd"))
 
 
 @pytest.fixture(autouse=True)
@@ -222,11 +211,9 @@ FORMS = {  # how a model is kept -> a function that keeps it so, parts of the li
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few, folder, form):
+def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, folder, form):
     keep, expected = FORMS[form]
-    path = keep(model, folder)
-    loaded, said = load(path)
-    model = few if path == folder else model
+    loaded, said = load(keep(model, folder))
     assert_equal(model, loaded)
     assert loaded.fingerprint == model.fingerprint
     assert loaded.guidance == 4         # narrow text makes a small model, however deep its VAE is
@@ -239,25 +226,25 @@ def test_a_model_loads_as_it_was_and_what_is_unexpected_is_said_once(model, few,
     assert loaded.tokenizer.encode(["a bear"])[0].equal(model.tokenizer.encode(["a bear"])[0])
 
 
-def test_whole_files_come_before_others_and_a_variant_by_name(few, folder):
-    assert_equal(few, load(folder, variant="fp16")[0])  # where there are no others
+def test_whole_files_come_before_others_and_a_variant_by_name(model, folder):
+    assert_equal(model, load(folder, variant="fp16")[0])  # where there are no others
     for part, (name, other) in weights_loader.WEIGHTS.items():
         tensors = {key: tensor + 1 for key, tensor in load_file(folder / part / name).items()}
         save_file(tensors, folder / part / name.replace(".safetensors", ".fp16.safetensors"))
         torch.save(tensors, folder / part / other)
-    assert_equal(few, load(folder)[0])
+    assert_equal(model, load(folder)[0])
     variant, said = load(folder, variant="fp16")
-    assert variant.unet.conv_in.weight.equal(few.unet.conv_in.weight + 1) and not said
+    assert variant.unet.conv_in.weight.equal(model.unet.conv_in.weight + 1) and not said
 
 
 def test_both_precisions_of_a_model_have_one_fingerprint_and_another_model_another(tmp_path):
-    fp32 = small_model(configs=FEW)
+    fp32 = small_model()
     for part in PARTS:
         for parameter in getattr(fp32, part).parameters():
             parameter.mul_(1.0001)  # no longer exact in float16
     weights_loader.save(fp32, tmp_path / "fp32")
     weights_loader.save(fp32, tmp_path / "fp16", torch.float16)
-    weights_loader.save(small_model(1, FEW), tmp_path / "other")
+    weights_loader.save(small_model(1), tmp_path / "other")
     a, b, c = (load(tmp_path / name)[0].fingerprint for name in ("fp32", "fp16", "other"))
     assert a == b != c and re.fullmatch("[0-9a-f]{16}", a)
     assert load(tmp_path / "fp32", dtype=torch.bfloat16)[0].fingerprint == a
@@ -277,8 +264,8 @@ def test_convolutions_lie_channels_last_in_memory_and_as_published_in_files(fold
 # ---- what goes with the networks: size, prediction, vocabulary
 
 @pytest.mark.parametrize("unet_side, vae_side, prediction, size", [
-    (256, 128, "epsilon", (512, 512)), ([256, 384], 512, "epsilon", (512, 768)),
-    (None, [128, 128], "v_prediction", (128, 128))])
+    (64, 32, "epsilon", (512, 512)), ([64, 96], 512, "epsilon", (512, 768)),
+    (None, [128, 128], "v_prediction", (512, 512))])
 def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_schedulers(
         folder, unet_side, vae_side, prediction, size):
     for name, change in (("unet/config.json", {"sample_size": unet_side}),
@@ -286,7 +273,7 @@ def test_a_folder_says_the_size_in_the_unets_config_and_the_prediction_in_the_sc
                          ("scheduler/scheduler_config.json", {"prediction_type": prediction})):
         (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | change))
     loaded, said = load(folder)
-    assert bool(said) == (size != (512, 512))
+    assert bool(said) == ((prediction, size) != ("epsilon", (512, 512)))
     assert all(f"trained for {size[0]} x {size[1]} pixels, with {prediction}" in line for line in said)
     weights_loader.save(loaded, folder.parent / "again")
     for model in (loaded, load(folder.parent / "again")[0]):
@@ -404,8 +391,8 @@ def test_every_scheduler_with_the_noise_of_sd_v1_is_read_but_those_of_distilled_
 
 
 def test_parts_of_two_models_are_refused(folder):
-    other = small_model(configs=FEW | {"text_encoder": dataclasses.replace(FEW["text_encoder"], width=32)})
-    weights_loader.save(other, folder)
+    other = SMALL | {"text_encoder": dataclasses.replace(SMALL["text_encoder"], width=32)}
+    weights_loader.save(small_model(configs=other), folder)
     with pytest.raises(ValueError, match="its U-Net, VAE and text encoder do not belong together"):
         load(folder)
 
