@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import pre_tokenizers
 
 import clip_text
 import covariance
@@ -55,8 +56,7 @@ REFERENCE = {  # two downsamplings, resnets with and without a shortcut
 def write_vocabulary(folder, merges=()):
     """vocab.json and merges.txt with the 256 bytes, the same at a word's end, the merges, start and end."""
     folder.mkdir(exist_ok=True)
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    characters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = [*characters, *(c + "</w>" for c in characters), *("".join(merge.split()) for merge in merges),
                "<|startoftext|>", "<|endoftext|>"]
     vocab = {entry: i for i, entry in enumerate(entries)}
