@@ -123,12 +123,9 @@ def single_file_tensors(model):
     return tensors
 
 
-BIN = dict(weights_loader.WEIGHTS.values())    # the name of a file of weights -> that of its older form
-
-
 def bins(tensors, path):
     """The older form beside a path: a pickle."""
-    torch.save(tensors, path.with_name(BIN[path.name]))
+    torch.save(tensors, path.with_name(dict(weights_loader.WEIGHTS.values())[path.name]))
 
 
 def half(tensors, path):
@@ -137,7 +134,7 @@ def half(tensors, path):
 
 
 def shards(tensors, path):
-    """Three parts beside a path, as diffusers and transformers split large networks; nobody asks the index."""
+    """Three parts beside a path, as diffusers and transformers split large networks. No index is needed."""
     for i in range(3):
         part = path.with_name(f"{path.stem}-0000{i + 1}-of-00003.safetensors")
         save_file({key: tensors[key] for key in list(tensors)[i::3]}, part)

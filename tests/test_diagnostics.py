@@ -27,10 +27,10 @@ TEDDY = ROOT / "examples" / "teddy"
 def result(weights, concept_files, tmp_path_factory):
     """A whole run that trained one concept of four: what it worked with; its folder; what it said."""
     out, folder = tmp_path_factory.mktemp("figures"), tmp_path_factory.mktemp("files")
-    trained = write_concept(weights, folder / "bear.safetensors", "teddy bear", "trained")
+    bear = write_concept(weights, folder / "bear.safetensors", "teddy bear", "trained")
     cat = write_concept(weights, folder / "cat.safetensors", "cat")
     command = ["--weights", weights, "--steps", 2, "--out", out, "--images", TEDDY, "--super", "teddy bear",
-               "--training-steps", 1, "--concept", concept_files["teddy"], "--trained", trained, "--second", cat]
+               "--training-steps", 1, "--concept", concept_files["teddy"], "--trained", bear, "--second", cat]
 
     def train(command, stdout):
         """Here in this process: importing torch anew takes seconds."""

@@ -69,10 +69,10 @@ def data_of(path):
 # --------------------------------------------------------------------------------------- the study, the data
 
 def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word(study):
-    words, tokenizer = study.words, study.model.tokenizer
+    words, tokenizer, T = study.words, study.model.tokenizer, study.model.text_encoder.config.max_length
     assert " ".join(x.label for x in words) == "start a photo of a <teddy> next to a <cat> end padding"
     assert words[5] == Word("<teddy>", [5, 6], ["teddy", "bear"], concept=0) and words[9].concept == 1
-    assert [t for word in words for t in word.tokens] == list(range(study.model.text_encoder.config.max_length))
+    assert [t for word in words for t in word.tokens] == list(range(T))
     pieces = prompt_words(tokenizer, "a xyz of", [])[2]
     assert (pieces.label, pieces.pieces) == ("xyz", ["x", "y", "z"])
     twice = prompt_words(tokenizer, "<teddy> <teddy>", study.locked)

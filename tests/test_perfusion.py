@@ -195,13 +195,13 @@ def test_a_d_star_of_any_scale_survives_float16(model, tmp_path):
 
 
 @pytest.mark.parametrize("sound, damaged", [
-    (rb"keys\.mid\.0", b"keys.mid.9"), (rb"tau(\W+)0\.1", rb"tau\g<1>0.0"), (rb"..\Z", b"\xff\xff"),     # a NaN
-    (rb"format", b"former"), (rb'":"{', b'":"[')])
+    (rb"keys\.mid\.0", b"keys.mid.9"), (rb"tau(\W+)0\.1", rb"tau\g<1>0.0"),
+    (rb"..\Z", b"\xff\xff"), (rb"format", b"former"), (rb'":"{', b'":"[')])       # the first is a NaN
 def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(model, tmp_path, sound, damaged):
     path = tmp_path / "c.safetensors"
     concept(model, lock="trained").save(path)
     content, changes = re.subn(sound, damaged, path.read_bytes(), flags=re.DOTALL)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"c\.safetensors is a concept file, and not usable as a concept: .*\Z"):
+    with pytest.raises(ValueError, match=r"c\.safetensors is a concept file, and not usable.*: .*\Z"):
         Concept.load(path)
     assert changes == 1
