@@ -84,23 +84,19 @@ def build_reference(folder, configs):
 
     torch.manual_seed(1)
     public = {part: weight_names.write_config(part, config) for part, config in configs.items()}
-    networks = SimpleNamespace(
-        unet=UNet2DConditionModel.from_config(public["unet"]),
+    reference = SimpleNamespace(
+        folder=folder, unet=UNet2DConditionModel.from_config(public["unet"]),
         vae=AutoencoderKL.from_config(public["vae"]),
         text_encoder=CLIPTextModel(CLIPTextConfig.from_dict(public["text_encoder"])))
-    for name, network in vars(networks).items():
+    for name in configs:
+        network = getattr(reference, name)
         network.eval().requires_grad_(False)
-        unlike(network)
+        for key, parameter in network.named_parameters():   # no two tensors can be confused unseen:
+            if parameter.ndim == 1:                         # norms and biases are random, attention is sharp
+                parameter += 0.2 * torch.randn_like(parameter)
+            elif any(part in key for part in ("to_q", "to_k", "q_proj", "k_proj")):
+                parameter *= 2
         network.save_pretrained(folder / name)
     PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1,
                   skip_prk_steps=True).save_pretrained(folder / "scheduler")
-    return SimpleNamespace(folder=folder, **vars(networks))
-
-
-def unlike(network):
-    """Make norms and biases random and attention sharp, so that no two tensors can be confused unseen."""
-    for name, parameter in network.named_parameters():
-        if parameter.ndim == 1:
-            parameter += 0.2 * torch.randn_like(parameter)
-        elif any(part in name for part in ("to_q", "to_k", "q_proj", "k_proj")):
-            parameter *= 2
+    return reference

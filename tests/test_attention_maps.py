@@ -7,7 +7,7 @@ from attention_maps import attention, noised_map, record_queries, share_inside, 
 from models import tiny_model
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def unet():
     return tiny_model().unet
 
@@ -21,12 +21,10 @@ def inputs(unet):
 
 def test_attention_times_values_is_what_the_network_computes(unet, inputs):
     seen, (_, _, keys, values) = [], inputs
-    hooks = [layer.to_out.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
-             for layer in unet.cross_attentions]
+    for layer in unet.cross_attentions:
+        layer.to_out.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
     with record_queries(unet) as queries:
         unet(*inputs)
-    for hook in hooks:
-        hook.remove()
     for weights, v, expected in zip(attention(queries, keys, 2), values, seen, strict=True):
         v = v.unflatten(2, (2, -1)).transpose(1, 2)
         torch.testing.assert_close((weights @ v).transpose(1, 2).flatten(2), expected, rtol=1e-4, atol=1e-5)

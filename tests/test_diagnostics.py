@@ -3,7 +3,6 @@
 import contextlib
 import io
 import shutil
-import subprocess
 from types import SimpleNamespace
 
 import nbformat
@@ -28,19 +27,18 @@ TEDDY = ROOT / "examples" / "teddy"
 def result(weights, concept_files, tmp_path_factory):
     """A whole run that trained one concept of four: what it worked with; its folder; what it said."""
     out, folder = tmp_path_factory.mktemp("figures"), tmp_path_factory.mktemp("files")
-    trained = write_concept(weights, folder / "bear.safetensors", "teddy bear", "trained")
+    bear = write_concept(weights, folder / "bear.safetensors", "teddy bear", "trained")
     cat = write_concept(weights, folder / "cat.safetensors", "cat")
     command = ["--weights", weights, "--steps", 2, "--out", out, "--images", TEDDY, "--super", "teddy bear",
-               "--training-steps", 1, "--concept", concept_files["teddy"], "--trained", trained, "--second", cat]
+               "--training-steps", 1, "--concept", concept_files["teddy"], "--trained", bear, "--second", cat]
 
     def train(command, stdout):
         """Here in this process: importing torch anew takes seconds."""
-        assert stdout == subprocess.DEVNULL
         return SimpleNamespace(returncode=run_script("train.py", *command[2:])[0])
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         patch.setitem(diagnostics.SEEDS, True, 2)
-        patch.setattr(subprocess, "run", train)
+        patch.setattr("subprocess.run", train)
         started = diagnostics.start(list(map(str, command)))
         patch.setattr(diagnostics, "start", lambda argv: started)
         diagnostics.main()

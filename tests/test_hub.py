@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import weights_loader
-from models import FEW, ROOT, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
+from models import ROOT, SMALL, bins, half, rewritten, shards, single_file_tensors, small_model
 from support import weight_names
 
 REPO, REVISION = weights_loader.SD15
@@ -39,11 +39,11 @@ class Answer(http.server.SimpleHTTPRequestHandler):
 
 
 class Hub(http.server.ThreadingHTTPServer):
-    """The stand-in; asked: what was asked of it, as (method, path)."""
+    """The stand-in, which serves a folder; asked: what was asked of it, as (method, path)."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, cache):
         super().__init__(("127.0.0.1", 0), functools.partial(Answer, directory=folder))
-        self.asked = []
+        self.folder, self.cache, self.asked = folder, cache, []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def off(self):
@@ -58,12 +58,20 @@ class Hub(http.server.ThreadingHTTPServer):
         self.asked.clear()
         return set(files)
 
+    def cached(self, kind, repo, commit, named=False):
+        """What another program leaves in the cache, of a repository that is one of the folder's."""
+        place = self.cache / f"models--{repo.replace('/', '--')}"
+        shutil.copytree(self.folder / kind, place / "snapshots" / commit)
+        if named:
+            (place / "refs").mkdir()
+            (place / "refs" / "main").write_text(commit)
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models: `model` with much more than is needed, those of KINDS with one form of weights; served."""
     folder = tmp_path_factory.mktemp("repositories")
-    weights_loader.save(small_model(configs=FEW), folder / "model")
+    weights_loader.save(small_model(), folder / "model")
     for kind, write in KINDS.items():
         rewritten(Path(shutil.copytree(folder / "model", folder / kind)), write)
     for name in WEIGHTS:
@@ -76,8 +84,8 @@ def folder(tmp_path_factory):
         shutil.copytree(folder / kind, folder / repo / "resolve" / revision)
         listing = folder / "api" / "models" / repo / "revision" / revision
         listing.parent.mkdir(parents=True)
-        names = [str(path.relative_to(folder / kind)) for path in (folder / kind).rglob("*.*")]
-        listing.write_text(json.dumps({"id": repo, "siblings": [{"rfilename": name} for name in names]}))
+        files = [{"rfilename": str(path.relative_to(folder / kind))} for path in (folder / kind).rglob("*.*")]
+        listing.write_text(json.dumps({"id": repo, "siblings": files}))
     return folder
 
 
@@ -88,10 +96,9 @@ def fingerprint(folder):
 
 @pytest.fixture
 def hub(folder, tmp_path, monkeypatch):
-    hub = Hub(folder)
+    hub = Hub(folder, tmp_path / "cache")
     url = f"http://127.0.0.1:{hub.server_port}"
-    for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False),
-                        ("HF_HUB_CACHE", str(tmp_path / "cache")),
+    for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False), ("HF_HUB_CACHE", str(hub.cache)),
                         ("HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")):
         monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
@@ -114,40 +121,28 @@ def test_exactly_the_needed_files_at_the_pinned_revision_once(hub, fingerprint, 
     assert load("sd15", variant) == f"{fingerprint} sd15" and not hub.asked  # not even for something newer
     if variant:  # while the hub is there, half precision is not taken for full
         load("sd15")
-        assert {f"/{REPO}/resolve/{REVISION}/{name}" for name in WEIGHTS} <= {path for _, path in hub.asked}
+        assert hub.fetched() == WEIGHTS
     hub.off()
     assert load("sd15", variant) == f"{fingerprint} sd15"
 
 
-@pytest.fixture
-def cached(folder, tmp_path):
-    """A function: what another program leaves in the cache, of a repository that is one of `folder`'s."""
-    def put(kind, repo, commit, named):
-        cache = tmp_path / "cache" / f"models--{repo.replace('/', '--')}"
-        shutil.copytree(folder / kind, cache / "snapshots" / commit)
-        if named:
-            (cache / "refs").mkdir()
-            (cache / "refs" / "main").write_text(commit)
-    return put
-
-
-@pytest.mark.parametrize("kind, repo, commit, named, said", [
-    ("bins", "someone/bins", "abc", True, []), ("shards", "sd15", REVISION, False, []),
-    ("bins", "gone/away", "abc", False, ["gone/away: out of reach, taken from the local cache, commit abc"]),
-    ("model", "sd15", "abc", True, [f"{REPO}: out of reach, taken from the local cache, commit abc"]),
-    ("half", "sd15", REVISION, False, ["sd15: its files are in half precision (fp16)"])])
-def test_a_model_in_the_cache_is_enough(hub, cached, fingerprint, recwarn, kind, repo, commit, named, said):
-    cached(kind, REPO if repo == "sd15" else repo, commit, named)
+@pytest.mark.parametrize("kind, repo, commit, said", [
+    ("bins", "someone/bins", "abc", ""), ("shards", "sd15", REVISION, ""),
+    ("bins", "gone/away", "abc", "gone/away: out of reach, taken from the local cache, commit abc"),
+    ("model", "sd15", "abc", f"{REPO}: out of reach, taken from the local cache, commit abc"),
+    ("half", "sd15", REVISION, "sd15: its files are in half precision (fp16), there are no others")])
+def test_a_model_in_the_cache_is_enough(hub, fingerprint, recwarn, kind, repo, commit, said):
+    hub.cached(kind, REPO if repo == "sd15" else repo, commit, named=repo == "someone/bins")
     if repo != "gone/away":     # which the hub does not know
         hub.off()
     assert load(repo) == f"{fingerprint} {repo}"
-    assert len(recwarn) == len(said) and all(words in str(line.message) for line, words in zip(recwarn, said))
+    assert "".join(str(line.message) for line in recwarn) == said
 
 
-def test_what_is_cached_in_part_is_completed_and_no_other_commit_counts(hub, cached, fingerprint, tmp_path):
-    cached("model", REPO, "abc", True)
-    cached("shards", "someone/shards", REVISION, True)
-    *_, missing = (tmp_path / "cache").glob("*shards/**/*-00002-*")
+def test_what_is_cached_in_part_is_completed_and_no_other_commit_counts(hub, fingerprint):
+    hub.cached("model", REPO, "abc", named=True)
+    hub.cached("shards", "someone/shards", REVISION, named=True)
+    *_, missing = hub.cache.glob("*shards/**/*-00002-*")
     missing.unlink()
     assert load("someone/shards") == f"{fingerprint} someone/shards"
     assert hub.fetched("someone/shards", "main") == {missing.relative_to(missing.parents[1]).as_posix()}
@@ -174,9 +169,9 @@ def test_a_single_file_without_a_vocabulary_fetches_only_that(hub, tmp_path):
     assert load(tmp_path / "v1.ckpt") == found
 
 
-def test_without_network_what_the_cache_lacks_is_named_quickly(hub, cached, tmp_path):
-    cached("model", REPO, REVISION, False)
-    next(tmp_path.glob("cache/*/snapshots/*/vae/config.json")).unlink()
+def test_without_network_what_the_cache_lacks_is_named_quickly(hub):
+    hub.cached("model", REPO, REVISION)
+    next(hub.cache.glob("*/snapshots/*/vae/config.json")).unlink()
     hub.off()
     start = time.perf_counter()
     with pytest.raises(ValueError, match=f"{REPO} is no folder.*vae/config.json: there is no such"):

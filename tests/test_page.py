@@ -19,12 +19,10 @@ import perfusion
 import weights_loader
 from attention_maps import attention, share_inside, word_map
 from concept import Concept
-from models import ROOT, tiny_model
+from models import ROOT
 from support import page as pages
 from support.study import Study, Word, prompt_words, thinned
 
-NAMED = [Concept("<teddy>", "teddy bear", torch.zeros(2, 16)), Concept("<cat>", "cat", torch.zeros(1, 16))]
-PROMPT = "a photo of a <teddy> next to a <cat>"
 MADE = "</script><b>"                       # a prompt can be anything
 
 
@@ -70,15 +68,14 @@ def data_of(path):
 
 # --------------------------------------------------------------------------------------- the study, the data
 
-def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word():
-    tokenizer = tiny_model().tokenizer
-    words = prompt_words(tokenizer, PROMPT, NAMED)
-    assert [word.label for word in words] == ["start", *PROMPT.split(), "end", "padding"]
+def test_a_concept_is_one_word_and_so_are_the_pieces_of_an_ordinary_word(study):
+    words, tokenizer, T = study.words, study.model.tokenizer, study.model.text_encoder.config.max_length
+    assert " ".join(x.label for x in words) == "start a photo of a <teddy> next to a <cat> end padding"
     assert words[5] == Word("<teddy>", [5, 6], ["teddy", "bear"], concept=0) and words[9].concept == 1
-    assert [t for word in words for t in word.tokens] == list(range(24))
+    assert [t for word in words for t in word.tokens] == list(range(T))
     pieces = prompt_words(tokenizer, "a xyz of", [])[2]
     assert (pieces.label, pieces.pieces) == ("xyz", ["x", "y", "z"])
-    twice = prompt_words(tokenizer, "<teddy> <teddy>", NAMED)
+    twice = prompt_words(tokenizer, "<teddy> <teddy>", study.locked)
     assert [word.tokens for word in twice[1:3]] == [[1, 2], [3, 4]]
 
 

@@ -1,12 +1,10 @@
 """The method against its equations, in float64; the concept and its file."""
 
 import dataclasses
-import json
+import re
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 import perfusion
 from concept import KEYS, Concept, prepare
@@ -47,7 +45,7 @@ def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
 # ---------------------------------------------------------------------------------------------- the equations
 
 def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_outputs_over_C_less():
-    """Why C^-1: against random maps with the same property, and the minimum that Lagrange's method gives."""
+    """Why C^-1: of all maps W' of i* to o*, the edited one has the smallest tr (W' - W) C (W' - W)^T."""
     W, i_star, o_star = normal(8, d, seed=8), normal(d, seed=7), normal(8, seed=9)
     d_star = C_INVERSE @ i_star
     e_perp, ratio = split(torch.eye(d, dtype=torch.float64)[None], i_star[None], d_star[None])
@@ -56,19 +54,11 @@ def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_
     expected = W + torch.outer(o_star - W @ i_star, d_star) / (i_star @ d_star)
     torch.testing.assert_close(edited, expected, **EXACT)
     torch.testing.assert_close(edited @ i_star, o_star, **EXACT)
-
-    def change(other):
-        return torch.trace((other - W) @ C @ (other - W).T)               # E |(W' - W) e|^2
-    for seed in range(100):
-        away = normal(8, d, seed=100 + seed)
-        away -= torch.outer(away @ i_star, i_star) / (i_star @ i_star)     # keeps the constraint
-        assert change(edited + 0.01 * away) > change(edited)
-    # The gradient of the change and the constraint, in one linear system: (2 C, i*; i*^T, 0).
+    # Lagrange: the gradient of the change and the constraint, in one linear system (2 C, i*; i*^T, 0).
     system = torch.zeros(d + 1, d + 1, dtype=torch.float64)
     system[:d, :d], system[:d, d], system[d, :d] = 2 * C, i_star, i_star
     minimum = torch.linalg.solve(system, torch.cat([2 * C @ W.T, o_star[None]]))[:d].T
     torch.testing.assert_close(minimum, edited, rtol=0, atol=1e-8)      # C's condition number is 1e4
-    assert torch.linalg.matrix_rank(edited - W) == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
@@ -105,17 +95,15 @@ def test_the_global_lock_uses_the_plain_keys_of_the_super_category_prompt(model)
     _, e_super, (keys, values, *_) = both(model, [teddy], lock="global")
     plain, _, _ = both(model, [], prompts=["a teddy bear and a <cat> on the beach"])
     torch.testing.assert_close(e_super, plain, **EXACT)
-    for k, expected, v, local in zip(keys, model.unet.keys(plain), values, both(model, [teddy])[2].values):
-        torch.testing.assert_close(k, expected, **EXACT)
-        torch.testing.assert_close(v, local, **EXACT)
+    torch.testing.assert_close(keys, model.unet.keys(plain), **EXACT)
+    torch.testing.assert_close(values, both(model, [teddy])[2].values, **EXACT)
 
 
 def test_textual_inversion_is_the_plain_model_with_a_learned_word(model):
     word = concept(model, lock="none")
     e, e_super, (keys, values, _, gates) = both(model, [word])
     assert not torch.equal(e, e_super) and gates is None
-    for found, expected in zip(keys + values, model.unet.keys(e) + model.unet.values(e)):
-        assert torch.equal(found, expected)
+    torch.testing.assert_close(keys + values, model.unet.keys(e) + model.unet.values(e), rtol=0, atol=0)
 
 
 def test_keys_and_values_follow_eq_3_for_two_concepts_beside_a_word_without_a_gate(model):
@@ -126,7 +114,7 @@ def test_keys_and_values_follow_eq_3_for_two_concepts_beside_a_word_without_a_ga
     first, _, second = concepts
     assert positions == [{"<teddy>": [[2, 3]], "<hat>": [], "<cat>": [[8]]}] and second.words == "bear"
     locked = model.unet.keys(perfusion.super_encoding(model.text_encoder, model.tokenizer, "teddy bear"))
-    assert all(torch.equal(o, expected) for o, expected in zip(first.o_keys, locked, strict=True))
+    torch.testing.assert_close(first.o_keys, locked, **EXACT)
     I, D = torch.stack([first.i_star, second.i_star]), torch.stack([first.d_star, second.d_star])
     ratio, (beta, tau) = e @ D.T / (I * D).sum(1), torch.tensor([[0.6, 0.8], [0.1, 0.2]], dtype=e.dtype)
     opened = torch.sigmoid((ratio - beta) / tau)
@@ -206,23 +194,14 @@ def test_a_d_star_of_any_scale_survives_float16(model, tmp_path):
         torch.testing.assert_close(ratio, expected, rtol=0.01, atol=0.01)    # 11 bits, condition 1e4
 
 
-ONE = torch.ones(1)
-DAMAGED = {  # what is in a file: tensors and header, or what is changed in those of a sound concept
-    "a LoRA": ({"lora_unet_x.lora_down.weight": ONE}, None), "no JSON": ({"x": ONE}, "{" * 9),
-    "a JSON list": ({"x": ONE}, "[]"), "a large file": ({"x": torch.ones(3_000_000)}, None),
-    "a missing key": ({"keys.mid.0": None}, {}), "a tau of 0": ({}, {"tau": 0}),
-    "a NaN": ({"values.mid.0": torch.full((32,), float("nan"))}, {})}
-
-
-@pytest.mark.parametrize("name", DAMAGED)
-def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(model, tmp_path, name):
-    path, (tensors, header) = tmp_path / "c.safetensors", DAMAGED[name]
-    if isinstance(header, dict):
-        concept(model, lock="trained").save(path)
-        with safe_open(path, "pt") as file:
-            header = json.dumps(json.loads(file.metadata()["concept"]) | header)
-        tensors = load_file(path) | tensors
-    save_file({key: x for key, x in tensors.items() if x is not None}, path, header and {"concept": header})
-    with pytest.raises(ValueError, match=r"c\.safetensors is .*\Z") as error:
+@pytest.mark.parametrize("sound, damaged", [
+    (rb"keys\.mid\.0", b"keys.mid.9"), (rb"tau(\W+)0\.1", rb"tau\g<1>0.0"),
+    (rb"..\Z", b"\xff\xff"), (rb"format", b"former"), (rb'":"{', b'":"[')])       # the first is a NaN
+def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(model, tmp_path, sound, damaged):
+    path = tmp_path / "c.safetensors"
+    concept(model, lock="trained").save(path)
+    content, changes = re.subn(sound, damaged, path.read_bytes(), flags=re.DOTALL)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"c\.safetensors is a concept file, and not usable.*: .*\Z"):
         Concept.load(path)
-    assert name != "a LoRA" or "is a LoRA" in str(error.value)
+    assert changes == 1

@@ -2,9 +2,7 @@
 
 import copy
 import dataclasses
-import multiprocessing
 import shutil
-import time
 
 import pytest
 import torch
@@ -84,8 +82,8 @@ def test_before_the_first_step_the_concept_is_its_super_category(setting):
     e, e_super, _ = perfusion.encode(model.text_encoder, model.tokenizer, ["a <teddy> on it"], [concept])
     i_super = perfusion.super_encoding(model.text_encoder, model.tokenizer, "teddy bear")
     assert torch.equal(e, e_super) and torch.equal(concept.i_star, i_super)
-    for found, expected in ((concept.o_keys, model.unet.keys), (concept.o_values, model.unet.values)):
-        assert all(torch.equal(a, b) for a, b in zip(found, expected(i_super), strict=True))
+    torch.testing.assert_close(concept.o_keys, model.unet.keys(i_super), rtol=0, atol=0)
+    torch.testing.assert_close(concept.o_values, model.unet.values(i_super), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
@@ -153,13 +151,12 @@ def test_textual_inversion_moves_the_word_at_its_own_rate_and_nothing_else(run, 
     assert moved == pytest.approx(train.INVERSION_LR, rel=0.1)      # one step of Adam
 
 
-@pytest.mark.parametrize("side, told", [(20, False), (60, True)])
-def test_photographs_for_the_cartoon_model_are_told(
-        run, weights, tmp_path, monkeypatch, capsys, recwarn, side, told):
+def test_photographs_for_the_cartoon_model_are_told(run, weights, tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.setattr("weights_loader.TINY", weights)
-    noise(side, side).save(tmp_path / "a.png")
-    run(tmp_path / "out", "--images", tmp_path / "a.png", "--weights", "tiny", "--steps", 1)
-    assert any("look like photographs" in str(warning.message) for warning in recwarn) == told
+    for side, told in ((20, False), (60, True)):
+        noise(side, side).save(tmp_path / f"{side}.png")
+        run(tmp_path / "out", "--images", tmp_path / f"{side}.png", "--weights", "tiny", "--steps", 1)
+        assert any("look like photographs" in str(warning.message) for warning in recwarn) == told
     assert "base model: tiny, a cartoon model" in capsys.readouterr().out
 
 
@@ -189,43 +186,31 @@ def same_file(a, b):
     return (a / "teddy.safetensors").read_bytes() == (b / "teddy.safetensors").read_bytes()
 
 
-def test_a_killed_training_resumes_and_ends_bit_identical(run, tmp_path, monkeypatch):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    run(whole, "--steps", 7)
-    fork = multiprocessing.get_context("fork")      # importing torch anew takes seconds
-    process = fork.Process(target=run, args=(killed, "--steps", 7, "--checkpoint", 2))
-    process.start()
-    while process.is_alive() and not (killed / "checkpoint.pt").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert process.exitcode == -9
-    monkeypatch.setattr(covariance, "inverse", lambda C: 2 * torch.eye(len(C), dtype=torch.float64))
-    run(killed, "--steps", 7, "--resume")           # with the metric that it was begun with
-    assert same_file(whole, killed)
-
-
 def test_two_processes_train_as_one_with_the_same_global_batch_and_one_speaks(run, three, tmp_path, capfd):
     launch = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=2, rdzv_backend="c10d",
                           rdzv_endpoint="localhost:0", start_method="fork", monitor_interval=0.01)
     elastic_launch(launch, run)(tmp_path, "--steps", 3)         # what torchrun calls
     assert capfd.readouterr().out.count("starting after step 0 of 3") == 1
     one, two = (torch.load(out / "checkpoint.pt") for out in (three, tmp_path))
-    for a, b in zip([*one["learned"], one["i_star"]], [*two["learned"], two["i_star"]], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)      # float32, and sums in another order
+    for name in ("learned", "i_star"):
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-3)      # sums in another order
     assert one["losses"] == pytest.approx(two["losses"], rel=1e-4)
 
 
-def test_a_loss_that_is_not_a_number_keeps_the_last_good_file(run, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_files_and_resuming_ends_bit_identical(
+        run, three, tmp_path, monkeypatch):
     honest = Training.draw
 
     def draw(self):
         *choices, noise = honest(self)
-        return [*choices, noise * (float("nan") if len(self.losses) == 2 else 1)]
-    monkeypatch.setattr(Training, "draw", draw)
-    with pytest.raises(ValueError, match="not a number"):
-        run(tmp_path, "--steps", 5, "--checkpoint", 1)
-    assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == 2
+        return [*choices, noise * (float("nan") if len(self.losses) == 1 else 1)]
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="not a number"):
+        patch.setattr(Training, "draw", draw)
+        run(tmp_path, "--steps", 3, "--checkpoint", 1)
+    assert Concept.load(tmp_path / "teddy.safetensors").metadata["steps"] == 1
+    monkeypatch.setattr(covariance, "inverse", lambda C: 2 * torch.eye(len(C), dtype=torch.float64))
+    run(tmp_path, "--steps", 3, "--resume")         # with the metric that it was begun with
+    assert same_file(tmp_path, three)
 
 
 def test_only_the_number_of_parts_and_more_steps_may_change_on_resuming(run, three, tmp_path, capsys):
