@@ -45,7 +45,7 @@ def concept(model, token="<teddy>", lock="locked", seed=5, k=2):
 # ---------------------------------------------------------------------------------------------- the equations
 
 def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_outputs_over_C_less():
-    """Why C^-1: of all maps W' of i* to o*, the edited one has the smallest tr (W' - W) C (W' - W)^T."""
+    """Why C^-1: against random maps with the same property, and the minimum that Lagrange's method gives."""
     W, i_star, o_star = normal(8, d, seed=8), normal(d, seed=7), normal(8, seed=9)
     d_star = C_INVERSE @ i_star
     e_perp, ratio = split(torch.eye(d, dtype=torch.float64)[None], i_star[None], d_star[None])
@@ -54,11 +54,19 @@ def test_the_titles_equation_maps_i_star_to_o_star_and_no_other_map_changes_the_
     expected = W + torch.outer(o_star - W @ i_star, d_star) / (i_star @ d_star)
     torch.testing.assert_close(edited, expected, **EXACT)
     torch.testing.assert_close(edited @ i_star, o_star, **EXACT)
-    # Lagrange: the gradient of the change and the constraint, in one linear system (2 C, i*; i*^T, 0).
+
+    def change(other):
+        return torch.trace((other - W) @ C @ (other - W).T)               # E |(W' - W) e|^2
+    for seed in range(100):
+        away = normal(8, d, seed=100 + seed)
+        away -= torch.outer(away @ i_star, i_star) / (i_star @ i_star)     # keeps the constraint
+        assert change(edited + 0.01 * away) > change(edited)
+    # The gradient of the change and the constraint, in one linear system: (2 C, i*; i*^T, 0).
     system = torch.zeros(d + 1, d + 1, dtype=torch.float64)
     system[:d, :d], system[:d, d], system[d, :d] = 2 * C, i_star, i_star
     minimum = torch.linalg.solve(system, torch.cat([2 * C @ W.T, o_star[None]]))[:d].T
     torch.testing.assert_close(minimum, edited, rtol=0, atol=1e-8)      # C's condition number is 1e4
+    assert torch.linalg.matrix_rank(edited - W) == 1
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
