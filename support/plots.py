@@ -13,7 +13,6 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
-from torch import Tensor
 
 from diffusion import to_bytes
 

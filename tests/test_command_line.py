@@ -19,7 +19,7 @@ from concept import Concept
 from models import ROOT
 from support import accumulation, command_line
 from support.base_model import prediction
-from support.files import read_lines, replacing
+from support.files import replacing
 
 
 @pytest.mark.parametrize("error, code, sentence", [
@@ -77,8 +77,6 @@ def test_a_text_may_begin_with_a_dash_and_a_wrong_option_is_still_refused():
     for wrong in (["--nonsense", "1"], ["--negative"], ["--negative", "--steps", "1"]):
         with pytest.raises(ValueError):
             sample.arguments(["a cat", *wrong])
-    with pytest.raises(SystemExit):
-        sample.arguments(["-h"])
 
 
 @pytest.mark.parametrize("given", [
@@ -140,9 +138,3 @@ def test_pictures_added_at_once_take_different_numbers_after_those_that_are_ther
     with pytest.raises(OSError, match="0049.png cannot be written: full"):
         sample.add_picture(tmp_path, b"")
     assert len(list(tmp_path.iterdir())) == 43          # nothing is left of it
-
-
-def test_lines_are_read_without_notepads_mark_and_blanks(tmp_path):
-    path = tmp_path / "lines.txt"
-    path.write_bytes("\ufeffa bear\r\n\r\n  für \n".encode())
-    assert read_lines(path) == ["a bear", "für"]
