@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from bench import difference
 from support import fast_cpu
+from test_unet_and_vae import run
 
 
 @pytest.fixture
@@ -32,13 +33,9 @@ def frozen(c_in, c_out, stride=1):
     return fast_cpu.FastConv2d(c_in, c_out, 3, stride, padding=1).requires_grad_(False)
 
 
-def run(network, z, e):
-    return network(z, 501, network.keys(e), network.values(e))
-
-
 def test_the_networks_compute_the_same_and_keep_their_parameters(model, fast, winograd):
     images, z, e = torch.rand(2, 3, 64, 64), torch.randn(2, 4, 16, 16), torch.randn(2, 7, 48)
-    jobs = {"unet": lambda m: run(m.unet, z, e), "vae": lambda m: m.vae.decode(m.vae.encode(images)),
+    jobs = {"unet": lambda m: run(m.unet, z, 501, e), "vae": lambda m: m.vae.decode(m.vae.encode(images)),
             "text_encoder": lambda m: m.text_encoder(e)}
     for name, job in jobs.items():
         winograd.reset_mock()
@@ -56,13 +53,13 @@ def test_all_gradients_stay_the_same(model, fast, winograd, trained, checkpointi
     for network in (copy.deepcopy(model.unet), fast.unet):
         network.requires_grad_(trained).checkpointing = checkpointing
         z, e = z.detach().requires_grad_(), e.detach().requires_grad_()
-        run(network, z, e).square().sum().backward()
+        run(network, z, 501, e).square().sum().backward()
         results.append([z.grad, e.grad, *(p.grad for p in network.parameters() if trained)])
     for ours, expected in zip(*results, strict=True):
         assert difference(ours, expected) < 1e-4        # float32, in another order of summation
     assert winograd.called != trained
     with torch.no_grad():
-        run(fast.unet, z, e)
+        run(fast.unet, z, 501, e)
     assert winograd.called                              # without gradients all weights are frozen
 
 
