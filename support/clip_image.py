@@ -8,6 +8,7 @@ Parameter names are those of the public files (`vision_model.*`, `visual_project
 from the same file; the embedded model's CLIP was fitted to the frozen text encoder of its diffusion model.
 """
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,23 +56,14 @@ class Embeddings(nn.Module):
         return torch.cat([first, patches], dim=1) + self.position_embedding.weight
 
 
-class VisionTransformer(nn.Module):
-    """Normalised pixels (B, 3, S, S) -> the class token (B, width) after the last norm."""
-
-    def __init__(self, config: ImageConfig):
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.width)
-        sizes = config.width, config.heads, config.intermediate
-        layers = [Layer(*sizes, causal=False) for _ in range(config.layers)]
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(layers)})
-        self.post_layernorm = nn.LayerNorm(config.width)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        x = self.pre_layrnorm(self.embeddings(pixels))
-        for layer in self.encoder["layers"]:
-            x = layer(x)
-        return self.post_layernorm(x[:, 0])
+def vision_transformer(config: ImageConfig) -> nn.Sequential:
+    """Normalised pixels (B, 3, S, S) -> tokens (B, N, width) after the last norm, the class token first."""
+    sizes = config.width, config.heads, config.intermediate
+    return nn.Sequential(OrderedDict(
+        embeddings=Embeddings(config), pre_layrnorm=nn.LayerNorm(config.width),
+        encoder=nn.Sequential(OrderedDict(
+            layers=nn.Sequential(*[Layer(*sizes, causal=False) for _ in range(config.layers)]))),
+        post_layernorm=nn.LayerNorm(config.width)))
 
 
 class CLIP(nn.Module):
@@ -80,7 +72,7 @@ class CLIP(nn.Module):
     def __init__(self, config: ImageConfig, text_encoder: TextEncoder):
         super().__init__()
         self.config = config
-        self.vision_model = VisionTransformer(config)
+        self.vision_model = vision_transformer(config)
         self.visual_projection = nn.Linear(config.width, config.projection, bias=False)
         self.text_projection = nn.Linear(config.text_width, config.projection, bias=False)
         self.text_model = text_encoder
@@ -97,7 +89,8 @@ class CLIP(nn.Module):
 
     def image_embedding(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> unit vectors (B, projection)."""
-        return F.normalize(self.visual_projection(self.vision_model(self.pixels(images))), dim=-1)
+        token = self.vision_model(self.pixels(images))[:, 0]
+        return F.normalize(self.visual_projection(token), dim=-1)
 
     def text_embedding(self, ids: Tensor) -> Tensor:
         """(B, T) token ids -> unit vectors (B, projection), read at the end mark.
