@@ -17,6 +17,7 @@ the same for every lock, but it is attention too. diagnostics.ipynb tells the st
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -106,8 +107,8 @@ def missing_trainings(args, model) -> list[tuple[Source, str]]:
     """
     missing = []
     for source in [source for source in args.sources if source.pictures]:
-        differs = f"{source.words}|{model.fingerprint}|{args.training_steps}".encode()
-        differs = digest([*list_images(source.pictures)[0], differs])
+        differs = f"{source.words}|{model.fingerprint}|{args.training_steps}|{model.schedule.prediction_type}"
+        differs = digest([*list_images(source.pictures)[0], differs.encode()])
         for keys in [keys for keys in KEYS if keys not in source.files]:
             folder = args.out / "trained" / f"{source.pictures.resolve().stem}-{keys}-{differs}"
             source.files[keys] = file = folder / f"{source.token.strip('<>')}.safetensors"
@@ -139,6 +140,8 @@ def read_concepts(model, source: Source) -> dict[str, Concept]:
         concepts[keys], = prepare([concept], model)
     if len({concept.words for concept in concepts.values()}) > 1:
         raise ValueError(f"the files of {source.token} are not of one super-category")
+    if len({concept.metadata.get("pictures") for concept in concepts.values()} - {None}) > 1:
+        warnings.warn(f"the files of {source.token} were trained on different pictures")
     return concepts
 
 
@@ -153,6 +156,8 @@ def start(argv: list[str] | None = None) -> tuple:
     given = [Concept.load(file) for source in args.sources for file in source.files.values()]
     model = open_model(args, given)
     args.training_steps = args.training_steps or model.training_steps
+    if any("prediction" in concept.metadata for concept in given):
+        args.prediction = model.schedule.prediction_type        # for what is trained beside them
     if args.super_category:
         check_room(model, args.prompt.replace("{}", args.super_category), [args.super_category])
     if missing := missing_trainings(args, model):

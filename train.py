@@ -191,6 +191,9 @@ def run(training: Training, family: Defaults, out: Path | None, preview: int, ch
     """
     steps, done, concept = training.settings.steps, len(training.losses), training.concept
     bar = tqdm(range(done + 1, steps + 1), "training", steps, unit="step", initial=done, disable=out is None)
+    concept.metadata["steps"] = done
+    if out and done == steps:       # its concept file may be gone
+        training_files.write(out, concept, training.state_dict())
     for n in bar:
         training.step()
         bar.set_postfix(loss=f"{torch.tensor(training.losses[-50:]).mean():.4f}")
@@ -264,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"--masks {args.masks} is neither auto nor none nor a folder")
     checkpoint = out / "checkpoint.pt" if args.resume == "latest" else Path(args.resume or "")
     resuming = checkpoint.is_file()
-    check_folders(args.images, path, args.overwrite or resuming, about["pictures"])
+    check_folders(args.images, path, args.overwrite, about["pictures"])
     if args.resume not in (None, "latest") and not resuming:
         raise ValueError(f"--resume {checkpoint}: there is no such file")
     device = join_processes(command_line.pick_device(args.device))

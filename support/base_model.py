@@ -4,6 +4,7 @@
 """
 
 import argparse
+import warnings
 
 import torch
 
@@ -41,4 +42,9 @@ def prediction(given: str | None, concepts: list[Concept]) -> str | None:
     if len(known) > 1:
         pairs = " and ".join(f"{kind} ({name})" for kind, name in known.items())
         raise ValueError(f"in training and drawing the U-Net predicts the same for all, not {pairs}")
-    return next(iter(known), None)
+    used = next(iter(known), None)
+    for concept in concepts:
+        if used and not concept.metadata.get("prediction"):
+            warnings.warn(f"{concept.token} was trained with what its base model's files say, and is drawn "
+                          f"with {used}")
+    return used

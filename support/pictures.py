@@ -107,8 +107,8 @@ def open_image(path: Path) -> tuple[Image.Image, set[str]]:
             image = ImageOps.exif_transpose(file)
             if image.mode.startswith("I"):      # 16 bits: Pillow would clip them
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            rgba, profile = _to_srgb(image, file.info.get("icc_profile"))
-            changes = {f"colours converted from the profile {profile}"} if profile else set()
+            rgba, said = _to_srgb(image, file.info.get("icc_profile"))
+            changes = {said} if said else set()
             if file.getexif().get(ExifTags.Base.Orientation, 1) != 1:
                 changes.add("turned as their EXIF says (masks of your own must be turned too)")
             return rgba, changes
@@ -117,7 +117,7 @@ def open_image(path: Path) -> tuple[Image.Image, set[str]]:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, str]:
-    """An image as RGBA, its colours as sRGB; and the name of the profile that it had, "" for sRGB itself."""
+    """An image as RGBA, its colours as sRGB; and what was changed, "" for nothing."""
     rgba = image.convert("RGBA")
     try:
         source = profile and ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -127,9 +127,9 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> tuple[Image.Image, st
         flat = image if image.mode in ("L", "CMYK") else rgba.convert("RGB")
         rgb = ImageCms.profileToProfile(flat, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
         rgb.putalpha(rgba.getchannel("A"))
-        return rgb, name
+        return rgb, f"colours converted from the profile {name}"
     except (ImageCms.PyCMSError, OSError) as error:
-        return rgba, f"unreadable ({error})"
+        return rgba, f"colours as they are, the profile is unreadable ({error})"
 
 
 def read_image(path: Path, side: int) -> tuple[Tensor, Tensor | None, set[str]]:

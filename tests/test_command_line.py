@@ -99,7 +99,8 @@ def test_what_the_concepts_were_trained_with_is_used_and_another_is_refused():
     old, eps, v = (Concept("<a>", "cat", torch.zeros(1, 2), metadata={"prediction": known})
                    for known in (None, "epsilon", "v_prediction"))
     assert prediction(None, [old]) is None and prediction("epsilon", [eps]) == "epsilon"
-    assert prediction(None, [old, v, v]) == prediction("v_prediction", [old]) == "v_prediction"
+    with pytest.warns(match="<a> was trained with what its base model's files say, and is drawn with v_"):
+        assert prediction(None, [old, v, v]) == prediction("v_prediction", [old]) == "v_prediction"
     for given, concepts in (("epsilon", [old, v]), (None, [eps, v])):
         with pytest.raises(ValueError, match="v_prediction [(]<a>[)]"):
             prediction(given, concepts)

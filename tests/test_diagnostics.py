@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import diagnostics
+import diffusion
 import perfusion
 from attention_maps import share_inside
 from concept import KEYS, Concept
@@ -111,7 +112,8 @@ def test_what_is_missing_is_trained_once_and_again_for_other_pictures_words_weig
         monkeypatch.setattr(source, "files", {})        # as if none were given
         return tuple(keys for _, keys in diagnostics.missing_trainings(args, one.model))
     for owner, name, value in ((source, "words", "bear"), (args, "training_steps", 7),
-                               (one.model, "fingerprint", "x")):
+                               (one.model, "fingerprint", "x"),
+                               (one.model, "schedule", diffusion.Schedule.sd_v1("v_prediction"))):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, value)
             assert missing() == KEYS, name

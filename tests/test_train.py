@@ -221,6 +221,9 @@ def test_only_the_number_of_parts_and_more_steps_may_change_on_resuming(run, thr
         with pytest.raises(ValueError, match=sentence):
             run(out, "--resume", "--steps", 5, *change)
     assert same_file(out, three)
+    (out / "teddy.safetensors").unlink()            # what is finished is written again
+    run(out, "--resume", "--steps", 3)
+    assert same_file(out, three)
     with pytest.warns(match="as for 3 steps, so the result differs from that of 4"):
         run(out, "--resume", "--steps", 4, "--accumulate", 2)
     assert "starting after step 3 of 4" in capsys.readouterr().out
