@@ -26,7 +26,6 @@ def test_every_stage_leaves_its_log_and_the_result_loads_and_draws(smoke):
     folder, model = smoke
     for name in ("vae", "text2image", "clip"):
         assert (folder / "work" / f"{name}.jsonl").read_text().startswith('{"step": 1,')
-    assert {"clip", "covariance.safetensors"} <= {path.name for path in (folder / "weights").iterdir()}
     text = perfusion.condition(model, ["", "a photo of a cat"], [])
     images = diffusion.draw(model, text.keys, text.values, [0], (64, 64), steps=2)
     assert images.shape == (1, 3, 64, 64) and torch.isfinite(images).all()

@@ -34,8 +34,7 @@ def test_decoded_images_and_their_gradient_equal_the_reference(reference, model)
 def test_encode_is_the_scaled_mean_or_a_scaled_sample(model):
     images = torch.rand(1, 3, 16, 16) * 2 - 1
     mean, logvar = model.vae.moments(images)
-    noise = torch.randn_like(mean)
-    scale = model.vae.config.scaling_factor
+    noise, scale = torch.randn_like(mean), model.vae.config.scaling_factor
     torch.testing.assert_close(model.vae.encode(images), mean * scale)
     torch.testing.assert_close(model.vae.encode(images, noise), (mean + (logvar / 2).exp() * noise) * scale)
 
