@@ -46,7 +46,7 @@ def test_at_full_size_a_concept_is_trained_and_drawn_in_bounded_memory(tokenizer
     weights, out = tmp_path / "weights", tmp_path / "out"
     apart(write_weights, weights, tokenizer_folder)
     common = "--weights", weights, "--device", "cpu"
-    apart(script, "covariance.py", *common, "--n", 64)
+    apart(script, "covariance.py", *common, "--n", 256)
     peaks = [apart(script, "train.py", *common, "--images", ROOT / "examples" / "mug", "--super",
                    "teddy bear", "--steps", 2, "--batch", 1, "--preview", 0, "--out", out),
              apart(script, "sample.py", "a photo of a <mug>", *common, "--steps", 2, "--out",
