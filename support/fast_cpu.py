@@ -46,8 +46,8 @@ def keep_freed_memory(vae: nn.Module) -> None:
     """Let this process keep what it frees from now on, if its C library is glibc.
 
     By default, glibc gives large blocks back to the system at once. To get them anew, page by page, takes
-    about 5 % of the time of a step of Stable Diffusion. The VAE's blocks are larger, in every level twice as
-    large as before, and do not fit into what was freed: there, all that is free is given back.
+    about 5 % of the time of a step of Stable Diffusion. The blocks of the VAE's decoder grow from level to
+    level and do not fit into what was freed: there, all that is free is given back.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
